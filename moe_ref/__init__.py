@@ -1,0 +1,49 @@
+"""moe_ref: the reference, the oracle and the differential harness for mixture-of-experts layers.
+
+Public names are imported when first used, so `import moe_ref` costs little and needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "route": "oracle.router", "experts": "oracle.layer", "moe": "oracle.layer", "MoELayer": "oracle.module",
+    "MoESpec": "contract.spec", "Router": "contract.spec", "MLP": "contract.spec", "SharedExpert": "contract.spec",
+    "MoEWeights": "contract.weights", "ExpertWeights": "contract.weights", "Routing": "contract.routing",
+    "Parallel": "contract.parallel", "Groups": "contract.comm", "Comm": "contract.comm",
+    "CountingComm": "contract.comm", "SoloComm": "contract.comm", "TorchComm": "contract.torch_comm",
+    "LocalComm": "contract.local_comm", "run_virtual_ranks": "contract.local_comm",
+    "Trace": "contract.trace", "Stage": "contract.vocabulary", "Verdict": "contract.vocabulary",
+    "Dtype": "contract.vocabulary", "Schedule": "contract.vocabulary",
+    "Capabilities": "contract.capabilities", "Numerics": "contract.capabilities",
+    "Problem": "contract.case", "Case": "contract.case",
+    "format_case": "contract.case_id", "parse_case": "contract.case_id",
+    "UsageError": "contract.errors", "CAPABILITIES": "oracle.module",
+}
+__all__ = [*_HOMES, "__version__"]
+
+if TYPE_CHECKING:
+    from moe_ref.contract.capabilities import Capabilities, Numerics
+    from moe_ref.contract.case import Case, Problem
+    from moe_ref.contract.case_id import format_case, parse_case
+    from moe_ref.contract.comm import Comm, CountingComm, Groups, SoloComm
+    from moe_ref.contract.errors import UsageError
+    from moe_ref.contract.local_comm import LocalComm, run_virtual_ranks
+    from moe_ref.contract.parallel import Parallel
+    from moe_ref.contract.routing import Routing
+    from moe_ref.contract.spec import MLP, MoESpec, Router, SharedExpert
+    from moe_ref.contract.torch_comm import TorchComm
+    from moe_ref.contract.trace import Trace
+    from moe_ref.contract.vocabulary import Dtype, Schedule, Stage, Verdict
+    from moe_ref.contract.weights import ExpertWeights, MoEWeights
+    from moe_ref.oracle.layer import experts, moe
+    from moe_ref.oracle.module import CAPABILITIES, MoELayer
+    from moe_ref.oracle.router import route
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moe_ref' has no attribute {name!r}")
+    return getattr(import_module(f"moe_ref.{_HOMES[name]}"), name)

@@ -1,0 +1,1 @@
+"""The contract both sides of a comparison satisfy: mathematics, weights, parallelism, cases, words."""

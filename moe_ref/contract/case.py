@@ -1,0 +1,48 @@
+"""A problem, and a case: the problem plus how it is spread. The text id is the case. Imports no torch."""
+
+from dataclasses import dataclass, field
+
+from moe_ref.contract.errors import raise_faults
+from moe_ref.contract.parallel import Parallel
+from moe_ref.contract.spec import MoESpec
+from moe_ref.contract.vocabulary import Data, Direction, Dtype, Pattern
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Everything that fixes the inputs and the mathematical result.
+
+    model names the published model whose dimensions `spec` has; "" for none. residual: a residual
+    stream is handed in and added once.
+    """
+
+    spec: MoESpec
+    num_tokens: int
+    dtype: Dtype
+    pattern: Pattern = Pattern.UNIFORM
+    data: Data = Data.UNIT
+    residual: bool = False
+    seed: int = 0
+    model: str = ""
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.num_tokens < 0:
+            faults.append(f"num_tokens={self.num_tokens}, but should be at least 0")
+        if not 0 <= self.seed < 2**32:
+            faults.append(f"seed={self.seed}, but should be in [0, 2^32)")
+        if self.spec.router is None and self.pattern is not Pattern.UNIFORM:
+            faults.append(f"pattern {self.pattern}, but a layer without a router has none to force")
+        if self.pattern is Pattern.EMPTY and self.spec.num_experts - self.spec.top_k < 2:
+            faults.append(f"pattern empty needs two experts to spare, but E={self.spec.num_experts}, "
+                          f"K={self.spec.top_k}")
+        raise_faults("Problem", faults)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A problem, its parallelism and its direction; equal to its id, see case_id.py."""
+
+    problem: Problem
+    parallel: Parallel = field(default_factory=Parallel)
+    direction: Direction = Direction.FORWARD

@@ -1,0 +1,182 @@
+"""The text form of a case: parse(format(case)) == case, and only the canonical text parses. Imports no torch.
+
+Grammar, sections joined by "-", defaults left out, order fixed:
+
+    v1 - SIZES - DTYPE [- router words] [- mlp words] [-res] [-PATTERN] [-DATA] [-sSEED] [-tpN] [-splitA.B]
+
+    SIZES   T33.H96.I160.E8.K2   tokens, hidden, intermediate, experts, top-k; without E and K: a dense MLP
+            mixtral.8x7b.T32     a published model; .E4 cuts the number of experts, never a width
+    router  sigmoid | norm | eps1em20 | bias | g8.4 (groups.kept) | top2sum | scale2.5
+    mlp     gelu | gelutanh ; shared expert: sh256 | shgate | shgelu | shgelutanh
+    others  zipf | onehot | empty | allone | ties ; positive | outlier ; s7 ; tp4 ; split60.40
+
+Letters, digits, dot and hyphen only; "m" is minus, as in eps1em20. A later grammar gets another prefix;
+what an id means never changes.
+"""
+
+import re
+from dataclasses import replace
+
+from moe_ref.contract.case import Case, Problem
+from moe_ref.contract.errors import UsageValueError
+from moe_ref.contract.parallel import Parallel
+from moe_ref.contract.spec import MLP, MoESpec, Router, SharedExpert
+from moe_ref.contract.vocabulary import Data, Dtype, Pattern
+from moe_ref.models.registry import find_model
+
+PREFIX = "v1"
+_ACTIVATION_WORDS = {"silu": "", "gelu": "gelu", "gelu_tanh": "gelutanh"}
+_SIZES = re.compile(r"T(\d+)\.H(\d+)\.I(\d+)(?:\.E(\d+)\.K(\d+))?")
+_MODEL = re.compile(r"([a-z][a-z0-9.]*?)\.T(\d+)(?:\.E(\d+))?")
+
+
+def _number_to_text(value: float) -> str:
+    return repr(value).removesuffix(".0").replace("-", "m").replace("+", "")
+
+
+def _text_to_number(text: str) -> float:
+    return float(text.replace("m", "-"))
+
+
+def format_case(case: Case) -> str:
+    """The id of a case."""
+    words = [format_problem(case.problem)]
+    if case.parallel.tp > 1:
+        words.append(f"tp{case.parallel.tp}")
+    if case.parallel.splits:
+        words.append("split" + ".".join(str(share) for share in case.parallel.splits))
+    return "-".join(words)
+
+
+def format_problem(problem: Problem) -> str:
+    """The part of an id that fixes the inputs; cases that differ in parallelism share it."""
+    spec = problem.spec
+    if problem.model:
+        cut = spec.num_experts != find_model(problem.model).spec.num_experts
+        words = [PREFIX, f"{problem.model}.T{problem.num_tokens}" + (f".E{spec.num_experts}" if cut else "")]
+    else:
+        experts = f".E{spec.num_experts}.K{spec.top_k}" if spec.router else ""
+        words = [PREFIX, f"T{problem.num_tokens}.H{spec.hidden_size}.I{spec.intermediate_size}{experts}"]
+    words.append(problem.dtype)
+    if not problem.model:
+        words += _spec_words(spec)
+    words += ["res"] * problem.residual
+    words += [problem.pattern] * (problem.pattern is not Pattern.UNIFORM)
+    words += [problem.data] * (problem.data is not Data.UNIT)
+    words += [f"s{problem.seed}"] * (problem.seed != 0)
+    return "-".join(words)
+
+
+def _spec_words(spec: MoESpec) -> list[str]:
+    router, words = spec.router, []
+    if router:
+        words += ["sigmoid"] * (router.score == "sigmoid") + ["norm"] * router.renormalize
+        words += [f"eps{_number_to_text(router.renormalize_epsilon)}"] * (router.renormalize_epsilon != 0)
+        words += ["bias"] * router.selection_bias
+        words += [f"g{router.num_groups}.{router.num_groups_kept}"] * (router.num_groups > 1)
+        words += ["top2sum"] * (router.group_score == "top2_sum")
+        words += [f"scale{_number_to_text(router.scaling_factor)}"] * (router.scaling_factor != 1)
+    words += filter(None, [_ACTIVATION_WORDS[spec.experts.activation]])
+    if spec.shared:
+        activation = _ACTIVATION_WORDS[spec.shared.mlp.activation]
+        words += [f"sh{spec.shared.intermediate_size}"] + ["shgate"] * (spec.shared.gate == "sigmoid")
+        words += ["sh" + activation] * bool(activation)
+    return words
+
+
+def parse_case(text: str) -> Case:
+    """The case of an id; raises UsageValueError that says which word is wrong, or what the canonical id is."""
+    words = text.split("-")
+    if words[0] != PREFIX or len(words) < 3:
+        raise UsageValueError(f"case id {text!r}: should be {PREFIX}-SIZES-DTYPE..., as "
+                              "v1-T33.H96.I160.E8.K2-bf16-norm-tp4")
+    if words[2] not in tuple(Dtype):
+        raise UsageValueError(f"case id {text!r}: dtype {words[2]!r}, but should be one of {', '.join(Dtype)}")
+    options = _read_options(text, words[3:])
+    spec, num_tokens, model = _read_sizes(text, words[1])
+    if not model:
+        spec = _apply_spec_options(text, spec, options)
+    problem = Problem(spec=spec, num_tokens=num_tokens, dtype=Dtype(words[2]), model=model,
+                      residual="res" in options, seed=int(options.get("s", "0")),
+                      pattern=Pattern(options.get("pattern", Pattern.UNIFORM)),
+                      data=Data(options.get("data", Data.UNIT)))
+    splits = tuple(int(share) for share in options["split"].split(".")) if "split" in options else None
+    case = Case(problem=problem, parallel=Parallel(tp=int(options.get("tp", "1")), splits=splits))
+    if (canonical := format_case(case)) != text:
+        raise UsageValueError(f"case id {text!r}: not in canonical form, which is {canonical!r}")
+    return case
+
+
+_FLAGS = ("res", "sigmoid", "norm", "bias", "top2sum", "gelu", "gelutanh", "shgate", "shgelu", "shgelutanh")
+_NUMBER = r"\d+(?:\.\d+)?(?:em?\d+)?"
+_VALUED = {"eps": _NUMBER, "g": r"\d+\.\d+", "scale": _NUMBER, "sh": r"\d+", "s": r"\d+", "tp": r"\d+",
+           "split": r"\d+(?:\.\d+)*"}
+
+
+def _read_options(text: str, words: list[str]) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for word in words:
+        if word in _FLAGS:
+            name, value = word, ""
+        elif word in tuple(Pattern):
+            name, value = "pattern", word
+        elif word in tuple(Data):
+            name, value = "data", word
+        else:
+            matches = [(name, word[len(name):]) for name, form in _VALUED.items()
+                       if word.startswith(name) and re.fullmatch(form, word[len(name):])]
+            if not matches:
+                raise UsageValueError(f"case id {text!r}: unknown word {word!r}")
+            name, value = matches[0]
+        if name in options:
+            raise UsageValueError(f"case id {text!r}: {word!r} says {name} a second time")
+        options[name] = value
+    return options
+
+
+def _read_sizes(text: str, word: str) -> tuple[MoESpec, int, str]:
+    if match := _SIZES.fullmatch(word):
+        tokens, hidden, intermediate, experts, top_k = match.groups()
+        router = Router(num_experts=int(experts), top_k=int(top_k)) if experts else None
+        return MoESpec(hidden_size=int(hidden), intermediate_size=int(intermediate), router=router), int(tokens), ""
+    if match := _MODEL.fullmatch(word):
+        name, tokens, experts = match.groups()
+        spec = find_model(name).spec
+        return (cut_experts(spec, int(experts)) if experts else spec), int(tokens), name
+    raise UsageValueError(f"case id {text!r}: sizes {word!r}, but should be as T33.H96.I160.E8.K2, "
+                          "T33.H96.I160 or mixtral.8x7b.T32")
+
+
+def cut_experts(spec: MoESpec, num_experts: int) -> MoESpec:
+    """The same layer with fewer experts; expert groups are dropped with them, widths never change."""
+    if spec.router is None or num_experts > spec.router.num_experts:
+        raise UsageValueError(f"experts cut to {num_experts}, but the layer has {spec.num_experts}")
+    router = replace(spec.router, num_experts=num_experts, top_k=min(spec.router.top_k, num_experts),
+                     num_groups=1, num_groups_kept=1, group_score="max")
+    return replace(spec, router=router)
+
+
+def _apply_spec_options(text: str, spec: MoESpec, options: dict[str, str]) -> MoESpec:
+    router_words = {"sigmoid", "norm", "eps", "bias", "g", "top2sum", "scale"} & options.keys()
+    if spec.router is None and router_words:
+        raise UsageValueError(f"case id {text!r}: {', '.join(sorted(router_words))} need a router, E and K")
+    router = spec.router
+    if router:
+        groups, kept = (int(n) for n in options.get("g", "1.1").split("."))
+        router = Router(num_experts=router.num_experts, top_k=router.top_k,
+                        score="sigmoid" if "sigmoid" in options else "softmax",
+                        renormalize="norm" in options, selection_bias="bias" in options,
+                        renormalize_epsilon=_text_to_number(options.get("eps", "0")),
+                        num_groups=groups, num_groups_kept=kept,
+                        group_score="top2_sum" if "top2sum" in options else "max",
+                        scaling_factor=_text_to_number(options.get("scale", "1")))
+    shared = None
+    if "sh" in options:
+        shared = SharedExpert(intermediate_size=int(options["sh"]), mlp=_mlp(options, "sh"),
+                              gate="sigmoid" if "shgate" in options else "none")
+    return replace(spec, router=router, experts=_mlp(options, ""), shared=shared)
+
+
+def _mlp(options: dict[str, str], prefix: str) -> MLP:
+    chosen = [name for name, word in _ACTIVATION_WORDS.items() if word and prefix + word in options]
+    return MLP(activation=chosen[0]) if chosen else MLP()  # pyrefly: ignore

@@ -1,0 +1,1 @@
+"""Published model dimensions as data, each with its source."""

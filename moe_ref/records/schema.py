@@ -1,0 +1,152 @@
+"""One run as typed JSON lines: a `run` line, a `case` line per case, an `end` line. Imports no torch.
+
+The schema number changes when a field changes its meaning or goes; readers refuse other numbers.
+Numbers that JSON cannot hold (nan, inf, -inf) are written as those words.
+"""
+
+import math
+
+import msgspec
+
+SCHEMA = 1
+
+Number = float | str
+"""A float, or "nan", "inf", "-inf"."""
+
+
+def to_number(value: float) -> Number:
+    """A float as it is written into a record, with nine significant digits."""
+    if math.isfinite(value):
+        return float(f"{value:.9g}")
+    return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+
+
+def from_number(value: Number) -> float:
+    """The float of a recorded number."""
+    return float(value)
+
+
+class Worst(msgspec.Struct, frozen=True, kw_only=True):
+    """The element with the largest error / allowed of one stage; an axis that a stage lacks is None.
+
+    rank: tensor-parallel rank. slot: the k of top-k. column: index along the last axis, counted in the
+    unsharded tensor. tile: [start, stop) of the subject-independent 64-column strip that holds it.
+    """
+
+    rank: int
+    token: int
+    slot: int | None = None
+    expert: int | None = None
+    column: int | None = None
+    got: Number
+    want: Number
+    allowed: Number
+
+
+class StageResult(msgspec.Struct, frozen=True, kw_only=True):
+    """How one stage (group of fused stages, named by its last) compares with its own inputs' truth.
+
+    ratio: largest error / allowed over all elements and ranks; above 1 fails. exact: ids and the like,
+    ratio is then 0 or inf. bad_*: which tokens, experts, ranks and 64-column tiles hold an element above
+    1 (tokens: at most 8 named). bias: mean of error * sign(want) / allowed. scale: best-fit factor got = scale * want.
+    """
+
+    stage: str
+    ratio: Number
+    exact: bool = False
+    num_checked: int
+    num_bad: int
+    worst: Worst | None = None
+    num_bad_tokens: int = 0
+    bad_tokens: list[int] = []
+    bad_experts: list[int] = []
+    bad_ranks: list[int] = []
+    bad_tiles: list[int] = []
+    num_tiles: int = 0
+    bias: Number = 0.0
+    scale: Number = 1.0
+    note: str = ""
+
+
+class Implementation(msgspec.Struct, frozen=True, kw_only=True):
+    """Who was judged: the name it was asked for by, its version, and the digest of its source files."""
+
+    name: str
+    version: str
+    source_digest: str = ""
+
+
+class CollectiveCount(msgspec.Struct, frozen=True, kw_only=True):
+    """Calls, elements and bytes of one collective, per rank."""
+
+    operation: str
+    calls: int
+    num_elements: int
+    num_bytes: int
+
+
+class RunLine(msgspec.Struct, frozen=True, kw_only=True, tag="run", tag_field="type"):
+    """First line: what is judged, on what, and which cases were chosen.
+
+    environment: keys such as python, torch, triton, numpy, device, driver, cuda, nccl, cpu_count, commit.
+    axis_pairs: "axis=value x axis=value" pairs covered by the chosen cases, as [covered, possible].
+    """
+
+    schema: int = SCHEMA
+    run: str
+    started: str
+    implementation: Implementation
+    tier: str
+    cases: list[str]
+    minimum_executed: int
+    axis_pairs: tuple[int, int]
+    environment: dict[str, str]
+    tolerances_digest: str
+    oracle_version: str
+
+
+class CaseLine(msgspec.Struct, frozen=True, kw_only=True, tag="case", tag_field="type"):
+    """One judged case.
+
+    reason: one line in words. first_stage: the first failing stage in data order. guard: what protected
+    the run, e.g. {"poison": "nan, large", "inputs": "unchanged", "process": "child"}. numerics: the
+    declared rounding contract. message: the whole failure message, at most ten lines.
+    """
+
+    schema: int = SCHEMA
+    run: str
+    case: str
+    purpose: str
+    implementation: Implementation
+    ranks: str
+    device: str
+    verdict: str
+    reason: str = ""
+    first_stage: str | None = None
+    stages: list[StageResult] = []
+    collectives: list[CollectiveCount] = []
+    guard: dict[str, str] = {}
+    runs: int = 0
+    same_bits: bool | None = None
+    numerics: dict[str, str] = {}
+    power: Number = 0.0
+    inputs_digest: str = ""
+    subject_seconds: float = 0.0
+    oracle_seconds: float = 0.0
+    message: str = ""
+    replay: str = ""
+
+
+class EndLine(msgspec.Struct, frozen=True, kw_only=True, tag="end", tag_field="type"):
+    """Last line of a run that was not cut short."""
+
+    schema: int = SCHEMA
+    run: str
+    finished: str
+    seconds: float
+    verdicts: dict[str, int]
+    executed: int
+    exit_code: int
+
+
+Line = RunLine | CaseLine | EndLine
