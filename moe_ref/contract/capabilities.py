@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from moe_ref.contract.case import Case
-from moe_ref.contract.vocabulary import Dtype, Ranks, Schedule, Stage
+from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Schedule, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,9 +15,9 @@ class Numerics:
     accumulate: format of every long sum, in any order. reduce: format of partial sums between ranks.
     """
 
-    storage: dict[Stage, Dtype]
-    accumulate: Dtype = Dtype.FP32
-    reduce: Dtype = Dtype.FP32
+    storage: dict[Stage, Format]
+    accumulate: Format = Format.FP32
+    reduce: Format = Format.FP32
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ Grammar, sections joined by "-", defaults left out, order fixed:
             mixtral.8x7b.T32     a published model; .E4 cuts the number of experts, never a width
     router  sigmoid | norm | eps1em20 | bias | g8.4 (groups.kept) | top2sum | scale2.5
     mlp     gelu | gelutanh ; shared expert: sh256 | shgate | shgelu | shgelutanh
-    others  zipf | onehot | empty | allone | ties ; positive | outlier ; s7 ; tp4 ; split60.40
+    others  zipf | onehot | empty | allone | ties ; outlier ; s7 ; tp4 ; split60.40
 
 Letters, digits, dot and hyphen only; "m" is minus, as in eps1em20. A later grammar gets another prefix;
 what an id means never changes.

@@ -6,7 +6,8 @@ from enum import StrEnum
 class Stage(StrEnum):
     """Observable stages of a layer, in the order in which data passes them.
 
-    `shared` is the shared expert's output before the merge; the others follow the routed path.
+    `shared` is the shared expert's output before the merge; the others follow the routed path. Each is
+    judged from its own inputs; `output` is the result of the whole layer, judged from the layer's inputs.
     """
 
     LOGITS = "logits"
@@ -19,6 +20,7 @@ class Stage(StrEnum):
     SHARED = "shared"
     MERGED = "merged"
     REDUCED = "reduced"
+    OUTPUT = "output"
 
 
 class Verdict(StrEnum):
@@ -55,6 +57,15 @@ class Dtype(StrEnum):
     BF16 = "bf16"
 
 
+class Format(StrEnum):
+    """Formats that numbers are stored or accumulated in; their properties stand in tolerances.yaml."""
+
+    FP64 = "fp64"
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
 class Pattern(StrEnum):
     """Where the routing of a case comes from.
 
@@ -75,13 +86,11 @@ class Pattern(StrEnum):
 class Data(StrEnum):
     """Distribution of tokens and weights, always exactly on the storage grid.
 
-    `unit`: symmetric, pre-activations with standard deviation near 1; `positive`: tokens of one
-    sign, so that sums grow with K and a truncating accumulator shows; `outlier`: one channel in
-    64 is scaled by 64.
+    `unit`: symmetric, pre-activations with a standard deviation between 1 and 3; `outlier`: one
+    channel of x in 64 is scaled by 64.
     """
 
     UNIT = "unit"
-    POSITIVE = "positive"
     OUTLIER = "outlier"
 
 

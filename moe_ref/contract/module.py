@@ -1,0 +1,63 @@
+"""The nn.Module form of a layer: parameters of one rank's shard over a functional `moe`."""
+
+from typing import ClassVar
+
+import torch
+
+from moe_ref.contract.checks import check_groups
+from moe_ref.contract.comm import Comm, Groups
+from moe_ref.contract.errors import UsageValueError
+from moe_ref.contract.parallel import Parallel
+from moe_ref.contract.spec import MoESpec
+from moe_ref.contract.trace import Trace
+from moe_ref.contract.weights import MoEWeights, parameter_shapes
+
+
+class LayerModule(torch.nn.Module):
+    """Holds the parameters of MoEWeights as this rank's shard, uninitialised: load or copy weights into them.
+
+    A package subclasses it and sets `layer_function` to its own `moe`. Builds on the meta device. Ranks agree
+    on spec and splits once, here, by one all_gather per group; raises UsageValueError naming the first rank that differs.
+    selection_bias_E is a buffer in fp32, since training updates it without a gradient.
+    """
+
+    layer_function: ClassVar[staticmethod]
+
+    def __init__(self, spec: MoESpec, parallel: Parallel | None = None, groups: Groups | None = None, *,
+                 dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.parallel, self.groups = check_groups(parallel, groups)
+        _check_agreement(self.groups.tp, repr((spec, self.parallel)))
+        for name, shape in parameter_shapes(spec, self.parallel, self.groups.tp.rank).items():
+            if name == "selection_bias_E":
+                self.register_buffer(name, torch.zeros(shape, dtype=torch.float32, device=device))
+            else:
+                self.register_parameter(name, torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
+
+    @property
+    def weights(self) -> MoEWeights:
+        """The parameters as the functional form takes them."""
+        return MoEWeights(**{name: getattr(self, name) for name in parameter_shapes(self.spec)})
+
+    @torch.no_grad()
+    def load_weights(self, weights: MoEWeights) -> None:
+        """Copy an unsharded set into this rank's shard."""
+        for name, tensor in weights.shard(self.parallel, self.groups.tp.rank).named_tensors():
+            getattr(self, name).copy_(tensor)
+
+    def forward(self, x_TH: torch.Tensor, residual_TH: torch.Tensor | None = None, *,
+                trace: Trace | None = None) -> torch.Tensor:
+        """The layer's output, (T, H)."""
+        return self.layer_function(x_TH, self.weights, self.spec, self.parallel, self.groups,
+                                   residual_TH=residual_TH, trace=trace)
+
+
+def _check_agreement(comm: Comm, description: str) -> None:
+    if comm.size == 1:
+        return
+    mine = torch.tensor(list(description.encode()), dtype=torch.uint8)
+    for rank, other in enumerate(comm.all_gather(mine)):
+        if bytes(other.tolist()) != mine.numpy().tobytes():
+            raise UsageValueError(f"rank {comm.rank} builds {description}, but rank {rank} builds "
+                                  f"{bytes(other.tolist()).decode()}")

@@ -1,0 +1,24 @@
+"""The oracle as an nn.Module, and what it declares of itself as a subject."""
+
+from moe_ref.contract.capabilities import Capabilities, Numerics
+from moe_ref.contract.module import LayerModule
+from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Stage
+from moe_ref.oracle.layer import moe
+
+
+class MoELayer(LayerModule):
+    """The reference layer over this rank's parameters; output in fp64."""
+
+    layer_function = staticmethod(moe)
+
+
+_STORED = (Stage.LOGITS, Stage.WEIGHTS, Stage.GATE_UP, Stage.ACT, Stage.DOWN, Stage.SHARED, Stage.MERGED,
+           Stage.REDUCED)
+
+CAPABILITIES = Capabilities(
+    name="moe_ref", version="0.1.0",
+    numerics={dtype: Numerics(storage=dict.fromkeys(_STORED, Format.FP64), accumulate=Format.FP64,
+                              reduce=Format.FP64) for dtype in Dtype},
+    stages=(*_STORED, Stage.IDS), activations=("silu", "gelu", "gelu_tanh"), scores=("softmax", "sigmoid"),
+    grouped_routing=True, selection_bias=True, shared_expert=True, dense=True, residual=True, max_tp=64,
+    ranks=tuple(Ranks), deterministic=True, lower_id_ties=True, collectives_through_groups=True)
