@@ -98,25 +98,26 @@ class LocalComm:
         return self._baton.size
 
     def _exchange(self, operation: str, signature: tuple, payload: object) -> list:
+        # Payloads are copies: a rank that resumes first may overwrite its buffer before the others read it.
         requests = self._baton.exchange(self.rank, _Request(operation, signature, payload))
         return [requests[rank].payload for rank in range(self.size)]
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        parts = self._exchange("all_reduce", (tuple(tensor.shape), str(tensor.dtype)), tensor)
+        parts = self._exchange("all_reduce", (tuple(tensor.shape), str(tensor.dtype)), tensor.clone())
         return _sum_in_rank_order(parts)
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        parts = self._exchange("all_gather", (tuple(tensor.shape[1:]), str(tensor.dtype)), tensor)
+        parts = self._exchange("all_gather", (tuple(tensor.shape[1:]), str(tensor.dtype)), tensor.clone())
         return [part.clone() for part in parts]
 
     def reduce_scatter(self, tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
         signature = (tuple(tensor.shape), str(tensor.dtype), tuple(rows))
-        parts = self._exchange("reduce_scatter", signature, tensor)
+        parts = self._exchange("reduce_scatter", signature, tensor.clone())
         start = sum(rows[:self.rank])
         return _sum_in_rank_order([part[start:start + rows[self.rank]] for part in parts])
 
     def all_to_all(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        parts = self._exchange("all_to_all", (str(tensors[0].dtype),), list(tensors))
+        parts = self._exchange("all_to_all", (str(tensors[0].dtype),), [tensor.clone() for tensor in tensors])
         return [part[self.rank].clone() for part in parts]
 
 

@@ -1,0 +1,1 @@
+"""Inputs of a case: a pure function of the problem's id, the same bits on every machine."""

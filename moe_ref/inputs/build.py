@@ -1,0 +1,145 @@
+"""A problem's tokens, weights, logits and residual; sharding cuts them, nothing is redrawn."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from moe_ref.contract.case import Problem
+from moe_ref.contract.case_id import format_problem
+from moe_ref.contract.dtypes import TORCH_DTYPES
+from moe_ref.contract.parallel import PLACEMENTS, Parallel
+from moe_ref.contract.vocabulary import Data, Dtype
+from moe_ref.contract.weights import ExpertWeights, MoEWeights, parameter_shapes
+from moe_ref.inputs.patterns import pattern_logits, pattern_selection_bias
+from moe_ref.inputs.philox import grid_tensor
+
+TOKEN_AMPLITUDE = 2.0
+OUTLIER_EVERY, OUTLIER_FACTOR = 64, 64.0
+
+
+def inverse_root(size: int) -> float:
+    """The largest 2^-j with 4^j >= size: a power of two in (1 / (2 sqrt(size)), 1 / sqrt(size)]."""
+    exponent = 0
+    while 4**exponent < size:
+        exponent += 1
+    return 2.0**-exponent
+
+
+@dataclass(frozen=True)
+class GeneratedWeights:
+    """Unsharded weights of a problem, made expert by expert when asked for; at most one expert is held.
+
+    Uniform on [-a, a): a = 4 * inverse_root(fan in) for w13 and router, 2 * inverse_root for w2, so that
+    pre-activations and logits have a standard deviation between 0.7 and 2.7, where activations differ
+    from each other and gate from up; 8 times less on w13 for outlier data, whose tokens are larger.
+    """
+
+    problem: Problem
+
+    def _draw(self, name: str, shape: tuple[int, ...], amplitude: float, index: int = 0) -> torch.Tensor:
+        return grid_tensor(format_problem(self.problem), name, shape, self.problem.dtype, amplitude, index)
+
+    def _mlp(self, prefix: str, intermediate_size: int, index: int) -> ExpertWeights:
+        hidden = self.problem.spec.hidden_size
+        damping = 0.125 if self.problem.data is Data.OUTLIER else 1.0
+        return ExpertWeights(
+            self._draw(prefix + "w13", (2, intermediate_size, hidden), 4 * damping * inverse_root(hidden), index),
+            self._draw(prefix + "w2", (hidden, intermediate_size), 2 * inverse_root(intermediate_size), index))
+
+    def expert(self, e: int) -> ExpertWeights:
+        """Expert e, drawn anew at every call."""
+        return self._mlp("", self.problem.spec.intermediate_size, e)
+
+    def shared_expert(self) -> ExpertWeights | None:
+        """The shared expert, or None."""
+        shared = self.problem.spec.shared
+        return self._mlp("shared_", shared.intermediate_size, 0) if shared else None
+
+    @cached_property
+    def router_EH(self) -> torch.Tensor | None:
+        spec = self.problem.spec
+        if spec.router is None:
+            return None
+        damping = 0.125 if self.problem.data is Data.OUTLIER else 1.0
+        return self._draw("router", (spec.num_experts, spec.hidden_size), 4 * damping * inverse_root(spec.hidden_size))
+
+    @cached_property
+    def selection_bias_E(self) -> torch.Tensor | None:
+        """fp32, in [-0.5, 0.5): negative selection scores occur."""
+        router = self.problem.spec.router
+        if router is None or not router.selection_bias:
+            return None
+        drawn = grid_tensor(format_problem(self.problem), "selection_bias", (router.num_experts,), Dtype.FP32, 0.5)
+        return pattern_selection_bias(self.problem, drawn)
+
+    @cached_property
+    def shared_gate_SH(self) -> torch.Tensor | None:
+        spec = self.problem.spec
+        if spec.shared is None or spec.shared.gate == "none":
+            return None
+        return self._draw("shared_gate", (1, spec.hidden_size), 4 * inverse_root(spec.hidden_size))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a layer is called with, unsharded: x_TH, injected logits_TE (fp32) or None, residual_TH or None."""
+
+    problem: Problem
+    x_TH: torch.Tensor
+    logits_TE: torch.Tensor | None
+    residual_TH: torch.Tensor | None
+    weights: GeneratedWeights
+
+    def digest(self) -> str:
+        """16 hex digits over the bits of tokens, logits, residual and the first expert."""
+        expert = self.weights.expert(0)
+        hasher = hashlib.sha256()
+        for tensor in (self.x_TH, self.logits_TE, self.residual_TH, expert.w13_GIH[:, :1], expert.w2_HI[:1]):
+            if tensor is not None:
+                hasher.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return hasher.hexdigest()[:16]
+
+
+def build_inputs(problem: Problem) -> Inputs:
+    """The inputs of `problem`, on the CPU."""
+    shape, name = (problem.num_tokens, problem.spec.hidden_size), format_problem(problem)
+    x_TH = grid_tensor(name, "x", shape, problem.dtype, TOKEN_AMPLITUDE)
+    if problem.data is Data.OUTLIER:
+        x_TH[:, 17 % shape[1]::OUTLIER_EVERY] *= OUTLIER_FACTOR
+    residual_TH = grid_tensor(name, "residual", shape, problem.dtype, TOKEN_AMPLITUDE) if problem.residual else None
+    return Inputs(problem, x_TH, pattern_logits(problem), residual_TH, GeneratedWeights(problem))
+
+
+def build_shards(problem: Problem, parallel: Parallel, device: torch.device | str = "cpu",
+                 progress: Callable[[int], None] = lambda expert: None) -> list[MoEWeights]:
+    """Every tp rank's weights, filled expert by expert, so that no unsharded copy exists beside them."""
+    weights, options = GeneratedWeights(problem), {"dtype": TORCH_DTYPES[problem.dtype], "device": device}
+    shards: list[dict[str, torch.Tensor]] = [
+        {name: torch.empty(shape, **options) for name, shape in parameter_shapes(problem.spec, parallel, rank).items()}
+        for rank in range(parallel.tp)]
+    for name in ("router_EH", "selection_bias_E", "shared_gate_SH"):
+        tensor = getattr(weights, name)
+        if tensor is not None:
+            tensor = tensor.to(device)
+            for shard in shards:
+                shard[name] = tensor
+    if shared := weights.shared_expert():
+        _cut(shared, ("shared_w13_GIH", "shared_w2_HI"), shards, parallel, None)
+    for e in range(problem.spec.num_experts):
+        _cut(weights.expert(e), ("w13_EGIH", "w2_EHI"), shards, parallel, e)
+        progress(e)
+    return [MoEWeights(**shard) for shard in shards]
+
+
+def _cut(expert: ExpertWeights, names: tuple[str, str], shards: list[dict[str, torch.Tensor]], parallel: Parallel,
+         e: int | None) -> None:
+    for name, tensor in zip(names, expert, strict=True):
+        dim = PLACEMENTS[name].shard_dim
+        assert dim is not None
+        dim -= e is not None
+        for shard, (start, stop) in zip(shards, parallel.ranges(tensor.shape[dim]), strict=True):
+            target = shard[name] if e is None else shard[name][e]
+            target.copy_(tensor.narrow(dim, start, stop - start))
