@@ -1,0 +1,10 @@
+"""moe_fast: the tensor-parallel MoE layer in Triton; same names and signatures as moe_ref.
+
+On CUDA tensors the kernels are compiled; on CPU tensors the same sources run in Triton's interpreter,
+switched per launch by the package.
+"""
+
+from moe_fast.layer import experts, moe, route
+from moe_fast.module import CAPABILITIES, MoELayer
+
+__all__ = ["CAPABILITIES", "MoELayer", "experts", "moe", "route"]

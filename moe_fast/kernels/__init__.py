@@ -1,0 +1,1 @@
+"""Triton kernels, one stage a file; each file holds the kernel and the function that launches it."""

@@ -1,0 +1,1 @@
+"""Reports: records in; head lines, Markdown, one HTML page and JSON out. Imports no torch."""

@@ -1,0 +1,85 @@
+"""The axes of a case, read off its id: what coverage tables count and what plots draw against."""
+
+from functools import cache
+
+from moe_ref.contract.case import Case
+from moe_ref.contract.case_id import format_problem, parse_case
+from moe_ref.contract.errors import UsageValueError
+from moe_ref.contract.vocabulary import Stage
+
+UNREADABLE = {"case id": "not readable by this version"}
+
+_HIDDEN_STAGES = (Stage.LOGITS, Stage.GATE_UP, Stage.ACT)
+_INTERMEDIATE_STAGES = (Stage.DOWN, Stage.MERGED, Stage.REDUCED)
+
+
+@cache
+def read_case(text: str) -> Case | None:
+    """The case of an id; None for an id of another grammar, or of a model this version does not know."""
+    try:
+        return parse_case(text)
+    except UsageValueError:
+        return None
+
+
+@cache
+def case_axes(text: str) -> dict[str, str]:
+    """axis -> value, the axes that most often separate failures first; UNREADABLE for a foreign id."""
+    case = read_case(text)
+    if case is None:
+        return UNREADABLE
+    problem, spec, router = case.problem, case.problem.spec, case.problem.spec.router
+    yes_no = {True: "yes", False: "no"}
+    axes = {"dtype": str(problem.dtype), "tp": str(case.parallel.tp),
+            "split": "uneven" if case.parallel.splits else "even", "pattern": str(problem.pattern),
+            "data": str(problem.data), "activation": spec.experts.activation,
+            "score": router.score if router else "no router"}
+    if router:
+        axes |= {"renormalize": yes_no[router.renormalize], "selection bias": yes_no[router.selection_bias],
+                 "expert groups": f"{router.num_groups_kept} of {router.num_groups}"}
+    shared = "none" if spec.shared is None else "gated" if spec.shared.gate == "sigmoid" else "plain"
+    axes |= {"shared expert": shared, "residual": yes_no[problem.residual], "model": problem.model or "none",
+             "tokens": str(problem.num_tokens), "hidden": str(spec.hidden_size),
+             "intermediate": str(spec.intermediate_size), "experts": str(spec.num_experts),
+             "top-k": str(spec.top_k)}
+    return axes
+
+
+def axis_sort_key(value: str) -> tuple[int, float, str]:
+    """Numbers by size, then words by alphabet."""
+    return (0, float(value), "") if value.isdecimal() else (1, 0.0, value)
+
+
+def size_of(text: str) -> float:
+    """Multiply-adds of a case, routed and shared, to find the smallest of several; inf for a foreign id."""
+    case = read_case(text)
+    if case is None:
+        return float("inf")
+    spec, tokens = case.problem.spec, max(case.problem.num_tokens, 1)
+    shared = spec.shared.intermediate_size if spec.shared else 0
+    return tokens * spec.hidden_size * 3 * (spec.top_k * spec.intermediate_size + shared) * case.parallel.tp
+
+
+def reduction(stage: str, text: str) -> tuple[str, int] | None:
+    """("hidden" or "intermediate", K): what the last long sum of a stage runs over; None where there is none.
+
+    Stages count as the group that ends with them: `act` of a fused gate_up + act sums over H. K is the
+    unsharded length, so that one layer stands at the same K for every tp.
+    """
+    case = read_case(text)
+    if case is None:
+        return None
+    spec = case.problem.spec
+    if stage in _HIDDEN_STAGES:
+        return "hidden", spec.hidden_size
+    if stage in _INTERMEDIATE_STAGES:
+        return "intermediate", spec.intermediate_size
+    if stage == Stage.SHARED and spec.shared:
+        return "intermediate", spec.shared.intermediate_size
+    return None
+
+
+def ladder_step(text: str) -> tuple[str, int] | None:
+    """(problem id, tp) of a case with even splits; cases with the same problem id form one tp ladder."""
+    case = read_case(text)
+    return None if case is None or case.parallel.splits else (format_problem(case.problem), case.parallel.tp)

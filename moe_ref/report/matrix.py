@@ -1,0 +1,74 @@
+"""The matrix of the page: case classes (dtype, tp, pattern) against stages, each cell the worst error / allowed."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from moe_ref.records.schema import CaseLine, Number
+from moe_ref.report.axes import axis_sort_key, case_axes
+from moe_ref.report.facts import is_executed, is_red, ratio_of, stage_number
+from moe_ref.report.words import format_ratio
+
+LEVELS = 8
+"""Colour steps below 1.0, four to a decade: from 0.01 of the bound (and less) to the bound."""
+
+_CLASS_AXES = ("dtype", "tp", "pattern")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The worst ratio of one stage in one class: its text, colour class and the case that holds it."""
+
+    text: str
+    colour: str
+    case: str
+
+
+@dataclass(frozen=True)
+class MatrixRow:
+    """One class: a cell (or None: not compared) per stage; red cases in which no stage was above its bound."""
+
+    label: tuple[str, ...]
+    executed: int
+    failed: int
+    cells: tuple[Cell | None, ...]
+    stageless: tuple[str, ...]
+
+
+def colour_of(ratio: Number) -> str:
+    """'bad' above 1.0, else 'level0' .. 'level7' on a log scale."""
+    number = ratio_of(ratio)
+    if number > 1:
+        return "bad"
+    level = LEVELS + math.ceil(4 * math.log10(number)) - 1 if number > 0 else 0
+    return f"level{min(max(level, 0), LEVELS - 1)}"
+
+
+def matrix(lines: Iterable[CaseLine]) -> tuple[list[str], list[MatrixRow]]:
+    """(stages in data order, rows in the order of their classes); cases that did not run have no place here."""
+    classes: dict[tuple[str, ...], list[CaseLine]] = {}
+    for line in lines:
+        if is_executed(line):
+            axes = case_axes(line.case)
+            label = tuple(axes.get(axis, "?") for axis in _CLASS_AXES)
+            classes.setdefault(label, []).append(line)
+    stages = sorted({stage.stage for members in classes.values() for line in members for stage in line.stages},
+                    key=lambda stage: (stage_number(stage), stage))
+    labels = sorted(classes, key=lambda label: tuple(map(axis_sort_key, label)))
+    return stages, [_row(label, classes[label], stages) for label in labels]
+
+
+def _row(label: tuple[str, ...], members: list[CaseLine], stages: list[str]) -> MatrixRow:
+    stageless = tuple(line.case for line in members
+                      if is_red(line) and not any(ratio_of(stage.ratio) > 1 for stage in line.stages))
+    return MatrixRow(label, len(members), sum(map(is_red, members)),
+                     tuple(_cell(stage, members) for stage in stages), stageless)
+
+
+def _cell(name: str, members: list[CaseLine]) -> Cell | None:
+    found = [(stage, line.case) for line in members for stage in line.stages if stage.stage == name]
+    if not found:
+        return None
+    stage, case = max(found, key=lambda entry: ratio_of(entry[0].ratio))
+    text = ("differ" if ratio_of(stage.ratio) > 0 else "=") if stage.exact else format_ratio(stage.ratio)
+    return Cell(text, colour_of(stage.ratio), case)

@@ -1,0 +1,155 @@
+"""Plots of the page as inline SVG; matplotlib is imported only when a plot is drawn.
+
+Text and axes are drawn in a marker colour that becomes `currentColor`, so they follow the page's light or
+dark theme. Series colours stand out on both.
+"""
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+from moe_ref.contract.vocabulary import Stage
+from moe_ref.records.schema import CaseLine, from_number
+from moe_ref.report.axes import case_axes, ladder_step, reduction
+from moe_ref.report.facts import ratio_of, worst_ratio
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_INK = "#010203"
+_COLOURS = {"bf16": "#3b82f6", "fp16": "#e08700", "fp32": "#14a08c"}
+_OTHER, _BAD = "#8b8fa3", "#e5484d"
+_CEILING, _GROUND = 1e3, 1e-3
+"""Ratios are drawn within these; inf and nan stand at the ceiling."""
+
+_STYLE = {"svg.fonttype": "none", "text.parse_math": False, "font.family": "sans-serif", "font.size": 9,
+          "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK,
+          "ytick.color": _INK, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 9,
+          "axes.titlelocation": "left", "grid.color": _INK, "grid.alpha": 0.15, "legend.frameon": False}
+
+
+def plot_against_length(lines: Iterable[CaseLine]) -> str:
+    """Worst ratio against K, a panel per kind of sum, a series per dtype; '' if nothing was measured."""
+    worst: dict[tuple[str, str], dict[int, float]] = {}
+    for line in lines:
+        for stage in line.stages:
+            found = reduction(stage.stage, line.case)
+            if found and not stage.exact:
+                series = worst.setdefault((found[0], case_axes(line.case)["dtype"]), {})
+                series[found[1]] = max(series.get(found[1], 0.0), ratio_of(stage.ratio))
+    titles = {"hidden": "sums over hidden (logits, gate_up, act)",
+              "intermediate": "sums over intermediate (down, merged, reduced, shared)"}
+
+    def draw(figure: "Figure") -> None:
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, kind in zip(panels, titles, strict=True):
+            for (of_kind, dtype), series in sorted(worst.items()):
+                if of_kind == kind:
+                    _line(axes, sorted(series.items()), dtype, _COLOURS.get(dtype, _OTHER))
+            axes.set_xscale("log", base=2)
+            axes.set_xlabel(f"K = {kind} size")
+            axes.set_title(titles[kind])
+            _ratio_axis(axes)
+        panels[0].set_ylabel("worst error / allowed")
+
+    return _svg(draw, "length") if worst else ""
+
+
+def ladders(lines: Iterable[CaseLine]) -> dict[str, dict[int, CaseLine]]:
+    """problem id -> tp -> case, for problems that were measured at two or more tp sizes."""
+    steps: dict[str, dict[int, CaseLine]] = {}
+    for line in lines:
+        if (step := ladder_step(line.case)) and line.stages:
+            steps.setdefault(step[0], {})[step[1]] = line
+    return {problem: dict(sorted(found.items())) for problem, found in steps.items() if len(found) > 1}
+
+
+def plot_ladders(lines: Iterable[CaseLine]) -> str:
+    """Worst ratio over tp, a line per problem, coloured by dtype; '' without two sizes of one problem."""
+    found = ladders(lines)
+
+    def draw(figure: "Figure") -> None:
+        axes, named = figure.subplots(), set()
+        for steps in found.values():
+            dtype = case_axes(next(iter(steps.values())).case)["dtype"]
+            points = [(tp, worst_ratio(line)) for tp, line in steps.items()]
+            _line(axes, points, "" if dtype in named else dtype, _COLOURS.get(dtype, _OTHER))
+            named.add(dtype)
+        ticks = sorted({tp for steps in found.values() for tp in steps})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [str(tp) for tp in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("tp")
+        axes.set_ylabel("worst error / allowed")
+        _ratio_axis(axes)
+
+    return _svg(draw, "ladder") if found else ""
+
+
+def plot_bias_and_scale(lines: Iterable[CaseLine]) -> str:
+    """Signed bias and best-fit scale per stage, a dot per case; '' if no stage was measured."""
+    dots: dict[str, list[tuple[float, float, str]]] = {}
+    for line in lines:
+        for stage in line.stages:
+            bias, scale = from_number(stage.bias), from_number(stage.scale)
+            if not stage.exact and math.isfinite(bias) and math.isfinite(scale):
+                colour = _COLOURS.get(case_axes(line.case).get("dtype", ""), _OTHER)
+                dots.setdefault(stage.stage, []).append((bias, scale - 1, colour))
+    names = [str(stage) for stage in Stage if stage in dots]
+
+    def draw(figure: "Figure") -> None:
+        panels = figure.subplots(1, 2, sharey=True)
+        for number, (axes, label) in enumerate(zip(panels, ("bias: mean signed error / allowed",
+                                                           "best-fit scale - 1"), strict=True)):
+            for row, name in enumerate(names):
+                axes.scatter([dot[number] for dot in dots[name]], [row] * len(dots[name]),
+                             c=[dot[2] for dot in dots[name]], s=16, alpha=0.6, linewidths=0)
+            axes.axvline(0, color=_INK, linewidth=0.8)
+            if number == 1:
+                axes.set_xscale("symlog", linthresh=1e-4)
+            axes.set_xlabel(label)
+            axes.set_yticks(range(len(names)), names)
+            axes.grid(axis="y")
+        panels[0].invert_yaxis()
+
+    return _svg(draw, "bias", height=1.2 + 0.28 * len(names)) if names else ""
+
+
+def _line(axes: "Axes", points: list[tuple[int, float]], label: str, colour: str) -> None:
+    """A line through the points; those above the bound get a red face."""
+    sizes = [size for size, _ in points]
+    ratios = [min(max(ratio, _GROUND), _CEILING) for _, ratio in points]
+    axes.plot(sizes, ratios, color=colour, label=label or None, linewidth=1.3, alpha=0.8)
+    axes.scatter(sizes, ratios, s=22, zorder=3, edgecolors=colour, linewidths=1.2,
+                 c=[_BAD if ratio > 1 else colour for ratio in ratios])
+
+
+def _ratio_axis(axes: "Axes") -> None:
+    axes.set_yscale("log")
+    axes.axhline(1.0, color=_BAD, linewidth=1.2)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0.1), max(high, 2.0))
+    axes.grid(axis="y")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="best", fontsize=8)
+
+
+def _svg(draw: Callable[["Figure"], None], salt: str, height: float = 3.0) -> str:
+    """The figure as an <svg> element without scripts or outer resources; the same input gives the same text."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": salt}):
+        figure = Figure(figsize=(8.6, height), layout="constrained")
+        figure.patch.set_alpha(0)
+        draw(figure)
+        for axes in figure.axes:
+            axes.patch.set_alpha(0)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg"):], flags=re.DOTALL)
+    return text.replace(_INK, "currentColor")

@@ -1,0 +1,91 @@
+"""The Markdown summary for job summaries and review comments: text only, below a stated size."""
+
+from collections.abc import Sequence
+
+from moe_ref.contract.vocabulary import Verdict
+from moe_ref.records.schema import CaseLine
+from moe_ref.records.store import Run
+from moe_ref.report.compare import DRIFT_FACTOR, DRIFT_FLOOR, Comparison
+from moe_ref.report.coverage import coverage
+from moe_ref.report.facts import case_lines, culprit, failures, reasons
+from moe_ref.report.markdown import Section, block, cell, code, fit
+from moe_ref.report.words import format_ratio, one_line, replay, where, worst_element
+
+SUMMARY_BUDGET = 60_000
+"""Characters; a comment may hold 65,536, a job summary 1 MiB."""
+
+_MESSAGES_SHOWN = 5
+_MESSAGE_LIMIT = 2000
+
+
+def summary(run: Run, head: Sequence[str], comparison: Comparison | None = None) -> str:
+    """The summary as Markdown, at most SUMMARY_BUDGET characters; what was cut is counted in its place."""
+    lines = list(case_lines(run).values())
+    sections = _failure_sections(lines, comparison)
+    if comparison:
+        sections += _comparison_sections(comparison)
+    sections += [_coverage_section(run, lines)]
+    sections += [_reason_section(lines, verdict, title) for verdict, title in (
+        (Verdict.UNSUPPORTED, "Unsupported, by declared reason"), (Verdict.NOT_RUN, "Not run"),
+        (Verdict.HARNESS_ERROR, "Harness errors, not verdicts on the implementation"),
+        (Verdict.KNOWN_FAILURE, "Known failures, by reason"))]
+    environment = run.header.environment | {
+        "run": run.header.run, "started": run.header.started, "tolerances": run.header.tolerances_digest,
+        "oracle": run.header.oracle_version}
+    sections.append(Section("Environment", ("what", "value"),
+                            [(cell(key), cell(environment[key])) for key in sorted(environment)], 40))
+    top = block("\n".join(head)) + "\n\n"
+    return fit(top, [section for section in sections if section.rows or section.text], SUMMARY_BUDGET)
+
+
+def _failure_sections(lines: list[CaseLine], comparison: Comparison | None) -> list[Section]:
+    new = set(comparison.new_failures) if comparison else set()
+    red = sorted(failures(lines), key=lambda line: line.case not in new)
+    rows = []
+    for line in red:
+        stage = culprit(line)
+        rows.append((cell(line.first_stage or line.verdict), code(line.case) + " **new**" * (line.case in new),
+                     format_ratio(stage.ratio) if stage else "-", cell(where(line)), code(replay(line))))
+    messages = [(f"**{cell(line.case)}**\n\n{block(_message(line))}\n",) for line in red[:_MESSAGES_SHOWN]]
+    return [Section(f"Failures: {len(rows)}", ("stage", "case", "ratio", "where", "replay"), rows, 60,
+                    "" if rows else "None."),
+            Section("First messages", (), messages, _MESSAGES_SHOWN)]
+
+
+def _message(line: CaseLine) -> str:
+    """The recorded message, without control characters; of a crash without one, the reason and worst element."""
+    stage = culprit(line)
+    text = line.message or "\n".join(filter(None, [line.reason, worst_element(stage) if stage else ""]))
+    kept = "\n".join(" " * (len(row) - len(row.lstrip(" "))) + one_line(row) for row in text.splitlines())
+    return kept[:_MESSAGE_LIMIT] or "no message recorded"
+
+
+def _comparison_sections(comparison: Comparison) -> list[Section]:
+    drift = [(cell(drift.stage), code(drift.case), format_ratio(drift.before), format_ratio(drift.now))
+             for drift in comparison.drift]
+    return [
+        Section("Notes on the comparison", ("note",), [(cell(note),) for note in comparison.notes], 10),
+        Section(f"Fixed: {len(comparison.fixed)}", ("case",), [(code(case),) for case in comparison.fixed], 40),
+        Section(f"Drift: {len(drift)}", ("stage", "case", "before", "now"), drift, 40,
+                f"Passing stages whose error / allowed grew by more than {DRIFT_FACTOR} to above {DRIFT_FLOOR}."),
+        Section(f"Coverage lost: {len(comparison.coverage_lost)}", ("case", "why"),
+                [(code(case), cell(reason)) for case, reason in comparison.coverage_lost], 40),
+        Section(f"Coverage gained: {len(comparison.coverage_gained)}", ("case",),
+                [(code(case),) for case in comparison.coverage_gained], 20),
+        Section(f"Newly excused by an expectation: {len(comparison.excused)}", ("case",),
+                [(code(case),) for case in comparison.excused], 40)]
+
+
+def _coverage_section(run: Run, lines: list[CaseLine]) -> Section:
+    covered, possible = run.header.axis_pairs
+    rows = [(cell(entry.axis), cell(entry.value), str(entry.passed), str(entry.failed), str(entry.unsupported),
+             str(entry.not_run)) for entry in coverage(lines)]
+    return Section("Coverage", ("axis", "value", "pass", "fail", "unsupported", "not run"), rows, 150,
+                   f"{covered} of {possible} pairs of axis values are in the chosen cases. "
+                   "Fail counts known failures too, not run counts harness errors too.")
+
+
+def _reason_section(lines: list[CaseLine], verdict: Verdict, title: str) -> Section:
+    found = reasons(lines, verdict)
+    return Section(f"{title}: {sum(number for _, number in found)}", ("cases", "reason"),
+                   [(str(number), cell(reason)) for reason, number in found], 40)

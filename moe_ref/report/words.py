@@ -1,0 +1,69 @@
+"""Records in words: ratios, the place of an error, the worst element, the replay line."""
+
+import shlex
+
+from moe_ref.records.schema import CaseLine, Number, StageResult, from_number
+from moe_ref.report.facts import culprit
+
+
+def format_ratio(value: Number) -> str:
+    """A ratio in words: two digits, more beside 1.0 so that a pass never reads like a failure."""
+    number = from_number(value)
+    return f"{number:.4g}" if 0.95 <= number < 1.05 else f"{number:.2g}"
+
+
+def where(line: CaseLine) -> str:
+    """Where the first failing stage is wrong, in words; the reason if no stage was compared."""
+    stage = culprit(line)
+    if stage is None or not stage.num_bad:
+        return line.reason
+    parts = [_numbers("expert", stage.bad_experts), _numbers("rank", stage.bad_ranks),
+             _numbers("tile", stage.bad_tiles) + (f" of {stage.num_tiles}" if stage.bad_tiles else "")]
+    tokens = _numbers("token", stage.bad_tokens)
+    if stage.num_bad_tokens > len(stage.bad_tokens):
+        tokens = f"{stage.num_bad_tokens} tokens" + (f" ({tokens}, ...)" if tokens else "")
+    parts.append(tokens)
+    return ", ".join(filter(None, parts)) or f"{stage.num_bad} of {stage.num_checked} elements"
+
+
+def _numbers(name: str, values: list[int]) -> str:
+    """'expert 3', 'tiles 0-5, 9': consecutive numbers as ranges."""
+    if not values:
+        return ""
+    ranges: list[list[int]] = []
+    for value in sorted(values):
+        if ranges and value == ranges[-1][1] + 1:
+            ranges[-1][1] = value
+        else:
+            ranges.append([value, value])
+    text = ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+    return f"{name}{'s' if len(values) > 1 else ''} {text}"
+
+
+def worst_element(stage: StageResult) -> str:
+    """The worst element in words; '' if none was recorded."""
+    if stage.worst is None:
+        return ""
+    worst = stage.worst
+    axes = {"rank": worst.rank, "token": worst.token, "slot": worst.slot, "expert": worst.expert,
+            "column": worst.column}
+    place = ", ".join(f"{name} {value}" for name, value in axes.items() if value is not None)
+    return f"{stage.stage}[{place}] got {worst.got}, want {worst.want}, allowed {worst.allowed}"
+
+
+def replay(line: CaseLine) -> str:
+    """The command that runs the case again."""
+    return line.replay or shlex.join(["python", "-m", "moe_ref", "replay", line.case,
+                                      "--impl", line.implementation.name])
+
+
+def one_line(text: str, limit: int = 300) -> str:
+    """Text of a record on one line, cut at `limit`; without control characters, which a terminal would obey."""
+    plain = "".join(sign if sign.isprintable() else " " for sign in text)
+    plain = " ".join(plain.split())
+    return plain if len(plain) <= limit else plain[:limit - 3] + "..."
+
+
+def plural(number: int, noun: str) -> str:
+    """'1 failure', '2 failures'; a noun in -pass stays as it is."""
+    return f"{number} {noun}" + ("" if number == 1 or noun.endswith("pass") else "s")

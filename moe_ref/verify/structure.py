@@ -1,0 +1,37 @@
+"""Shapes and dtypes of everything a subject shows, before any number is compared."""
+
+from moe_ref.contract.capabilities import Numerics
+from moe_ref.contract.case import Case
+from moe_ref.contract.dtypes import TORCH_DTYPES
+from moe_ref.contract.vocabulary import Stage
+from moe_ref.verify.measure_routing import RankTensors
+
+
+def stage_shapes(case: Case, rank: int) -> dict[Stage, tuple[int, ...]]:
+    """What each stage of `rank` should look like; sharded stages have the rank's own width."""
+    spec, tokens = case.problem.spec, case.problem.num_tokens
+    rows = tokens * spec.top_k
+    start, stop = case.parallel.ranges(spec.intermediate_size)[rank]
+    return {
+        Stage.LOGITS: (tokens, spec.num_experts), Stage.IDS: (tokens, spec.top_k), Stage.WEIGHTS: (tokens, spec.top_k),
+        Stage.GATE_UP: (rows, 2, stop - start), Stage.ACT: (rows, stop - start), Stage.DOWN: (rows, spec.hidden_size),
+        Stage.SHARED: (tokens, spec.hidden_size), Stage.MERGED: (tokens, spec.hidden_size),
+        Stage.REDUCED: (tokens, spec.hidden_size),
+    }
+
+
+def struct_faults(case: Case, ranks: list[RankTensors], numerics: Numerics) -> list[str]:
+    """One line per stage of wrong shape or dtype, with both; ids may be any integer type."""
+    faults = []
+    for rank, tensors in enumerate(ranks):
+        shapes = stage_shapes(case, rank)
+        for stage, tensor in tensors.items():
+            if tuple(tensor.shape) != shapes[stage]:
+                faults.append(f"{stage}: shape {tuple(tensor.shape)}, but should be {shapes[stage]} [rank {rank}]")
+            stored = numerics.storage.get(stage)
+            if stored is not None and tensor.dtype != TORCH_DTYPES[stored]:
+                faults.append(f"{stage}: dtype {tensor.dtype}, but should be {TORCH_DTYPES[stored]} as declared "
+                              f"[rank {rank}]")
+            if stage is Stage.IDS and tensor.dtype.is_floating_point:
+                faults.append(f"ids: dtype {tensor.dtype}, but should be an integer type [rank {rank}]")
+    return faults
