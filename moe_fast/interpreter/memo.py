@@ -1,0 +1,53 @@
+"""Memoised construction of Triton's type and tensor objects, which otherwise takes two thirds of a launch.
+
+Every operation of a kernel builds a block_type and a tensor, and each builds a tl.tuple of constexpr for its shape.
+Both constructors depend on their type arguments only, so their results are computed once by Triton's own code and
+copied; a type's name, which holds shape, element and constness, is the key (types are not all hashable). Costs nothing in clarity elsewhere: delete it when upstream stops building a tuple per tensor.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter as upstream
+
+_np_dtype_of = upstream._get_np_dtype
+_NP_DTYPES: dict[str, np.dtype] = {}
+_BLOCK_TYPES: dict[tuple, dict[str, object]] = {}
+_TENSORS: dict[str, dict[str, object]] = {}
+_init_block_type: Callable = tl.block_type.__init__
+_init_tensor: Callable = tl.tensor.__init__
+
+
+def np_dtype(dtype: tl.dtype) -> np.dtype:
+    """The NumPy dtype that stores `dtype`, memoised: upstream builds its table of 17 dtypes at each call."""
+    found = _NP_DTYPES.get(dtype.name)
+    if found is None:
+        found = _NP_DTYPES[dtype.name] = _np_dtype_of(dtype)
+    return found
+
+
+def init_block_type(self: tl.block_type, element_ty: tl.dtype, shape: object) -> None:
+    """block_type.__init__ by copy."""
+    key = (element_ty.name, *(shape.values if type(shape) is tl.tuple else shape))
+    attributes = _BLOCK_TYPES.get(key)
+    if attributes is None:
+        _init_block_type(self, element_ty, list(shape))
+        attributes = _BLOCK_TYPES[key] = dict(vars(self))
+    vars(self).update(attributes)
+
+
+def init_tensor(self: tl.tensor, handle: object, type: tl.dtype) -> None:
+    """tensor.__init__ by copy."""
+    attributes = _TENSORS.get(type.name)
+    if attributes is None:
+        _init_tensor(self, handle, type)
+        attributes = _TENSORS[type.name] = dict(vars(self))
+    state = vars(self)
+    state.update(attributes)
+    state["handle"] = handle
+
+
+def plain_shape(dtype: tl.dtype) -> tuple[int, ...]:
+    """The shape of a block type as a plain tuple, () for a scalar type."""
+    return tuple(dtype.shape.values) if type(dtype) is tl.block_type else ()

@@ -1,0 +1,71 @@
+"""The kernel language's type rules, with an integer overflow check that raises and a short way for common operands."""
+
+from collections.abc import Callable
+
+import numpy as np
+import triton.language as tl
+from triton.language.semantic import TritonSemantic
+
+from moe_fast.interpreter.errors import IntegerOverflowError
+from moe_fast.interpreter.memo import plain_shape
+
+_UFUNCS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+_OFFSETS = frozenset(dtype.name for dtype in (tl.int32, tl.int64))
+_COMPUTED_AS_IS = _OFFSETS | {tl.float32.name, tl.float64.name}
+
+
+class CheckedSemantic(TritonSemantic):
+    """Triton's semantics; upstream computes its overflow check with six operations and drops the result by default."""
+
+    def binary_op_sanitize_overflow_impl(self, lhs: tl.tensor, rhs: tl.tensor, binary_op: Callable) -> None:
+        """Raise IntegerOverflowError if `binary_op` in int64 leaves the range of lhs's type (below 64 bits)."""
+        dtype = lhs.dtype
+        if not self.builder.options.sanitize_overflow or dtype.int_bitwidth >= 64:
+            return
+        exact = _UFUNCS[binary_op.__name__](lhs.handle.data, rhs.handle.data, dtype=np.int64)
+        low, high = (exact.item(),) * 2 if exact.size == 1 else (int(exact.min()), int(exact.max()))
+        if low < dtype.get_int_min_value() or high > dtype.get_int_max_value():
+            extreme = low if low < dtype.get_int_min_value() else high
+            raise IntegerOverflowError(
+                f"kernel {self.builder.kernel}, program {self.builder.grid_idx}: {dtype} overflow in "
+                f"{binary_op.__name__}: {extreme}, but it should be from {dtype.get_int_min_value()} to "
+                f"{dtype.get_int_max_value()}; widen an operand with .to(tl.int64)")
+
+    def binary_op_type_checking_impl(self, lhs: object, rhs: object, allow_lhs_ptr: bool = False,
+                                     allow_rhs_ptr: bool = False, arithmetic_check: bool = True,
+                                     div_or_mod: bool = False) -> tuple[tl.tensor, tl.tensor]:
+        """Equal common types, and a pointer plus offsets, need a shape only; Triton's rules for the rest."""
+        if type(lhs) is tl.tensor and type(rhs) is tl.tensor and not div_or_mod:
+            left, right = lhs.dtype, rhs.dtype
+            same = left.name == right.name and left.name in _COMPUTED_AS_IS
+            if same or (allow_lhs_ptr and left.is_ptr() and right.name in _OFFSETS):
+                return self.broadcast_impl_value(lhs, rhs)
+        return super().binary_op_type_checking_impl(lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check,
+                                                    div_or_mod)
+
+    def broadcast_impl_value(self, lhs: tl.tensor, rhs: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+        """Both operands at their common shape; equal shapes, and a scalar beside a block, take the short way."""
+        left, right = plain_shape(lhs.type), plain_shape(rhs.type)
+        if left == right:
+            return lhs, rhs
+        if not right:
+            return lhs, self._splat(rhs, left)
+        if not left:
+            return self._splat(lhs, right), rhs
+        if len(left) != len(right):
+            return super().broadcast_impl_value(lhs, rhs)
+        common = [b if a == 1 else a for a, b in zip(left, right, strict=True)]
+        if any(size not in (1, wanted) for size, wanted in zip(right, common, strict=True)):
+            return super().broadcast_impl_value(lhs, rhs)
+        return self._expanded(lhs, left, common), self._expanded(rhs, right, common)
+
+    def _splat(self, scalar: tl.tensor, shape: tuple[int, ...]) -> tl.tensor:
+        handle = scalar.handle
+        data = np.empty(shape, handle.data.dtype)
+        data.fill(handle.data.item())
+        return tl.tensor(type(handle)(data, handle.dtype), tl.block_type(scalar.dtype, shape))
+
+    def _expanded(self, tensor: tl.tensor, shape: tuple[int, ...], common: list[int]) -> tl.tensor:
+        if all(size == wanted for size, wanted in zip(shape, common, strict=True)):
+            return tensor
+        return tl.tensor(self.builder.create_broadcast(tensor.handle, common), tl.block_type(tensor.dtype, common))

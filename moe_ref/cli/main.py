@@ -1,0 +1,53 @@
+"""The group of verbs, and the one place where wrong use becomes a line and exit code 2."""
+
+import sys
+from importlib import import_module
+
+import click
+
+from moe_ref import __version__
+from moe_ref.contract.errors import UsageError
+
+_VERBS = {
+    "list": "moe_ref.cli.case_commands:list_command", "show": "moe_ref.cli.case_commands:show_command",
+    "verify": "moe_ref.cli.verify_commands:verify_command", "replay": "moe_ref.cli.verify_commands:replay_command",
+    "report": "moe_ref.cli.report_commands:report_command", "accept": "moe_ref.cli.report_commands:accept_command",
+}
+
+
+class _LazyGroup(click.Group):
+    """Loads a verb's module when the verb is used."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(_VERBS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in _VERBS:
+            return None
+        module, _, attribute = _VERBS[name].partition(":")
+        return getattr(import_module(module), attribute)
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="moe-ref")
+def cli() -> None:
+    """Verify mixture-of-experts layers against an fp64 oracle.
+
+    Exit codes: 0 all as expected, 1 mismatch, 2 wrong use, 3 harness error, 4 fewer cases executed than the minimum.
+    """
+
+
+def main() -> None:
+    """Entry point; wrong use prints one line to standard error and ends with code 2."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except UsageError as error:
+        click.echo(f"moe-ref: {error}", err=True)
+        code = 2
+    except click.ClickException as error:
+        click.echo(f"moe-ref: {error.format_message()}", err=True)
+        code = 2
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("moe-ref: interrupted; recorded cases are kept, --resume goes on", err=True)
+        code = 130
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,104 @@
+"""The axes of the matrix and how a row of axis values becomes a case."""
+
+from dataclasses import dataclass, replace
+
+from moe_ref.contract.case import Case, Problem
+from moe_ref.contract.errors import UsageValueError
+from moe_ref.contract.parallel import Parallel
+from moe_ref.contract.spec import MLP, MoESpec, Router, SharedExpert
+from moe_ref.contract.vocabulary import Data, Dtype, Pattern
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a small layer and why they were chosen; num_experts 0 is a dense MLP."""
+
+    num_tokens: int
+    hidden_size: int
+    intermediate_size: int
+    num_experts: int
+    top_k: int
+    purpose: str
+
+    @property
+    def name(self) -> str:
+        experts = f".E{self.num_experts}.K{self.top_k}" if self.num_experts else ""
+        return f"T{self.num_tokens}.H{self.hidden_size}.I{self.intermediate_size}{experts}"
+
+
+SHAPES = (
+    # Sizes that divide no tile, next to sizes that divide all of them.
+    Shape(33, 96, 160, 8, 2, "half-filled tiles in every direction"),
+    Shape(17, 80, 72, 5, 3, "five experts: nothing is a power of two"),
+    Shape(21, 130, 50, 16, 4, "hidden one step past two tiles, experts with one row"),
+    Shape(7, 257, 129, 6, 1, "one past four tiles in hidden, one past two in intermediate; top-1"),
+    Shape(64, 64, 128, 4, 2, "everything divides every tile"),
+    # The edges of the number of tokens.
+    Shape(0, 64, 96, 4, 2, "no token at all"),
+    Shape(1, 64, 96, 4, 2, "a single token"),
+    # Coincidences, in which a wrong axis or a missing transpose still has the right shape.
+    Shape(8, 64, 64, 8, 2, "T = E and H = I"),
+    Shape(12, 128, 64, 4, 2, "H = 2 I: w13 and its transpose look alike"),
+    # Routing extremes.
+    Shape(19, 48, 33, 64, 8, "many experts, most of them empty; 33 columns over 8 ranks"),
+    Shape(140, 64, 65, 3, 2, "more rows per expert than the largest row tile"),
+    Shape(40, 72, 90, 0, 0, "a dense gated MLP: no router"),
+)
+
+ROUTERS = ("softmax", "softmax-norm", "sigmoid-norm-bias", "sigmoid-groups", "softmax-groups")
+SHARED = ("none", "shared", "shared-gate")
+
+AXES: dict[str, tuple] = {
+    "shape": tuple(shape.name for shape in SHAPES), "dtype": tuple(Dtype), "tp": (1, 2, 3, 4, 8),
+    "pattern": tuple(Pattern), "router": ROUTERS, "activation": ("silu", "gelu", "gelu_tanh"), "shared": SHARED,
+    "residual": (False, True), "data": tuple(Data),
+}
+"""Every axis and its values, the plainest first."""
+
+Row = dict[str, object]
+
+PLAIN: Row = {name: values[0] for name, values in AXES.items()} | {"router": "softmax-norm"}
+
+
+def shape_named(name: object) -> Shape:
+    """The shape of that name."""
+    return next(shape for shape in SHAPES if shape.name == name)
+
+
+def row_case(row: Row) -> Case | None:
+    """The case of a row; None where its values exclude each other (a dense layer has no routing pattern)."""
+    shape = shape_named(row["shape"])
+    if shape.num_experts == 0:
+        if row["pattern"] is not Pattern.UNIFORM or row["router"] != PLAIN["router"]:
+            return None
+    mlp = MLP(activation=row["activation"])  # pyrefly: ignore
+    shared = None
+    if row["shared"] != "none":
+        gate = "sigmoid" if row["shared"] == "shared-gate" else "none"
+        shared = SharedExpert(intermediate_size=shape.intermediate_size // 2 + 3, mlp=mlp, gate=gate)
+    try:
+        spec = MoESpec(hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
+                       router=_router(row["router"], shape), experts=mlp, shared=shared)
+        problem = Problem(spec=spec, num_tokens=shape.num_tokens, dtype=Dtype(row["dtype"]),
+                          pattern=Pattern(row["pattern"]), data=Data(row["data"]), residual=bool(row["residual"]))
+    except UsageValueError:
+        return None
+    return Case(problem=problem, parallel=Parallel(tp=int(str(row["tp"]))))
+
+
+def _router(kind: object, shape: Shape) -> Router | None:
+    if shape.num_experts == 0:
+        return None
+    plain = Router(num_experts=shape.num_experts, top_k=shape.top_k, renormalize="norm" in str(kind))
+    if kind in ("softmax", "softmax-norm"):
+        return plain
+    if kind == "sigmoid-norm-bias":
+        return replace(plain, score="sigmoid", selection_bias=True)
+    groups = next((n for n in (4, 3, 2) if shape.num_experts % n == 0 and shape.num_experts // n > 1), None)
+    if groups is None:
+        raise UsageValueError(f"{shape.num_experts} experts form no groups")
+    grouped = replace(plain, num_groups=groups, num_groups_kept=-(-groups // 2))
+    if kind == "softmax-groups":
+        return replace(grouped, scaling_factor=16.0)
+    return replace(grouped, score="sigmoid", selection_bias=True, group_score="top2_sum", renormalize=True,
+                   renormalize_epsilon=1e-20, scaling_factor=2.5)

@@ -1,0 +1,122 @@
+"""The tiers: smoke, quick, full, nightly. Each is pinned cases plus covers; each holds the one before it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
+
+from moe_ref.contract.case import Case
+from moe_ref.contract.case_id import format_case, parse_case
+from moe_ref.contract.errors import UsageValueError
+from moe_ref.contract.parallel import Parallel
+from moe_ref.contract.vocabulary import Dtype, Pattern, Ranks
+from moe_ref.models.registry import models
+from moe_ref.tiers.axes import AXES, PLAIN, SHAPES, Row, row_case
+from moe_ref.tiers.cover import pairwise_rows, possible_pairs, row_pairs
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedCase:
+    """A case, why it exists, and what its ranks are."""
+
+    case: Case
+    purpose: str
+    ranks: Ranks = Ranks.LOCAL
+
+    @property
+    def case_id(self) -> str:
+        return format_case(self.case)
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Its cases, the fewest that must really run, and the axis pairs they cover of those possible."""
+
+    name: str
+    cases: tuple[PlannedCase, ...]
+    minimum_executed: int
+    pairs_covered: int
+    pairs_possible: int
+
+
+MINIMUM_EXECUTED = {"smoke": 24, "quick": 250, "full": 280, "nightly": 500}
+_TP_AND_DTYPE = tuple(product(AXES["tp"], Dtype))
+
+
+def _smoke_rows() -> list[tuple[Row, str]]:
+    rows = [(PLAIN | {"tp": tp, "dtype": dtype}, f"plain layer, {dtype}, tp {tp}") for tp, dtype in _TP_AND_DTYPE]
+    rows += [(PLAIN | {"pattern": pattern, "tp": 2}, f"routing pattern {pattern}") for pattern in Pattern]
+    rows += [(PLAIN | {"shape": SHAPES[n].name, "tp": tp, "dtype": Dtype.BF16}, SHAPES[n].purpose)
+             for n, tp in ((5, 2), (6, 3), (9, 8), (11, 2))]
+    rows.append((PLAIN | {"router": "sigmoid-groups", "shared": "shared-gate", "residual": True, "tp": 3,
+                          "dtype": Dtype.FP16}, "DeepSeek-V3 routing, gated shared expert and residual"))
+    rows.append((PLAIN | {"shape": SHAPES[11].name, "residual": True, "tp": 4}, "residual added once, not tp times"))
+    return rows
+
+
+def _quick_rows() -> list[tuple[Row, str]]:
+    rows = _smoke_rows()
+    for number, (tp, dtype, pattern) in enumerate(product(AXES["tp"], Dtype, Pattern)):
+        shape = [shape for shape in SHAPES if shape.num_experts - shape.top_k > 1][number % 8]
+        rows.append((PLAIN | {"tp": tp, "dtype": dtype, "pattern": pattern, "shape": shape.name},
+                     f"{pattern} x {dtype} x tp {tp}; {shape.purpose}"))
+    rows += [(PLAIN | {"tp": tp, "dtype": dtype, "shape": shape.name}, f"{dtype} x tp {tp}; {shape.purpose}")
+             for tp, dtype in _TP_AND_DTYPE for shape in SHAPES]
+    cover = pairwise_rows([row for row, _ in rows])
+    return rows + [(row, "pairwise cover of all axes") for row in cover]
+
+
+def _gloo_cases() -> list[PlannedCase]:
+    """Real processes and gloo's own order of summation, on a declared part of the matrix."""
+    rows = [PLAIN | {"tp": tp, "dtype": dtype} for tp, dtype in product((2, 3, 4, 8), Dtype)]
+    rows += [PLAIN | {"tp": 2, "shape": name, "dtype": Dtype.BF16} for name in ("T0.H64.I96.E4.K2", "T40.H72.I90")]
+    rows += [PLAIN | {"tp": 4, "router": "sigmoid-groups", "shared": "shared-gate", "residual": True,
+                      "dtype": Dtype.BF16}]
+    cases = [row_case(row) for row in rows]
+    return [PlannedCase(case=replace(case, problem=replace(case.problem, seed=1)), ranks=Ranks.GLOO,
+                        purpose="gloo process ranks") for case in cases if case]
+
+
+QUICK_MODELS = ("olmoe.1b.7b.T8.E4-bf16-tp2", "granite3.1b.a400m.T16.E8-bf16-tp4", "qwen3.30b.a3b.T4.E8-bf16-tp8",
+                "deepseek.v2.lite.T4.E4-fp16-tp2", "qwen3.30b.a3b.T4.E4-fp32")
+"""Real widths that two cores manage in seconds; experts are cut in number, never in width."""
+
+FULL_MODEL_TOKENS = 32
+
+
+def _model_cases(full: bool) -> list[PlannedCase]:
+    texts = [(f"v1-{text}", "published widths, fewer experts") for text in QUICK_MODELS]
+    if full:
+        texts += [(f"v1-{name}.T{FULL_MODEL_TOKENS}-bf16{tp}", f"{model.title}, one whole layer")
+                  for name, model in models().items() for tp in ("", "-tp8")]
+    return [PlannedCase(case=parse_case(text), purpose=purpose) for text, purpose in texts]
+
+
+def _seeds(planned: Iterable[PlannedCase], seed: int) -> list[PlannedCase]:
+    return [replace(one, case=replace(one.case, problem=replace(one.case.problem, seed=seed)))
+            for one in planned if not one.case.problem.model and one.ranks is Ranks.LOCAL]
+
+
+@cache
+def tier(name: str) -> Tier:
+    """The tier of that name; raises UsageValueError that lists the names."""
+    if name not in MINIMUM_EXECUTED:
+        raise UsageValueError(f"unknown tier {name!r}; known: {', '.join(MINIMUM_EXECUTED)}")
+    rows = _smoke_rows() if name == "smoke" else _quick_rows()
+    planned = [PlannedCase(case=case, purpose=purpose) for row, purpose in rows if (case := row_case(row))]
+    if name == "smoke":
+        planned += _gloo_cases()[:2]
+    else:
+        planned += _gloo_cases() + _model_cases(full=name != "quick")
+    if name == "nightly":
+        planned += [one for seed in (2, 3) for one in _seeds(planned, seed)]
+    unique = {one.case_id: one for one in reversed(planned)}
+    cases = tuple(one for one in reversed(list(unique.values())))
+    covered = set().union(*(row_pairs(row) for row, _ in rows if row_case(row)))
+    possible = possible_pairs()
+    return Tier(name, cases, MINIMUM_EXECUTED[name], len(covered & possible), len(possible))
+
+
+def with_tp(planned: PlannedCase, tp: int) -> PlannedCase:
+    """The same problem at another tensor-parallel degree."""
+    return replace(planned, case=replace(planned.case, parallel=Parallel(tp=tp)))

@@ -1,0 +1,146 @@
+"""One case through the whole flow: ask the child, measure, judge, write the record line."""
+
+import shlex
+import time
+import traceback
+from dataclasses import dataclass
+
+import torch
+
+from moe_ref.contract.capabilities import Capabilities, Numerics
+from moe_ref.contract.case import Case
+from moe_ref.contract.vocabulary import Ranks, Verdict
+from moe_ref.inputs.build import build_inputs
+from moe_ref.records.schema import CaseLine, CollectiveCount, Implementation, to_number
+from moe_ref.tiers.tiers import PlannedCase
+from moe_ref.verify.bounds import RoundingModel
+from moe_ref.verify.child.messages import RankReport, Request
+from moe_ref.verify.children import Answer, ChildDied, ChildHung, ChildPool
+from moe_ref.verify.explain import explain
+from moe_ref.verify.judge import Judgement, RunFacts, judge
+from moe_ref.verify.measure import measure
+from moe_ref.verify.measurement import Measurement
+from moe_ref.verify.tolerances import Tolerances
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What is the same for all cases of a run."""
+
+    run: str
+    implementation: Implementation
+    capabilities: Capabilities
+    tolerances: Tolerances
+    device: str
+    runs: int = 2
+    time_limit: float = 300.0
+
+
+def run_case(planned: PlannedCase, settings: RunSettings, pool: ChildPool) -> CaseLine:
+    """The record line of one case; whatever goes wrong on our side becomes a harness_error, never a lost case."""
+    refusal = settings.capabilities.refusal(planned.case, planned.ranks, settings.device)
+    if refusal:
+        return _line(planned, settings, Judgement(Verdict.UNSUPPORTED, refusal))
+    if missing := missing_devices(planned, settings.device):
+        return _line(planned, settings, Judgement(Verdict.NOT_RUN, missing))
+    request = Request(case=planned.case_id, ranks=planned.ranks, device=settings.device, runs=settings.runs,
+                      time_limit=settings.time_limit)
+    try:
+        with pool.lease(planned.ranks is not Ranks.LOCAL) as child:
+            answer = child.ask(request)
+    except ChildHung as error:
+        return _line(planned, settings, Judgement(Verdict.HANG, str(error)))
+    except ChildDied as error:
+        return _line(planned, settings, Judgement(Verdict.CRASH, str(error)))
+    if failed := [(rank, report) for rank, report in enumerate(answer.reply.ranks) if report.error]:
+        return _line(planned, settings, _crash(failed, planned.case), answer)
+    try:
+        return _judged(planned, settings, answer)
+    except Exception as error:
+        text = "".join(traceback.format_exception(error))[-2000:]
+        reason = f"not a verdict on the implementation: {type(error).__name__}: {error}\n{text}"
+        return _line(planned, settings, Judgement(Verdict.HARNESS_ERROR, reason), answer)
+
+
+def missing_devices(planned: PlannedCase, device: str) -> str:
+    """Why this machine cannot run the case's ranks; empty when it can."""
+    if planned.ranks is Ranks.NCCL and device != "cuda":
+        return "nccl ranks need CUDA devices"
+    if planned.ranks is Ranks.NCCL and torch.cuda.device_count() < planned.case.parallel.tp:
+        return f"nccl needs one device per rank: {torch.cuda.device_count()} found, {planned.case.parallel.tp} needed"
+    return ""
+
+
+USAGE_PREFIX = "wrong use: "
+
+
+def _crash(failed: list[tuple[int, RankReport]], case: Case) -> Judgement:
+    """One line for all ranks; wrong use is told apart, since then the caller is to blame, not a kernel."""
+    rank, first = failed[0]
+    same = [number for number, report in failed if report.error == first.error]
+    where = f"on all {case.parallel.tp} ranks" if len(same) == case.parallel.tp else f"on rank {rank}"
+    if first.usage:
+        return Judgement(Verdict.CRASH, f"{USAGE_PREFIX}{first.error} [{where}]")
+    tail = "\n".join(first.traceback.rstrip().splitlines()[-6:])
+    return Judgement(Verdict.CRASH, f"{first.error} [{where}]\n{tail}")
+
+
+def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> CaseLine:
+    started, case, capabilities = time.monotonic(), planned.case, settings.capabilities
+    inputs = build_inputs(case.problem)
+    if inputs.digest() != answer.reply.inputs_digest:
+        raise RuntimeError(f"inputs digest {answer.reply.inputs_digest} in the child, {inputs.digest()} here")
+    numerics = capabilities.numerics[case.problem.dtype]
+    model = RoundingModel(settings.tolerances, settings.device, numerics.accumulate)
+    measurement = measure(case, inputs, answer.ranks, capabilities, model)
+    limits = settings.tolerances.file.limits
+    facts = RunFacts(
+        calls=tuple(tuple((name, elements) for name, elements, _ in report.calls) for report in answer.reply.ranks),
+        expected_calls=expected_calls(case), counts_calls=capabilities.collectives_through_groups,
+        same_bits=answer.reply.same_bits, differing_stages=tuple(answer.reply.differing_stages),
+        promised_deterministic=capabilities.deterministic, changed_inputs=tuple(answer.reply.changed_inputs))
+    judgement = judge(measurement, facts, limits.ratio.max, limits.power.min)
+    return _line(planned, settings, judgement, answer, measurement, time.monotonic() - started)
+
+
+def expected_calls(case: Case) -> tuple[tuple[str, int], ...]:
+    """What the default schedule communicates per rank: one all_reduce of T*H elements, none on a single rank."""
+    if case.parallel.tp == 1:
+        return ()
+    return (("all_reduce", case.problem.num_tokens * case.problem.spec.hidden_size),)
+
+
+def _line(planned: PlannedCase, settings: RunSettings, judgement: Judgement, answer: Answer | None = None,
+          measurement: Measurement | None = None, oracle_seconds: float = 0.0) -> CaseLine:
+    reply, case_id = answer.reply if answer else None, planned.case_id
+    name = settings.implementation.name
+    replay = f"moe-ref replay {case_id} --impl {shlex.quote(name)} --ranks {planned.ranks} --device {settings.device}"
+    fields = {
+        "run": settings.run, "case": case_id, "purpose": planned.purpose, "implementation": settings.implementation,
+        "ranks": planned.ranks, "device": settings.device, "verdict": judgement.verdict, "reason": judgement.reason,
+        "first_stage": judgement.first_stage, "replay": replay, "oracle_seconds": round(oracle_seconds, 4),
+        "numerics": numerics_words(settings.capabilities.numerics.get(planned.case.problem.dtype)),
+    }
+    if reply:
+        fields |= {"guard": reply.guard, "runs": reply.runs, "same_bits": reply.same_bits,
+                   "inputs_digest": reply.inputs_digest, "subject_seconds": round(reply.seconds, 4),
+                   "collectives": _count(reply.ranks[0].calls)}
+    if measurement:
+        fields |= {"stages": list(measurement.stages), "power": to_number(measurement.power)}
+    line = CaseLine(**fields)
+    return CaseLine(**fields, message=explain(line, planned.case))
+
+
+def _count(calls: list[tuple[str, int, int]]) -> list[CollectiveCount]:
+    return [CollectiveCount(operation=name, calls=sum(call[0] == name for call in calls),
+                            num_elements=sum(call[1] for call in calls if call[0] == name),
+                            num_bytes=sum(call[2] for call in calls if call[0] == name))
+            for name in sorted({call[0] for call in calls})]
+
+
+def numerics_words(numerics: Numerics | None) -> dict[str, str]:
+    """The rounding contract as a record keeps it."""
+    if numerics is None:
+        return {}
+    stored = {stage.value: stored.value for stage, stored in numerics.storage.items()}
+    return {**stored, "accumulate": numerics.accumulate.value, "between_ranks": numerics.reduce.value}

@@ -1,0 +1,53 @@
+"""Protection around a subject: poisoned allocations and inputs that must not change."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+POISONS = ((float("nan"), 2**30), (30000.0, 0))
+"""What uninitialised memory holds in the first and second run, for floats and integers: once nothing that
+could pass for data, once plausible data. A result that depends on it differs between the runs or is NaN."""
+
+POISON_NAMES = ("nan", "large")
+
+_ALLOCATIONS = frozenset({
+    torch.ops.aten.empty.memory_format, torch.ops.aten.empty_like.default, torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default, torch.ops.aten.new_empty_strided.default,
+    torch.ops.aten.empty_permuted.default,
+})
+
+
+class Poison(TorchDispatchMode):
+    """Fills every allocation made inside with a poison; active in the thread that enters it."""
+
+    def __init__(self, value: float, integer: int) -> None:
+        super().__init__()
+        self.value, self.integer = value, integer
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204 - torch's signature
+        result = func(*args, **(kwargs or {}))
+        if func in _ALLOCATIONS and result.device.type != "meta":
+            if result.dtype.is_floating_point:
+                result.fill_(self.value)
+            elif result.dtype in (torch.int32, torch.int64):
+                result.fill_(self.integer)
+        return result
+
+
+def poison(run: int) -> AbstractContextManager:
+    """The poison of a run, 0 or later."""
+    return Poison(*POISONS[run % len(POISONS)])
+
+
+def fingerprint(tensor: torch.Tensor) -> tuple[int, int]:
+    """Two 64-bit sums over the bits of a tensor, one weighted by position: any change of one element shows."""
+    size = tensor.element_size()
+    lanes = tensor.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]).flatten()
+    plain = weighted = 0
+    for start in range(0, lanes.numel(), 1 << 24):
+        block = lanes[start:start + (1 << 24)].to(torch.int64)
+        position = torch.arange(1, len(block) + 1, device=block.device)
+        plain += int(block.sum())
+        weighted += int((block * position).sum()) + start * int(block.sum())
+    return plain, weighted

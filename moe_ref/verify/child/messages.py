@@ -1,0 +1,88 @@
+"""Frames between the harness and a child: JSON header plus safetensors bytes; nothing is ever unpickled."""
+
+from typing import BinaryIO
+
+import msgspec
+import torch
+from safetensors.torch import load, save
+
+from moe_ref.contract.vocabulary import Stage
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True):
+    """First frame of a child: the subject's capabilities as JSON, or why it could not be loaded."""
+
+    capabilities: str = ""
+    source_digest: str = ""
+    usage_error: str = ""
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """Run one case; time_limit bounds collectives of process ranks, in seconds."""
+
+    case: str
+    ranks: str
+    device: str
+    runs: int
+    time_limit: float
+
+
+class RankReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What one rank did: collectives as (operation, elements, bytes), or its error in one line and in full."""
+
+    calls: list[tuple[str, int, int]] = []
+    error: str = ""
+    usage: bool = False
+    traceback: str = ""
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer to a request; the tensors of every rank travel in the payload."""
+
+    ranks: list[RankReport]
+    runs: int = 0
+    same_bits: bool | None = None
+    differing_stages: list[str] = []
+    changed_inputs: list[str] = []
+    guard: dict[str, str] = {}
+    inputs_digest: str = ""
+    seconds: float = 0.0
+
+
+RankTensors = dict[Stage, torch.Tensor]
+
+
+def write_frame(stream: BinaryIO, header: msgspec.Struct, payload: bytes = b"") -> None:
+    """One frame: two 8-byte lengths, header, payload."""
+    text = msgspec.json.encode(header)
+    stream.write(len(text).to_bytes(8, "little") + len(payload).to_bytes(8, "little") + text + payload)
+    stream.flush()
+
+
+def read_frame(stream: BinaryIO) -> tuple[bytes, bytes]:
+    """Header and payload; raises EOFError when the other side is gone."""
+    lengths = _read(stream, 16)
+    return (_read(stream, int.from_bytes(lengths[:8], "little")),
+            _read(stream, int.from_bytes(lengths[8:], "little")))
+
+
+def _read(stream: BinaryIO, count: int) -> bytes:
+    content = stream.read(count)
+    if len(content) != count:
+        raise EOFError(f"stream ended after {len(content)} of {count} bytes")
+    return content
+
+
+def pack_tensors(ranks: list[RankTensors]) -> bytes:
+    """safetensors bytes under the names rank.stage."""
+    return save({f"{rank}.{stage}": tensor.contiguous().cpu()
+                 for rank, tensors in enumerate(ranks) for stage, tensor in tensors.items()})
+
+
+def unpack_tensors(payload: bytes, num_ranks: int) -> list[RankTensors]:
+    """The tensors of every rank."""
+    ranks: list[RankTensors] = [{} for _ in range(num_ranks)]
+    for name, tensor in (load(payload) if payload else {}).items():
+        rank, stage = name.split(".")
+        ranks[int(rank)][Stage(stage)] = tensor
+    return ranks

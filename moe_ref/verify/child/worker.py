@@ -1,0 +1,76 @@
+"""The child process: loads one subject, answers requests on its standard streams until they close.
+
+Started as `python -m moe_ref.verify.child.worker SUBJECT`. Standard output carries frames only; whatever
+the subject prints goes to standard error.
+"""
+
+import faulthandler
+import importlib.abc
+import os
+import resource
+import signal
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+import msgspec
+import torch
+
+from moe_ref.contract.errors import UsageError
+from moe_ref.verify.child.execute import execute
+from moe_ref.verify.child.messages import Hello, RankReport, Reply, Request, read_frame, write_frame
+from moe_ref.verify.child.process_ranks import RanksHung
+from moe_ref.verify.subjects import load_subject, source_digest
+
+_ORACLE_SIDE = ("moe_ref.oracle", "moe_ref.verify.measure", "moe_ref.verify.bounds", "moe_ref.verify.judge")
+
+
+class _NoOracle(importlib.abc.MetaPathFinder):
+    """A subject that could ask the oracle would prove nothing."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if fullname.startswith(_ORACLE_SIDE):
+            raise ImportError(f"{fullname} may not be imported by an implementation under test")
+        return None
+
+
+def _limit_memory(gibibytes: float) -> None:
+    """Private memory of this process; device memory and shared mappings are not counted."""
+    if gibibytes > 0:
+        limit = int(gibibytes * 2**30)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def main(name: str, memory_gib: float) -> None:
+    frames_out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    frames_in = sys.stdin.buffer
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    torch.set_num_threads(1)
+    _limit_memory(memory_gib)
+    if name.partition(":")[0].partition(".")[0] != "moe_ref":
+        sys.meta_path.insert(0, _NoOracle())
+    try:
+        subject = load_subject(name)
+    except UsageError as error:
+        write_frame(frames_out, Hello(usage_error=str(error)))
+        return
+    declared = msgspec.json.encode(subject.CAPABILITIES).decode()
+    write_frame(frames_out, Hello(capabilities=declared, source_digest=source_digest(subject)))
+    while True:
+        try:
+            header, _ = read_frame(frames_in)
+        except EOFError:
+            return
+        request = msgspec.json.decode(header, type=Request)
+        try:
+            reply, payload = execute(subject, request)
+        except RanksHung as error:
+            reply, payload = Reply(ranks=[RankReport(error=f"RanksHung: {error}")]), b""
+        write_frame(frames_out, reply, payload)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], float(sys.argv[2]))

@@ -1,0 +1,32 @@
+"""What a run ran on, for the record."""
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+
+def default_device() -> str:
+    """cuda where there is one, cpu otherwise."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def environment(device: str) -> dict[str, str]:
+    """Versions and device; `device` names the class that baselines are kept for."""
+    facts = {"python": platform.python_version(), "torch": torch.__version__, "triton": _version("triton"),
+             "numpy": _version("numpy"), "system": f"{platform.system()} {platform.machine()}",
+             "cpu_count": str(os.cpu_count()), "device": "cpu", "kernels": "Triton interpreter"}
+    if device == "cuda":
+        facts |= {"device": torch.cuda.get_device_name(0), "device_count": str(torch.cuda.device_count()),
+                  "capability": "sm_" + "".join(map(str, torch.cuda.get_device_capability(0))),
+                  "cuda": str(torch.version.cuda), "kernels": "compiled",
+                  "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+    return facts

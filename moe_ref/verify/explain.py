@@ -1,0 +1,72 @@
+"""The failure message: at most ten lines, the verdict first, a command that repeats the case last."""
+
+from moe_ref.contract.case import Case
+from moe_ref.contract.vocabulary import Stage, Verdict
+from moe_ref.records.schema import CaseLine, StageResult, from_number
+
+_DETAIL_LINES = 3
+
+
+def explain(line: CaseLine, case: Case) -> str:
+    """Words for a record line; one line for a pass."""
+    head = f"{line.verdict}: {line.reason}" if line.reason else line.verdict
+    if line.verdict in (Verdict.PASS, Verdict.UNSUPPORTED, Verdict.NOT_RUN):
+        return head
+    first, *details = head.split("\n")
+    lines = [first, *(f"  | {detail}" for detail in details[-_DETAIL_LINES:])]
+    lines.append(f"  case    {line.case}   impl {line.implementation.name} {line.implementation.version}, "
+                 f"{line.ranks} ranks, {line.device}")
+    if line.stages:
+        lines.append("  stages  " + " | ".join(_stage(stage, line.first_stage) for stage in line.stages))
+        culprit = next((stage for stage in line.stages if stage.stage == line.first_stage), None)
+        if culprit is not None:
+            lines += _where(culprit, case)
+    if line.same_bits is not None:
+        lines.append(f"  again   {line.runs} runs, {'same bits' if line.same_bits else 'different bits'}")
+    lines.append(f"  replay  {line.replay}")
+    return "\n".join(lines)
+
+
+def _stage(stage: StageResult, first_stage: str | None) -> str:
+    value = from_number(stage.ratio)
+    text = ("=" if value == 0 else "FAIL") if stage.exact else f"{value:.2g}"
+    return f"{stage.stage} {text}" + (" FAIL" if stage.stage == first_stage and not stage.exact else "")
+
+
+def _where(stage: StageResult, case: Case) -> list[str]:
+    spec, tokens = case.problem.spec, case.problem.num_tokens
+    parts = [f"{stage.num_bad_tokens} of {tokens} tokens ({_some(stage.bad_tokens, stage.num_bad_tokens)})"]
+    if stage.bad_experts:
+        parts.append(f"experts {_some(stage.bad_experts)} of {spec.num_experts}")
+    if stage.bad_ranks:
+        parts.append(f"ranks {_some(stage.bad_ranks)} of {case.parallel.tp}")
+    if stage.bad_tiles:
+        parts.append(f"64-column tiles {_some(stage.bad_tiles)} of {stage.num_tiles}")
+    lines = ["  where   " + ", ".join(parts) + f"; best-fit scale {from_number(stage.scale):.4g}, "
+             f"bias {from_number(stage.bias):+.2g}"]
+    worst = stage.worst
+    if worst is not None and not stage.exact:
+        place = ", ".join(f"{name} {value}" for name, value in (
+            ("token", worst.token), ("slot", worst.slot), ("expert", worst.expert), ("rank", worst.rank),
+            ("column", worst.column)) if value is not None)
+        lines.append(f"  worst   {stage.stage}[{place}] got {worst.got}, want {worst.want}, allowed {worst.allowed}")
+    lines.append(f"  bound   tolerances.yaml, rounding model {_model(stage.stage, case)}")
+    return lines
+
+
+def _some(numbers: list[int], total: int | None = None) -> str:
+    shown = ", ".join(str(number) for number in numbers[:6])
+    return shown + (", ..." if (total or len(numbers)) > min(6, len(numbers)) else "")
+
+
+def _model(stage: str, case: Case) -> str:
+    spec = case.problem.spec
+    return {
+        Stage.LOGITS: f"sum of K = {spec.hidden_size}", Stage.IDS: "scores within their bound, ties to the lower id",
+        Stage.WEIGHTS: f"{spec.router.score if spec.router else 'none'} of {spec.num_experts} logits",
+        Stage.GATE_UP: f"sum of K = {spec.hidden_size}",
+        Stage.ACT: f"two sums of K = {spec.hidden_size}, {spec.experts.activation}, one store",
+        Stage.DOWN: f"sum of K = {case.parallel.ranges(spec.intermediate_size)[0][1]} per rank, weight, one store",
+        Stage.SHARED: "shared expert from the tokens", Stage.MERGED: f"sum of {spec.top_k} rows, one store",
+        Stage.REDUCED: f"{case.parallel.tp - 1} additions between ranks", Stage.OUTPUT: "whole layer, propagated",
+    }[Stage(stage)]

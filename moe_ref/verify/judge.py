@@ -1,0 +1,97 @@
+"""From numbers to a verdict: a pure function, no tensors, no clock, no environment."""
+
+from dataclasses import dataclass
+
+from moe_ref.contract.vocabulary import Stage, Verdict
+from moe_ref.records.schema import StageResult, from_number
+from moe_ref.verify.measurement import Measurement
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What is known of a run besides the numbers.
+
+    calls: per rank, (operation, elements) in order. promised_*: what the subject declares of itself.
+    """
+
+    calls: tuple[tuple[tuple[str, int], ...], ...]
+    expected_calls: tuple[tuple[str, int], ...]
+    counts_calls: bool
+    same_bits: bool | None
+    differing_stages: tuple[str, ...]
+    promised_deterministic: bool
+    changed_inputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The verdict, one line that says why, and the first failing stage in data order."""
+
+    verdict: Verdict
+    reason: str = ""
+    first_stage: Stage | None = None
+
+
+_ORDER = list(Stage)
+
+
+def failing(stages: tuple[StageResult, ...], limit: float) -> list[StageResult]:
+    """Stages above the limit, in data order."""
+    bad = [stage for stage in stages if from_number(stage.ratio) > limit or "differs from rank 0" in stage.note]
+    return sorted(bad, key=lambda stage: _ORDER.index(Stage(stage.stage)))
+
+
+def judge(measurement: Measurement, facts: RunFacts, ratio_limit: float, power_limit: float) -> Judgement:
+    """Structure first, then numbers, then promises; a case without power is the harness's own error."""
+    if measurement.struct_faults:
+        return Judgement(Verdict.STRUCT, "; ".join(measurement.struct_faults[:4]))
+    if bad := failing(measurement.stages, ratio_limit):
+        return Judgement(Verdict.MISMATCH, describe(bad[0]) + _calls_note(facts), Stage(bad[0].stage))
+    if facts.changed_inputs:
+        return Judgement(Verdict.STRUCT, f"changed its inputs {', '.join(facts.changed_inputs)}, which must not change")
+    if facts.counts_calls and (wrong := wrong_calls(facts)):
+        return Judgement(Verdict.STRUCT, wrong, Stage.REDUCED)
+    if facts.same_bits is False and facts.promised_deterministic:
+        stages = ", ".join(facts.differing_stages)
+        return Judgement(Verdict.NONDETERMINISTIC, f"declared deterministic, but {stages} differ between two runs")
+    if measurement.power < power_limit:
+        return Judgement(Verdict.HARNESS_ERROR, f"case has no power: an all-zero output would be off by at most "
+                                                f"{measurement.power:.3g} times the bound, should be {power_limit:g}")
+    return Judgement(Verdict.PASS)
+
+
+def _calls_note(facts: RunFacts) -> str:
+    wrong = wrong_calls(facts) if facts.counts_calls else ""
+    return f"; {wrong}" if wrong else ""
+
+
+def wrong_calls(facts: RunFacts) -> str:
+    """How the collectives differ from the schedule's, in words; empty when they do not."""
+    for rank, calls in enumerate(facts.calls):
+        if calls != facts.expected_calls:
+            return f"collectives of rank {rank}: {_list_calls(calls)}, but should be {_list_calls(facts.expected_calls)}"
+    return ""
+
+
+def _list_calls(calls: tuple[tuple[str, int], ...]) -> str:
+    return ", ".join(f"{operation} of {elements} elements" for operation, elements in calls) or "none"
+
+
+def describe(stage: StageResult) -> str:
+    """One line: stage, how far over the bound, and where in the words of the layer."""
+    if stage.exact:
+        return f"{stage.stage}: {stage.num_bad} of {stage.num_checked} wrong; {stage.note}"
+    ratio = from_number(stage.ratio)
+    if ratio > 1:
+        head = f"{stage.stage}: {ratio:.3g}x over bound" if ratio < float("inf") else f"{stage.stage}: infinitely over bound"
+    else:
+        head = f"{stage.stage}: {stage.note}"
+    experts = f", expert {_list_numbers(stage.bad_experts)}" if stage.bad_experts else ""
+    ranks = f", rank {_list_numbers(stage.bad_ranks)}" if stage.bad_ranks else ""
+    tokens = f", {stage.num_bad_tokens} token{'s' * (stage.num_bad_tokens != 1)}" if stage.num_bad_tokens else ""
+    return head + experts + ranks + tokens
+
+
+def _list_numbers(numbers: list[int]) -> str:
+    shown = ", ".join(str(number) for number in numbers[:6])
+    return shown + (f" and {len(numbers) - 6} more" if len(numbers) > 6 else "")

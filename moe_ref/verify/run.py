@@ -1,0 +1,167 @@
+"""A whole run: plan, children, records, resume, exit code."""
+
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+import moe_ref
+from moe_ref.contract.capabilities import Capabilities
+from moe_ref.contract.errors import UsageValueError
+from moe_ref.contract.vocabulary import EXECUTED_VERDICTS, RED_VERDICTS, Verdict
+from moe_ref.records.schema import CaseLine, EndLine, Implementation, RunLine
+from moe_ref.records.store import FILE_NAME, RecordWriter, read_run
+from moe_ref.tiers.tiers import PlannedCase
+from moe_ref.verify.case_runner import USAGE_PREFIX, RunSettings, run_case
+from moe_ref.verify.children import Child, ChildPool
+from moe_ref.verify.environment import environment
+from moe_ref.verify.tolerances import load_tolerances
+
+EXIT_OK, EXIT_MISMATCH, EXIT_USAGE, EXIT_HARNESS, EXIT_TOO_FEW = range(5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to run and how; pairs: axis pairs covered and possible, (0, 0) for hand-picked cases."""
+
+    implementation: str
+    cases: list[PlannedCase]
+    tier: str
+    minimum_executed: int
+    pairs: tuple[int, int] = (0, 0)
+    device: str = "cpu"
+    lanes: int = 2
+    runs: int = 2
+    time_limit: float = 300.0
+    memory_gib: float = 0.0
+    record: Path | None = None
+    resume: bool = False
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """All lines in plan order, and what the run ends with."""
+
+    header: RunLine
+    lines: list[CaseLine]
+    end: EndLine
+
+
+def run_plan(plan: Plan, on_line: Callable[[CaseLine], None] = lambda line: None) -> RunResult:
+    """Run every case; each line is on disk before the next is reported. Raises UsageValueError on wrong use."""
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    pool, first = ChildPool(plan.implementation, plan.memory_gib), Child(plan.implementation, plan.memory_gib)
+    capabilities = first.capabilities()
+    pool.adopt(first)
+    try:
+        return _run_with(plan, pool, capabilities, first.source_digest, started, on_line)
+    finally:
+        pool.close()
+
+
+def _run_with(plan: Plan, pool: ChildPool, capabilities: Capabilities, source_digest: str, started: float,
+              on_line: Callable[[CaseLine], None]) -> RunResult:
+    implementation = Implementation(name=plan.implementation, version=capabilities.version,
+                                    source_digest=source_digest)
+    header, done = _header(plan, implementation)
+    settings = RunSettings(run=header.run, implementation=implementation, capabilities=capabilities,
+                           tolerances=load_tolerances(), device=plan.device, runs=plan.runs,
+                           time_limit=plan.time_limit)
+    with RecordWriter(plan.record) if plan.record else nullcontext() as writer:
+        append = writer.append if writer else lambda line: None
+        if done is None:
+            append(header)
+        lines = dict(done or {})
+        for line in _run_cases([one for one in plan.cases if one.case_id not in lines], settings, plan.lanes, pool):
+            lines[line.case] = line
+            append(line)
+            on_line(line)
+        end = _end(plan, header.run, list(lines.values()), time.monotonic() - started)
+        append(end)
+    return RunResult(header, [lines[one.case_id] for one in plan.cases], end)
+
+
+def _header(plan: Plan, implementation: Implementation) -> tuple[RunLine, dict[str, CaseLine] | None]:
+    """A new run's header and None, or the header and lines of the run to resume."""
+    path = plan.record / FILE_NAME if plan.record else None
+    chosen = [one.case_id for one in plan.cases]
+    if path and path.exists():
+        if not plan.resume:
+            raise UsageValueError(f"{path} holds a run already; give --resume, or another --record folder")
+        run = read_run(path)
+        if run.header.implementation != implementation or run.header.cases != chosen:
+            raise UsageValueError(f"{path}: holds {len(run.header.cases)} cases of {run.header.implementation}, "
+                                  f"but this run is {len(chosen)} cases of {implementation}; cannot resume")
+        return run.header, run.cases
+    header = RunLine(run=uuid.uuid4().hex[:12], started=_now(), implementation=implementation, tier=plan.tier,
+                     cases=chosen, minimum_executed=plan.minimum_executed, axis_pairs=plan.pairs,
+                     environment=environment(plan.device), tolerances_digest=load_tolerances().digest,
+                     oracle_version=moe_ref.__version__)
+    return header, None
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def weight_elements(planned: PlannedCase) -> int:
+    """Elements of all experts that tokens may visit: what a case costs, roughly."""
+    spec, tokens = planned.case.problem.spec, planned.case.problem.num_tokens
+    return 3 * spec.hidden_size * spec.intermediate_size * min(spec.num_experts, 1 + tokens * spec.top_k)
+
+
+def _run_cases(cases: list[PlannedCase], settings: RunSettings, lanes: int, pool: ChildPool) -> Iterator[CaseLine]:
+    """Lines as they are ready, the most expensive cases first so that no lane is left with one at the end."""
+    threads, stop = ThreadPoolExecutor(lanes), threading.Event()
+    try:
+        ordered = sorted(cases, key=weight_elements, reverse=True)
+        futures = [threads.submit(lambda one=one: None if stop.is_set() else run_case(one, settings, pool))
+                   for one in ordered]
+        for future in as_completed(futures):
+            line = future.result()
+            if line is not None:
+                yield line
+    finally:
+        # Also on an interrupt: what is recorded stays, children end, waiting cases are dropped.
+        stop.set()
+        threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _end(plan: Plan, run: str, lines: list[CaseLine], seconds: float) -> EndLine:
+    verdicts = {verdict.value: count for verdict in Verdict
+                if (count := sum(line.verdict == verdict for line in lines))}
+    executed = sum(line.verdict in EXECUTED_VERDICTS for line in lines)
+    return EndLine(run=run, finished=_now(), seconds=round(seconds, 2), verdicts=verdicts, executed=executed,
+                   exit_code=exit_code(lines, executed, plan.minimum_executed))
+
+
+def exit_code(lines: list[CaseLine], executed: int, minimum: int) -> int:
+    """0 as expected, 1 mismatch, 2 wrong use, 3 harness error, 4 too few executed; the first that applies of 2, 1, 3, 4."""
+    if usage_errors(lines):
+        return EXIT_USAGE
+    if any(line.verdict in RED_VERDICTS for line in lines):
+        return EXIT_MISMATCH
+    if any(line.verdict == Verdict.HARNESS_ERROR for line in lines):
+        return EXIT_HARNESS
+    return EXIT_TOO_FEW if executed < minimum else EXIT_OK
+
+
+def usage_errors(lines: list[CaseLine]) -> list[str]:
+    """One line per distinct wrong use that ranks reported."""
+    found = {line.reason.removeprefix(USAGE_PREFIX).partition("\n")[0]
+             for line in lines if line.verdict == Verdict.CRASH and line.reason.startswith(USAGE_PREFIX)}
+    return sorted(found)
+
+
+def end_on_terminate() -> None:
+    """Turn SIGTERM into an interrupt, so that children end with us."""
+    signal.signal(signal.SIGTERM, lambda number, frame: (_ for _ in ()).throw(KeyboardInterrupt()))

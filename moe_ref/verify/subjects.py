@@ -1,0 +1,52 @@
+"""Finding implementations: by entry point, by `module` or `module:attr`; none is imported unless asked for."""
+
+import hashlib
+import importlib
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+
+from moe_ref.contract.capabilities import Capabilities
+from moe_ref.contract.errors import UsageValueError
+
+ENTRY_POINT_GROUP = "moe_ref.implementations"
+BUILT_IN = ("moe_fast", "moe_ref")
+
+
+def known_names() -> list[str]:
+    """Registered names; the two packages of this project are always among them."""
+    registered = [point.name for point in entry_points(group=ENTRY_POINT_GROUP)]
+    return sorted({*BUILT_IN, *registered})
+
+
+def load_subject(name: str) -> ModuleType:
+    """The object that holds `moe` and `CAPABILITIES`; raises UsageValueError that names what is known or missing."""
+    points = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+    target = points[name].value if name in points else name
+    module_name, _, attribute = target.partition(":")
+    try:
+        subject = importlib.import_module(module_name)
+        for part in filter(None, attribute.split(".")):
+            subject = getattr(subject, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageValueError(f"unknown implementation {name!r} ({type(error).__name__}: {error}); "
+                              f"known: {', '.join(known_names())}, or module:attr") from error
+    faults = [attr for attr, kind in (("moe", object), ("CAPABILITIES", Capabilities))
+              if not isinstance(getattr(subject, attr, None), kind) or getattr(subject, attr, None) is None]
+    if faults:
+        raise UsageValueError(f"implementation {name!r} lacks {' and '.join(faults)}; it should export the "
+                              "function moe and CAPABILITIES, a moe_ref.Capabilities")
+    return subject
+
+
+def source_digest(subject: ModuleType) -> str:
+    """16 hex digits over the Python sources of the subject's package, so that a record says what was judged."""
+    file = getattr(subject, "__file__", None) or getattr(importlib.import_module(subject.__module__), "__file__", None)
+    if not file:
+        return ""
+    path = Path(file)
+    sources = sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
+    hasher = hashlib.sha256()
+    for source in sources:
+        hasher.update(source.relative_to(path.parent).as_posix().encode() + source.read_bytes())
+    return hasher.hexdigest()[:16]
