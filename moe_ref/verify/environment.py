@@ -21,7 +21,7 @@ def _version(package: str) -> str:
 
 def environment(device: str) -> dict[str, str]:
     """Versions and device; `device` names the class that baselines are kept for."""
-    facts = {"python": platform.python_version(), "torch": torch.__version__, "triton": _version("triton"),
+    facts = {"python": platform.python_version(), "torch": str(torch.__version__), "triton": _version("triton"),
              "numpy": _version("numpy"), "system": f"{platform.system()} {platform.machine()}",
              "cpu_count": str(os.cpu_count()), "device": "cpu", "kernels": "Triton interpreter"}
     if device == "cuda":

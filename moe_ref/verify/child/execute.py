@@ -2,6 +2,8 @@
 
 import time
 import traceback
+from dataclasses import dataclass
+from functools import cache
 from types import ModuleType
 
 import msgspec
@@ -12,6 +14,7 @@ from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.comm import Comm, CountingComm, Groups
 from moe_ref.contract.errors import UsageError
 from moe_ref.contract.local_comm import LocalComm, run_virtual_ranks
+from moe_ref.contract.torch_comm import TorchComm
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Ranks, Stage
 from moe_ref.contract.weights import MoEWeights
@@ -56,66 +59,96 @@ class Job:
 
 def execute(subject: ModuleType, request: Request) -> tuple[Reply, bytes]:
     """The reply to a request and its payload; errors of the subject are part of the reply."""
+    if request.ranks != Ranks.LOCAL and request.device == "cpu":
+        _warm_up(subject)
     job = Job(subject, request)
     started = time.monotonic()
-    outcomes = []
-    for run in range(request.runs):
-        outcome = _run_ranks(job, run)
-        outcomes.append(outcome)
-        if isinstance(outcome, list):
-            return Reply(ranks=outcome, runs=run + 1, seconds=time.monotonic() - started,
-                         inputs_digest=job.inputs.digest()), b""
+    outcomes = _run_local(job) if request.ranks == Ranks.LOCAL else _run_processes(job)
     seconds = (time.monotonic() - started) / request.runs
+    digest = job.inputs.digest()
+    if isinstance(outcomes, Failed):
+        return Reply(ranks=outcomes.reports, runs=1, seconds=seconds, inputs_digest=digest), b""
     first = outcomes[0]
-    differing = sorted({stage for other in outcomes[1:] for stage in _differing(first[0], other[0])})
+    differing = sorted({stage for other in outcomes[1:] for stage in _differing(first.tensors, other.tensors)})
     names = [POISON_NAMES[run % len(POISON_NAMES)] for run in range(request.runs)]
-    changed = sorted({name for outcome in outcomes for name in outcome[2]})
-    reply = Reply(ranks=first[1], runs=request.runs, same_bits=not differing if request.runs > 1 else None,
-                  differing_stages=differing, changed_inputs=changed, seconds=seconds,
+    reply = Reply(ranks=first.reports, runs=request.runs, same_bits=not differing if request.runs > 1 else None,
+                  differing_stages=differing, changed_inputs=sorted({name for one in outcomes for name in one.changed}),
                   guard={"poison": ", ".join(names), "inputs": "fingerprinted before and after", "process": "child"},
-                  inputs_digest=job.inputs.digest())
-    return reply, pack_tensors(first[0])
+                  seconds=seconds, inputs_digest=digest)
+    return reply, pack_tensors(first.tensors)
 
 
-Outcome = tuple[list[RankTensors], list[RankReport], list[str]]
+@dataclass(frozen=True)
+class Outcome:
+    """One run: tensors and reports by rank, and the names of inputs that changed."""
+
+    tensors: list[RankTensors]
+    reports: list[RankReport]
+    changed: list[str]
 
 
-def _run_ranks(job: Job, run: int) -> Outcome | list[RankReport]:
-    """Tensors, reports and changed inputs of all ranks; or only reports when a rank failed."""
-    size = job.case.parallel.tp
-    if job.request.ranks == Ranks.LOCAL:
-        return _run_local(job, run, size)
+@dataclass(frozen=True)
+class Failed:
+    """Reports of a run in which a rank failed."""
+
+    reports: list[RankReport]
+
+
+RankResult = tuple[RankTensors, RankReport, list[str]]
+
+
+def _outcome(results: list[RankResult]) -> Outcome:
+    return Outcome([tensors for tensors, _, _ in results], [report for _, report, _ in results],
+                   [name for _, _, changed in results for name in changed])
+
+
+@cache
+def _warm_up(subject: ModuleType) -> None:
+    """Compile and check once, before ranks are forked, what every fork would repeat; its result means nothing."""
+    job = Job(subject, Request(case=_WARM_UP_CASE, ranks=Ranks.LOCAL, device="cpu", runs=1, time_limit=0.0))
+    _run_local(job)
+
+
+_WARM_UP_CASE = "v1-T2.H16.I16.E4.K2-fp32-norm"
+
+
+def _run_processes(job: Job) -> list[Outcome] | Failed:
+    request = job.request
+
+    def body(comm: TorchComm, device: torch.device) -> bytes:
+        with torch.no_grad():
+            return b"".join(_pack_rank(*job.run_rank(comm, device, run)) for run in range(request.runs))
+
     # The harness gives up first: it dumps the stacks of all ranks before it kills them.
-    answers = run_process_ranks(size, job.request.ranks, job.request.device, 2 * job.request.time_limit,
-                                lambda comm, device: _pack_rank(*job.run_rank(comm, device, run)))
+    answers = run_process_ranks(job.case.parallel.tp, request.ranks, request.device, 2 * request.time_limit, body)
     if any(isinstance(answer, Exception) for answer in answers):
-        return [_report_process_error(answer) for answer in answers]
-    unpacked = [_unpack_rank(answer) for answer in answers if isinstance(answer, bytes)]
-    return ([tensors for tensors, _, _ in unpacked], [report for _, report, _ in unpacked],
-            [name for _, _, changed in unpacked for name in changed])
+        return Failed([_report_process_error(answer) for answer in answers])
+    by_rank = [_unpack_rank(answer) for answer in answers if isinstance(answer, bytes)]
+    return [_outcome(list(results)) for results in zip(*by_rank, strict=True)]
 
 
-def _run_local(job: Job, run: int, size: int) -> Outcome | list[RankReport]:
-    # A rank without a backward pass needs no autograd, and virtual ranks must not share its worker threads.
+def _run_local(job: Job) -> list[Outcome] | Failed:
     device = torch.device(job.request.device)
 
-    def body(comm: LocalComm) -> tuple[RankTensors, RankReport, list[str]] | RankReport:
+    def body(comm: LocalComm, run: int) -> RankResult | RankReport:
         try:
+            # Forward only: no autograd, whose worker threads virtual ranks must not share.
             with torch.no_grad():
                 return job.run_rank(comm, device, run)
         except UsageError as error:
             # Wrong use is found before any communication, by every rank on its own: let each one say so.
             return _report(error, usage=True)
 
-    try:
-        results = run_virtual_ranks(size, body)
-    except Exception as error:
-        return [_report(error, usage=isinstance(error, UsageError))]
-    if any(isinstance(result, RankReport) for result in results):
-        return [result if isinstance(result, RankReport) else result[1] for result in results]
-    complete = [result for result in results if not isinstance(result, RankReport)]
-    return ([tensors for tensors, _, _ in complete], [report for _, report, _ in complete],
-            [name for _, _, changed in complete for name in changed])
+    outcomes = []
+    for run in range(job.request.runs):
+        try:
+            results = run_virtual_ranks(job.case.parallel.tp, lambda comm, run=run: body(comm, run))
+        except Exception as error:
+            return Failed([_report(error, usage=isinstance(error, UsageError))])
+        if any(isinstance(result, RankReport) for result in results):
+            return Failed([result if isinstance(result, RankReport) else result[1] for result in results])
+        outcomes.append(_outcome([result for result in results if not isinstance(result, RankReport)]))
+    return outcomes
 
 
 def _report(error: Exception, *, usage: bool) -> RankReport:
@@ -136,11 +169,19 @@ def _differing(first: list[RankTensors], other: list[RankTensors]) -> set[str]:
 
 
 def _pack_rank(tensors: RankTensors, report: RankReport, changed: list[str]) -> bytes:
-    header = msgspec.json.encode((report, changed))
-    return len(header).to_bytes(8, "little") + header + pack_tensors([tensors])
+    header, payload = msgspec.json.encode((report, changed)), pack_tensors([tensors])
+    return b"".join(part for content in (header, payload) for part in (len(content).to_bytes(8, "little"), content))
 
 
-def _unpack_rank(content: bytes) -> tuple[RankTensors, RankReport, list[str]]:
-    length = int.from_bytes(content[:8], "little")
-    report, changed = msgspec.json.decode(content[8:8 + length], type=tuple[RankReport, list[str]])
-    return unpack_tensors(content[8 + length:], 1)[0], report, changed
+def _unpack_rank(content: bytes) -> list[RankResult]:
+    """The runs of one rank, in order."""
+    parts, at = [], 0
+    while at < len(content):
+        length = int.from_bytes(content[at:at + 8], "little")
+        parts.append(content[at + 8:at + 8 + length])
+        at += 8 + length
+    results = []
+    for header, payload in zip(parts[::2], parts[1::2], strict=True):
+        report, changed = msgspec.json.decode(header, type=tuple[RankReport, list[str]])
+        results.append((unpack_tensors(payload, 1)[0], report, changed))
+    return results
