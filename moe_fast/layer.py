@@ -9,7 +9,14 @@ from moe_fast.kernels.gate_up import gate_up
 from moe_fast.kernels.router import router_logits, select
 from moe_fast.observe import record_routed_rows, record_routing
 from moe_fast.tiles import gemm_tile
-from moe_ref.contract.checks import check_groups, check_logits, check_residual, check_routing, check_tokens
+from moe_ref.contract.checks import (
+    check_groups,
+    check_logits,
+    check_residual,
+    check_router,
+    check_routing,
+    check_tokens,
+)
 from moe_ref.contract.comm import Groups
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.routing import Routing
@@ -28,20 +35,25 @@ def route(x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, *,
     logits_TE, if given, replaces x @ router^T. Raises UsageValueError / UsageTypeError on wrong metadata.
     """
     check_tokens(x_TH, spec, DTYPES, "moe_fast")
-    shared_TS = None
-    if weights.shared_gate_SH is not None:
-        gate_logits = router_logits(x_TH, weights.shared_gate_SH)
-        shared_TS = select(gate_logits, None, Router(num_experts=1, top_k=1, score="sigmoid"))[1]
+    check_router(weights, spec)
+    shared_TS = _shared_gate(x_TH, weights)
     if spec.router is None:
         ids_TK = torch.zeros(len(x_TH), 1, dtype=torch.int32, device=x_TH.device)
         return Routing(ids_TK, torch.ones_like(ids_TK, dtype=torch.float32), shared_TS=shared_TS)
     if logits_TE is None:
-        assert weights.router_EH is not None
         logits_TE = router_logits(x_TH, weights.router_EH)
     check_logits(logits_TE, spec, len(x_TH))
     logits_TE = logits_TE.to(torch.float32)
     ids_TK, weights_TK = select(logits_TE, weights.selection_bias_E, spec.router)
     return Routing(ids_TK, weights_TK, logits_TE, shared_TS)
+
+
+def _shared_gate(x_TH: torch.Tensor, weights: MoEWeights) -> torch.Tensor | None:
+    """The gate is a sigmoid router with one expert, so the router's kernels compute it."""
+    if weights.shared_gate_SH is None:
+        return None
+    gate_logits = router_logits(x_TH, weights.shared_gate_SH)
+    return select(gate_logits, None, Router(num_experts=1, top_k=1, score="sigmoid"))[1]
 
 
 def experts(x_TH: torch.Tensor, routing: Routing, weights: MoEWeights, spec: MoESpec,
@@ -87,7 +99,9 @@ def _shared_rows(x_TH: torch.Tensor, routing: Routing, weights: MoEWeights, spec
     if spec.shared is None or shared is None:
         return None
     ids_T1 = torch.zeros(len(x_TH), 1, dtype=torch.int32, device=x_TH.device)
-    gate_TS = torch.ones_like(ids_T1, dtype=torch.float32) if routing.shared_TS is None else routing.shared_TS
+    gate_TS = routing.shared_TS if routing.shared_TS is not None else _shared_gate(x_TH, weights)
+    if gate_TS is None:
+        gate_TS = torch.ones_like(ids_T1, dtype=torch.float32)
     stacked = ExpertWeights(shared.w13_GIH[None], shared.w2_HI[None])
     shared_TH = _mlp_rows(x_TH, ids_T1, gate_TS, stacked, spec.shared.mlp.activation, None)
     if trace is not None:

@@ -50,7 +50,7 @@ class ArgumentBinder:
     def _pointer(self, name: str, tensor: torch.Tensor | TensorWrapper) -> tl.tensor:
         plain = tensor.base if isinstance(tensor, TensorWrapper) else tensor
         if plain.device.type != "cpu":
-            raise UsageTypeError(f"argument {name}: a tensor on {plain.device}, but the interpreter should get cpu")
+            raise UsageTypeError(f"argument {name}: a tensor on {plain.device}, but should be on cpu")
         dtype = _pointer_type(tensor)
         return tl.tensor(TensorHandle(np.array([self.address(name, plain)], dtype=np.uint64), dtype), dtype)
 
@@ -58,7 +58,8 @@ class ArgumentBinder:
         strides = [_scalar(stride) for stride in descriptor.strides[:-1]]
         return self.semantic.make_tensor_descriptor(
             base=self._pointer(name, descriptor.base), shape=[_scalar(size) for size in descriptor.shape],
-            strides=[*strides, tl.constexpr(1)], block_shape=[tl.constexpr(size) for size in descriptor.block_shape],
+            strides=[*strides, tl.constexpr(1)],
+            block_shape=[tl.constexpr(size) for size in descriptor.block_shape],
             padding_option=descriptor.padding)
 
 
@@ -74,8 +75,9 @@ def _pointer_type(tensor: torch.Tensor | TensorWrapper) -> tl.dtype:
 def _scalar(value: bool | int | float) -> tl.tensor:
     """A rank-0 tensor of the type a compiled kernel would get: int1, int32 / int64 / uint64 by size, fp32.
 
-    Upstream hands a float over as a Python number, which takes the dtype of the tensor it meets: bf16 * 0.1 would
-    stay bf16 with 0.1 rounded to bf16, where a compiled kernel computes in fp32 (seen in Triton 3.6 to 3.8).
+    Upstream hands a float over as a Python number, which takes the dtype of the tensor it meets: bf16 * 0.1
+    would stay bf16 with 0.1 rounded to bf16, where a compiled kernel computes in fp32 (seen in Triton 3.6 to
+    3.8).
     """
     if isinstance(value, bool):
         dtype, stored = tl.int1, np.bool_

@@ -1,8 +1,9 @@
 """Conversions between the interpreter's storage (bf16 as uint16, fp8 as uint8) and real values.
 
-The interpreter of Triton 3.6 to 3.8 truncates fp32 -> bf16, loses the mantissa carry of fp8 casts (1.984 -> 1.0),
-flushes subnormals and misreads NaN (triton-lang/triton #8322; the open pull request #11897 mends the fp8 part).
-Delete this file when the oldest supported Triton passes the `upstream` tests of tests/test_interpreter.py.
+The interpreter of Triton 3.6 to 3.8 truncates fp32 -> bf16, loses the mantissa carry of fp8 casts (1.984 ->
+1.0), flushes subnormals and misreads NaN (triton-lang/triton #8322; the open pull request #11897 mends the
+fp8 part). Delete this file when the oldest supported Triton passes the `upstream` tests of
+tests/test_interpreter.py.
 """
 
 import numpy as np
@@ -25,11 +26,11 @@ _RTZ = upstream._ir.ROUNDING_MODE.RTZ
 
 def is_encoded(dtype: tl.dtype) -> bool:
     """True for the dtypes that NumPy lacks, stored as bit patterns: bf16 and four fp8 formats."""
-    return dtype is tl.bfloat16 or dtype in FP8_DTYPES or dtype == tl.bfloat16
+    return dtype == tl.bfloat16 or dtype in FP8_DTYPES
 
 
 def values(data: np.ndarray, dtype: tl.dtype) -> np.ndarray:
-    """Storage of `dtype` as real values: fp32 for bf16 and fp8 (exact), unchanged for the dtypes NumPy has."""
+    """Storage of `dtype` as real values: fp32 for bf16 and fp8 (exact), unchanged for NumPy's own dtypes."""
     if dtype == tl.bfloat16:
         bits = data.astype(np.uint32)
         bits <<= _HALF_WORD
@@ -41,7 +42,8 @@ def values(data: np.ndarray, dtype: tl.dtype) -> np.ndarray:
 def storage(reals: np.ndarray, dtype: tl.dtype, rounding: object = None) -> np.ndarray:
     """Real values as storage of `dtype`, rounded once to nearest even (toward zero with RTZ); fp8 saturates.
 
-    The fp8 rule is cvt.rn.satfinite of the PTX ISA: infinities become the largest finite value, NaN stays NaN.
+    The fp8 rule is cvt.rn.satfinite of the PTX ISA: infinities become the largest finite value, NaN stays
+    NaN.
     """
     nearest = _nearest(reals, dtype)
     return _toward_zero(reals, nearest, dtype) if rounding == _RTZ else nearest
@@ -49,7 +51,8 @@ def storage(reals: np.ndarray, dtype: tl.dtype, rounding: object = None) -> np.n
 
 def _nearest(reals: np.ndarray, dtype: tl.dtype) -> np.ndarray:
     if dtype == tl.bfloat16:
-        return _as_torch(reals).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16).reshape(reals.shape)
+        codes = _as_torch(reals).to(torch.bfloat16).view(torch.int16).numpy()
+        return codes.view(np.uint16).reshape(reals.shape)
     if dtype in FP8_DTYPES:
         # clamp keeps NaN and turns infinities into the largest finite value
         limited = _as_torch(reals).clamp(-_FP8_MAX[dtype], _FP8_MAX[dtype])
@@ -69,9 +72,11 @@ def _as_torch(reals: np.ndarray) -> torch.Tensor:
 
 
 def _round_to_odd(reals: np.ndarray) -> np.ndarray:
-    """fp64 -> fp32 so that a second rounding gives the correctly rounded result: an inexact value gets an odd code.
+    """fp64 -> fp32 so that a second rounding gives the correctly rounded result: an inexact value gets an odd
+    code.
 
-    Boldo and Melquiond, Emulation of a FMA and Correctly Rounded Sums, IEEE Transactions on Computers 57 (2008).
+    Boldo and Melquiond, Emulation of a FMA and Correctly Rounded Sums, IEEE Transactions on Computers 57
+    (2008).
     """
     nearest = reals.astype(np.float32)
     codes = _toward_zero(reals, nearest, tl.float32).view(np.uint32)
@@ -79,7 +84,7 @@ def _round_to_odd(reals: np.ndarray) -> np.ndarray:
 
 
 def _toward_zero(reals: np.ndarray, nearest: np.ndarray, dtype: tl.dtype) -> np.ndarray:
-    """Step `nearest` one code toward zero where rounding went away from zero; an overflow becomes the largest finite."""
+    """Step back one code where rounding went away from zero; an overflow becomes the largest finite value."""
     unsigned = np.dtype(f"uint{nearest.dtype.itemsize * 8}")
     codes = nearest.view(unsigned).copy()
     with np.errstate(invalid="ignore"):

@@ -10,7 +10,7 @@ from moe_ref.contract.errors import UsageValueError
 
 @dataclass(frozen=True)
 class Checks:
-    """bounds: pointers stay inside the tensor arguments; races: no byte is stored twice; overflow: integers and asserts."""
+    """bounds: pointers stay in the arguments; races: no byte is stored twice; overflow: integers, asserts."""
 
     bounds: bool = True
     races: bool = False
@@ -27,7 +27,7 @@ def active_checks() -> Checks:
 
 @contextmanager
 def checking(bounds: bool, races: bool, overflow: bool) -> Iterator[None]:
-    """Set the checks of this thread's launches inside the block; raises UsageValueError for races without bounds."""
+    """Set the checks of this thread's launches; raises UsageValueError for races without bounds."""
     if races and not bounds:
         raise UsageValueError("checking(bounds=False, races=True): races are found through the bounds check, "
                               "so races=True should come with bounds=True")

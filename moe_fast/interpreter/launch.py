@@ -29,11 +29,13 @@ _SEMANTIC = CheckedSemantic(_BUILDER)
 
 
 def interpret(kernel: JITFunction, grid: tuple[int, ...], arguments: dict[str, object]) -> None:
-    """Run `kernel` for every program of `grid` (up to three axes, zero programs allowed) on CPU tensors, in place.
+    """Run `kernel` for every program of `grid` (up to three axes, zero programs allowed) on CPU tensors, in
+    place.
 
-    Launch options (num_warps, num_stages ...) among `arguments` are dropped. One launch runs at a time in a process.
-    Raises UsageTypeError / UsageValueError for wrong arguments, OutOfBoundsError, StoreRaceError, IntegerOverflowError
-    or DeviceAssertError for what the checks find (see `checking`), and whatever the kernel itself raises.
+    Launch options (num_warps, num_stages ...) among `arguments` are dropped. One launch runs at a time in a
+    process. Raises UsageTypeError / UsageValueError for wrong arguments, OutOfBoundsError, StoreRaceError,
+    IntegerOverflowError or DeviceAssertError for what the checks find (see `checking`), and whatever the
+    kernel itself raises.
     """
     _check_call(kernel, grid, arguments)
     with _LOCK:
@@ -47,7 +49,8 @@ def interpret(kernel: JITFunction, grid: tuple[int, ...], arguments: dict[str, o
                 _run_programs(rewritten(kernel, _as_tensor), values, grid, memory)
 
 
-def _run_programs(function: Callable, values: list[object], grid: tuple[int, ...], memory: Memory | None) -> None:
+def _run_programs(function: Callable, values: list[object], grid: tuple[int, ...],
+                  memory: Memory | None) -> None:
     sizes = (*grid, 1, 1)[:3]
     for z, y, x in itertools.product(*(range(size) for size in reversed(sizes))):
         _BUILDER.grid_idx = (x, y, z)
@@ -66,9 +69,10 @@ class _State:
 
 @contextmanager
 def _launch_state(kernel: JITFunction, grid: tuple[int, ...], memory: Memory | None, checks: Checks):
-    """The language and the builder set up for one launch and put back after it; the outermost launch swaps."""
-    attributes = {"memory": memory, "kernel": kernel.fn.__name__, "grid_dim": (*grid, 1, 1)[:3], "grid_idx": (0, 0, 0),
-                  "options": replace(_BUILDER.options, debug=checks.overflow, sanitize_overflow=checks.overflow)}
+    """Language and builder set up for one launch and put back after it; the outermost launch swaps."""
+    attributes = {"memory": memory, "kernel": kernel.fn.__name__, "grid_dim": (*grid, 1, 1)[:3],
+                  "grid_idx": (0, 0, 0), "options": replace(_BUILDER.options, debug=checks.overflow,
+                                                            sanitize_overflow=checks.overflow)}
     before = {name: getattr(_BUILDER, name, None) for name in attributes}
     vars(_BUILDER).update(attributes)
     _State.depth += 1
@@ -97,8 +101,8 @@ def _as_tensor(value: object) -> object:
 
 def _check_call(kernel: JITFunction, grid: tuple[int, ...], arguments: dict[str, object]) -> None:
     if not isinstance(kernel, JITFunction):
-        raise UsageTypeError(f"kernel: {type(kernel).__name__}, but should be a triton.JITFunction; the environment "
-                             "variable TRITON_INTERPRET should be unset")
+        raise UsageTypeError(f"kernel: {type(kernel).__name__}, but should be a triton.JITFunction; the "
+                             "environment variable TRITON_INTERPRET should be unset")
     faults = []
     if not 1 <= len(grid) <= 3 or any(not isinstance(size, int) or size < 0 for size in grid):
         faults.append(f"grid {grid!r}, but should be one to three integers, none negative")

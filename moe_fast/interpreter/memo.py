@@ -1,8 +1,9 @@
 """Memoised construction of Triton's type and tensor objects, which otherwise takes two thirds of a launch.
 
-Every operation of a kernel builds a block_type and a tensor, and each builds a tl.tuple of constexpr for its shape.
-Both constructors depend on their type arguments only, so their results are computed once by Triton's own code and
-copied; a type's name, which holds shape, element and constness, is the key (types are not all hashable). Costs nothing in clarity elsewhere: delete it when upstream stops building a tuple per tensor.
+Every operation of a kernel builds a block_type and a tensor, and each builds a tl.tuple of constexpr for its
+shape. Both constructors depend on their type arguments only, so their results are computed once by Triton's
+own code and copied; a type's name, which holds shape, element and constness, is the key (types are not all
+hashable). Costs nothing in clarity elsewhere: delete it when upstream stops building a tuple per tensor.
 """
 
 from collections.abc import Callable

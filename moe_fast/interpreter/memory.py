@@ -1,8 +1,10 @@
-"""The memory of one launch: every tensor argument in an address range of its own, every access checked and direct.
+"""The memory of one launch: every tensor argument in an address range of its own, every access checked and
+direct.
 
-A kernel sees virtual addresses: argument number i starts in the middle of slot i, slots are 2**44 bytes apart. So a
-pointer that runs out of its tensor never falls into another one, and the message can name the argument. Loads and
-stores index a NumPy view of the tensor, which also is several times faster than upstream's loop over lanes.
+A kernel sees virtual addresses: argument number i starts in the middle of slot i, slots are 2**44 bytes
+apart. So a pointer that runs out of its tensor never falls into another one, and the message can name the
+argument. Loads and stores index a NumPy view of the tensor, which also is several times faster than
+upstream's loop over lanes.
 """
 
 import numpy as np
@@ -20,7 +22,8 @@ class _Bytes:
     """`count` bytes at `address` for np.asarray, by NumPy's array interface protocol, version 3."""
 
     def __init__(self, address: int, count: int) -> None:
-        self.__array_interface__ = {"data": (address, False), "shape": (count,), "typestr": "|u1", "version": 3}
+        self.__array_interface__ = {"data": (address, False), "shape": (count,), "typestr": "|u1",
+                                    "version": 3}
 
 
 class Region:
@@ -85,8 +88,9 @@ class Memory:
             elements = self._elements(region, offsets, dtype)
             region.array(dtype)[elements] = np.broadcast_to(data, pointers.shape)[lanes]
 
-    def real_pointers(self, pointers: np.ndarray, mask: np.ndarray | None, itemsize: int, action: str) -> np.ndarray:
-        """Real addresses for upstream's atomics; lanes outside `mask` keep their virtual one, which is not touched."""
+    def real_pointers(self, pointers: np.ndarray, mask: np.ndarray | None, itemsize: int,
+                      action: str) -> np.ndarray:
+        """Real addresses for upstream's atomics; lanes outside `mask` keep their virtual one."""
         real = pointers.copy()
         active = pointers if mask is None else pointers[mask]
         moved = active.copy()
@@ -99,7 +103,7 @@ class Memory:
 
     def _inside(self, pointers: np.ndarray, mask: np.ndarray | None, itemsize: int,
                 action: str) -> tuple[Region, bool] | None:
-        """The region that holds all active lanes, and whether it holds the others too; None if there are several."""
+        """The region of all active lanes, and whether the others lie in it too; None if there are several."""
         region = self._common(pointers, itemsize)
         if region is not None:
             return region, True
@@ -111,7 +115,8 @@ class Memory:
         return None
 
     def _common(self, pointers: np.ndarray, itemsize: int) -> Region | None:
-        low, high = (pointers.item(),) * 2 if pointers.size == 1 else (int(pointers.min()), int(pointers.max()))
+        single = pointers.size == 1
+        low, high = (pointers.item(),) * 2 if single else (int(pointers.min()), int(pointers.max()))
         index = low >> _SLOT_BITS
         if index < len(self.regions):
             region = self.regions[index]
@@ -154,21 +159,24 @@ class Memory:
         """Byte offsets as element numbers; only a pointer cast to a wider type can be misaligned."""
         shift = dtype.itemsize.bit_length() - 1
         if dtype.itemsize > region.itemsize and (offsets & np.uint64(dtype.itemsize - 1)).any():
-            raise OutOfBoundsError(f"kernel {self.kernel}, program {self.program}: argument {region.name} is accessed "
-                                   f"as {dtype.itemsize}-byte elements at offsets that are not multiples of that")
+            raise OutOfBoundsError(f"{self._where()}: argument {region.name} is accessed as "
+                                   f"{dtype.itemsize}-byte elements at offsets that are no multiples of it")
         return (offsets >> np.uint64(shift)).view(np.int64) if shift else offsets.view(np.int64)
+
+    def _where(self) -> str:
+        return f"kernel {self.kernel}, program {self.program}"
 
     def _raise_outside(self, region: Region, pointers: np.ndarray, itemsize: int, action: str) -> None:
         offsets = pointers.astype(np.int64) - region.low
         wrong = (offsets < 0) | (offsets + itemsize > region.size)
         raise OutOfBoundsError(
-            f"kernel {self.kernel}, program {self.program}: {action} out of bounds of argument {region.name}: "
-            f"{int(wrong.sum())} lanes, the first at byte offset {int(offsets[wrong][0])}, but {itemsize} bytes should "
-            f"fit in the {region.size} bytes of shape {tuple(region.tensor.shape)}, strides {region.tensor.stride()}")
+            f"{self._where()}: {action} out of bounds of argument {region.name}: {int(wrong.sum())} lanes, "
+            f"the first at byte offset {int(offsets[wrong][0])}, but {itemsize} bytes should fit in the "
+            f"{region.size} bytes of shape {tuple(region.tensor.shape)}, strides {region.tensor.stride()}")
 
     def _raise_foreign(self, pointers: np.ndarray, action: str) -> None:
         raise OutOfBoundsError(
-            f"kernel {self.kernel}, program {self.program}: {action} out of bounds: {pointers.size} lanes, the first at "
-            f"address {int(pointers.flat[0]):#x}, in none of the arguments "
-            f"{', '.join(region.name for region in self.regions) or '(there are no tensor arguments)'}; addresses "
-            "that do not come from an argument need checking(bounds=False, ...)")
+            f"{self._where()}: {action} out of bounds: {pointers.size} lanes, the first at address "
+            f"{int(pointers.flat[0]):#x}, in none of the arguments "
+            f"{', '.join(region.name for region in self.regions) or '(there are no tensor arguments)'}; "
+            "addresses that do not come from an argument need checking(bounds=False, ...)")

@@ -4,18 +4,20 @@ import numpy as np
 
 from moe_fast.interpreter.errors import StoreRaceError
 
+Program = tuple[int, int, int]
+
 
 class StoreLog:
     """The last writer of every stored byte, kept per storage, so that overlapping arguments are one."""
 
     def __init__(self, kernel: str) -> None:
         self.kernel = kernel
-        self.programs: list[tuple[int, int, int]] = []
-        self._numbers: dict[tuple[int, int, int], int] = {}
+        self.programs: list[Program] = []
+        self._numbers: dict[Program, int] = {}
         self._writers: dict[int, tuple[int, np.ndarray]] = {}
 
-    def record(self, region: object, offsets: np.ndarray, itemsize: int, program: tuple[int, int, int]) -> None:
-        """Note the stores of `program`; raises StoreRaceError if a byte has another writer or two lanes meet."""
+    def record(self, region: object, offsets: np.ndarray, itemsize: int, program: Program) -> None:
+        """Note stores of `program`; raises StoreRaceError if a byte has another writer or two lanes meet."""
         storage = region.tensor.untyped_storage()
         base = storage.data_ptr()
         if base not in self._writers:
@@ -31,19 +33,20 @@ class StoreLog:
         self._check_programs(region.name, writers[touched], touched, number, region.real - base)
         writers[touched] = number
 
-    def _check_lanes(self, name: str, touched: np.ndarray, program: tuple[int, int, int], start: int) -> None:
+    def _check_lanes(self, name: str, touched: np.ndarray, program: Program, start: int) -> None:
         ordered = np.sort(touched)
         twice = ordered[1:][ordered[1:] == ordered[:-1]]
         if twice.size:
-            raise StoreRaceError(f"kernel {self.kernel}, program {program}: two lanes of one store write byte "
-                                 f"{int(twice[0]) - start} of argument {name} ({twice.size} bytes in all), "
-                                 "but each byte should have one writer")
+            raise StoreRaceError(f"kernel {self.kernel}, program {program}: two lanes of one store "
+                                 f"write byte {int(twice[0]) - start} of argument {name} ({twice.size} bytes "
+                                 "in all), but each should have one writer")
 
-    def _check_programs(self, name: str, writers: np.ndarray, touched: np.ndarray, number: int, start: int) -> None:
+    def _check_programs(self, name: str, writers: np.ndarray, touched: np.ndarray, number: int,
+                        start: int) -> None:
         foreign = (writers != 0) & (writers != number)
         if foreign.any():
             index = int(np.flatnonzero(foreign)[0])
             raise StoreRaceError(
-                f"kernel {self.kernel}: programs {self.programs[writers[index] - 1]} and {self.programs[number - 1]} "
-                f"both store byte {int(touched[index]) - start} of argument {name} ({int(foreign.sum())} bytes in all), "
-                "but each byte should have one writer")
+                f"kernel {self.kernel}: programs {self.programs[writers[index] - 1]} and "
+                f"{self.programs[number - 1]} both store byte {int(touched[index]) - start} of argument "
+                f"{name} ({int(foreign.sum())} bytes in all), but each should have one writer")

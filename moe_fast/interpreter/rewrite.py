@@ -11,7 +11,7 @@ _REWRITTEN: dict[Callable, Callable] = {}
 
 
 class _TypedAssignments(ast.NodeTransformer):
-    """`x = value` becomes `x = as_tensor(value)`, so that `count = 0` is an int32 tensor as in a compiled kernel."""
+    """`x = value` becomes `x = as_tensor(value)`: `count = 0` is an int32 tensor, as in a compiled kernel."""
 
     def visit_Assign(self, node: ast.Assign) -> ast.Assign:
         hook = ast.Name(id=_AS_TENSOR, ctx=ast.Load())
@@ -20,7 +20,8 @@ class _TypedAssignments(ast.NodeTransformer):
 
 
 def rewritten(kernel: JITFunction, as_tensor: Callable[[object], object]) -> Callable:
-    """The interpretable twin of `kernel`, parsed once per process; shares its globals, defaults and closure cells.
+    """The interpretable twin of `kernel`, parsed once per process; shares its globals, defaults and closure
+    cells.
 
     Unlike triton.runtime.interpreter.FunctionRewriter it adds nothing to the globals of the kernel's module.
     """
@@ -34,9 +35,9 @@ def _rewrite(kernel: JITFunction, as_tensor: Callable[[object], object]) -> Call
     function = kernel.fn
     definition = ast.parse(kernel.src).body[0]
     free = (*function.__code__.co_freevars, _AS_TENSOR)
-    # free variables need an enclosing function; it is only compiled, never called, so annotations are not evaluated
-    arguments = ast.arguments(posonlyargs=[], args=[ast.arg(name) for name in free], kwonlyargs=[], kw_defaults=[],
-                              defaults=[])
+    # free variables need an enclosing function; never called, so annotations are not evaluated
+    arguments = ast.arguments(posonlyargs=[], args=[ast.arg(name) for name in free], kwonlyargs=[],
+                              kw_defaults=[], defaults=[])
     outer = ast.parse("def outer(): pass").body[0]
     outer.args, outer.body = arguments, [_TypedAssignments().visit(definition)]
     module = ast.fix_missing_locations(ast.Module(body=[outer], type_ignores=[]))

@@ -36,11 +36,13 @@ def swapped(changes: list[Change]) -> Iterator[None]:
 
 
 def language_changes(semantic: object, overrides: dict[str, Callable], call: Callable) -> list[Change]:
-    """All changes that interpretation needs, computed once: builtins bound to `semantic`, upstream's stand-ins for
-    the rest, `overrides` for names of tl and tl.core, `call` for jit functions called inside a kernel.
+    """All changes that interpretation needs, computed once: builtins bound to `semantic`, upstream's
+    stand-ins for the rest, `overrides` for names of tl and tl.core, `call` for jit functions called inside a
+    kernel.
 
-    Upstream patches again for every nested device function and leaves its patches behind after a launch, so that a
-    later triton.compile in the same process fails (seen in Triton 3.6 to 3.8); here a launch swaps once.
+    Upstream patches again for every nested device function and leaves its patches behind after a launch, so
+    that a later triton.compile in the same process fails (seen in Triton 3.6 to 3.8); here a launch swaps
+    once.
     """
     changes = []
     for space, name, old, new in _upstream_changes():
@@ -50,7 +52,7 @@ def language_changes(semantic: object, overrides: dict[str, Callable], call: Cal
         elif tl.core.is_builtin(original):
             new = _bound(original, semantic)
         elif space is tl.tensor and name == "__index__":
-            new = _index  # Triton 3.6 calls int() on a 1-element array, a TypeError from NumPy 2.4; delete with 3.6
+            new = _index
         elif space is tl.dtype and name == "to_ir":
             new = _to_ir
         changes.append((space, name, old, new))
@@ -66,8 +68,10 @@ def _upstream_changes() -> list[Change]:
     before = [dict(vars(space)) for space in _SPACES]
     # the only thing upstream reads from the kernel is which names of its module are tl and tl.core
     upstream._patch_lang(types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
-    changes = [(space, name, old.get(name, _MISSING), value) for space, old in zip(_SPACES, before, strict=True)
-               for name, value in list(vars(space).items()) if old.get(name, _MISSING) is not value]
+    changes = [(space, name, old.get(name, _MISSING), value)
+               for space, old in zip(_SPACES, before, strict=True)
+               for name, value in list(vars(space).items())
+               if old.get(name, _MISSING) is not value]
     restore(changes)
     return changes
 
@@ -92,9 +96,10 @@ def _method(function: JITFunction, call: Callable) -> Callable:
 
 
 def _to_ir(self: tl.dtype, builder: object) -> tl.dtype:
-    """A dtype is its own intermediate representation; upstream's table lacks the fnuz formats before Triton 3.8."""
+    """A dtype is its own representation; upstream's table lacks the fnuz formats before Triton 3.8."""
     return self
 
 
 def _index(self: tl.tensor) -> int:
+    """Triton 3.6 calls int() on a 1-element array, a TypeError from NumPy 2.4 on; delete with Triton 3.6."""
     return int(self.handle.data.item())

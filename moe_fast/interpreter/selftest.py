@@ -1,7 +1,8 @@
 """Start-up self-test: the corrected builder against torch's casts, so that an unknown Triton fails loudly.
 
-Everything goes through the builder methods that triton.language calls, by the names it calls them: if a new Triton
-routes a cast or an operation elsewhere, the corrections would silently be off, and this raises instead.
+Everything goes through the builder methods that triton.language calls, by the names it calls them: if a new
+Triton routes a cast or an operation elsewhere, the corrections would silently be off, and this raises
+instead.
 """
 
 from collections.abc import Callable
@@ -18,20 +19,21 @@ from moe_fast.interpreter.casts import FP8_DTYPES, storage, values
 
 _RTNE = upstream._ir.ROUNDING_MODE.RTNE
 _PRECISION = upstream._ir.INPUT_PRECISION
-# value, format, code; ties and carries worked out by hand from the formats (OCP FP8 specification, IEEE 754 rounding)
+# value, format, code: ties and carries worked out by hand (OCP FP8 specification, IEEE 754 rounding)
 _KNOWN = (
     (1 + 2**-8, tl.bfloat16, 0x3F80), (1 + 3 * 2**-8, tl.bfloat16, 0x3F82), (2 - 2**-9, tl.bfloat16, 0x4000),
     (3.4e38, tl.bfloat16, 0x7F80), (2.0**-133, tl.bfloat16, 0x0001), (-0.0, tl.bfloat16, 0x8000),
     (1.984, tl.float8e4nv, 0x40), (1.0625, tl.float8e4nv, 0x38), (448.0, tl.float8e4nv, 0x7E),
     (1e9, tl.float8e4nv, 0x7E), (float("-inf"), tl.float8e4nv, 0xFE), (2.0**-9, tl.float8e4nv, 0x01),
     (2.0**-10, tl.float8e4nv, 0x00), (1.9, tl.float8e5, 0x40), (1e9, tl.float8e5, 0x7B),
-    (2.0**-16, tl.float8e5, 0x01), (-0.0, tl.float8e5, 0x80), (1e9, tl.float8e4b8, 0x7F), (1e9, tl.float8e5b16, 0x7F),
+    (2.0**-16, tl.float8e5, 0x01), (-0.0, tl.float8e5, 0x80),
+    (1e9, tl.float8e4b8, 0x7F), (1e9, tl.float8e5b16, 0x7F),
 )
 
 
 @cache
 def check_numerics(builder: InterpreterBuilder) -> None:
-    """Run all comparisons, once per process and builder; raises RuntimeError with the first value that differs."""
+    """Run all comparisons, once per builder; raises RuntimeError with the first value that differs."""
     bf16_codes = np.arange(65536, dtype=np.uint32).astype(np.uint16)
     _check_widening(builder, bf16_codes, tl.bfloat16, torch.bfloat16, builder.create_fp_ext)
     # every bf16 value with a fraction just below, at and just above the tie
@@ -84,7 +86,8 @@ def _check_operations(builder: InterpreterBuilder) -> None:
         _compare(f"bf16 {name}", reals, values(operation(handle, handle).data, tl.bfloat16), wanted)
     less = builder.create_fcmpOLT(handle, TensorHandle(storage(reals.T, tl.bfloat16), tl.bfloat16))
     _compare("bf16 less than", reals, less.data, reals < reals.T)
-    _compare("bf16 dot", reals, builder.create_dot(handle, handle, zero, _PRECISION.IEEE, 0).data, reals @ reals)
+    product = builder.create_dot(handle, handle, zero, _PRECISION.IEEE, 0).data
+    _compare("bf16 dot", reals, product, reals @ reals)
     identity = TensorHandle(np.eye(2, dtype=np.float32), tl.float32)
     beyond_tie = TensorHandle(np.full((2, 2), 1 + 2**-11 + 2**-20, np.float32), tl.float32)
     product = builder.create_dot(beyond_tie, identity, zero, _PRECISION.TF32, 0).data
@@ -98,6 +101,6 @@ def _compare(what: str, inputs: np.ndarray, got: np.ndarray, wanted: np.ndarray)
                           else got != wanted)
     if differ.any():
         index = tuple(np.argwhere(differ)[0])
-        raise RuntimeError(f"interpreter self-test, {what}: input {inputs[index]!r} gives {got[index]!r}, but should "
-                           f"give {wanted[index]!r}; Triton {triton.__version__} is not handled by "
-                           "moe_fast.interpreter")
+        raise RuntimeError(f"interpreter self-test, {what}: input {inputs[index]!r} gives "
+                           f"{got[index]!r}, but should give {wanted[index]!r}; Triton {triton.__version__} "
+                           "is not handled by moe_fast.interpreter")

@@ -1,4 +1,4 @@
-"""The kernel language's type rules, with an integer overflow check that raises and a short way for common operands."""
+"""The language's type rules, with an overflow check that raises and a short way for common operands."""
 
 from collections.abc import Callable
 
@@ -15,10 +15,10 @@ _COMPUTED_AS_IS = _OFFSETS | {tl.float32.name, tl.float64.name}
 
 
 class CheckedSemantic(TritonSemantic):
-    """Triton's semantics; upstream computes its overflow check with six operations and drops the result by default."""
+    """Triton's semantics; upstream computes an overflow check and by default drops the result."""
 
     def binary_op_sanitize_overflow_impl(self, lhs: tl.tensor, rhs: tl.tensor, binary_op: Callable) -> None:
-        """Raise IntegerOverflowError if `binary_op` in int64 leaves the range of lhs's type (below 64 bits)."""
+        """Raise IntegerOverflowError if `binary_op` leaves the range of lhs's type (below 64 bits)."""
         dtype = lhs.dtype
         if not self.builder.options.sanitize_overflow or dtype.int_bitwidth >= 64:
             return
@@ -44,7 +44,7 @@ class CheckedSemantic(TritonSemantic):
                                                     div_or_mod)
 
     def broadcast_impl_value(self, lhs: tl.tensor, rhs: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-        """Both operands at their common shape; equal shapes, and a scalar beside a block, take the short way."""
+        """Both operands at their common shape; Triton's code for different ranks and for errors."""
         left, right = plain_shape(lhs.type), plain_shape(rhs.type)
         if left == right:
             return lhs, rhs
@@ -68,4 +68,5 @@ class CheckedSemantic(TritonSemantic):
     def _expanded(self, tensor: tl.tensor, shape: tuple[int, ...], common: list[int]) -> tl.tensor:
         if all(size == wanted for size, wanted in zip(shape, common, strict=True)):
             return tensor
-        return tl.tensor(self.builder.create_broadcast(tensor.handle, common), tl.block_type(tensor.dtype, common))
+        block = tl.block_type(tensor.dtype, common)
+        return tl.tensor(self.builder.create_broadcast(tensor.handle, common), block)

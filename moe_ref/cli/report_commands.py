@@ -2,26 +2,9 @@
 
 import importlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
-
-from moe_ref.contract.errors import UsageError
-
-USAGE = 2
-
-
-@contextmanager
-def _usage_errors() -> Iterator[None]:
-    """Wrong use ends with exit code 2 and its message, not with a traceback."""
-    try:
-        yield
-    except UsageError as error:
-        failure = click.ClickException(str(error))
-        failure.exit_code = USAGE
-        raise failure from error
 
 
 def _require_extra(*modules: str) -> None:
@@ -30,10 +13,8 @@ def _require_extra(*modules: str) -> None:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            failure = click.ClickException(f"reports need {module}, which cannot be imported ({error}); "
-                                           "install moe-ref[reports]")
-            failure.exit_code = USAGE
-            raise failure from error
+            raise click.ClickException(f"reports need {module}, which cannot be imported ({error}); "
+                                       "install moe-ref[reports]") from error
 
 
 @click.command("report")
@@ -57,10 +38,9 @@ def report_command(context: click.Context, runs: tuple[Path, ...], baseline: Pat
     from moe_ref.report.shards import merge_runs
 
     folder = runs[0] if runs[0].is_dir() else runs[0].parent
-    with _usage_errors():
-        run = merge_runs([read_run(path) for path in runs])
-        click.echo(f"read {len(run.cases)} cases of {len(runs)} run(s), writing pages ...", err=True)
-        report = render_run(run, out or folder / "report", baseline)
+    run = merge_runs([read_run(path) for path in runs])
+    click.echo(f"read {len(run.cases)} cases of {len(runs)} run(s), writing pages ...", err=True)
+    report = render_run(run, out or folder / "report", baseline)
     click.echo(json.dumps(report.document, indent=1) if as_json else "\n".join(report.head))
     click.echo(f"wrote {', '.join(map(str, report.files))}", err=True)
     context.exit(report.exit_code)
@@ -76,10 +56,9 @@ def accept_command(run_path: Path, baseline: Path | None, as_json: bool) -> None
     from moe_ref.records.store import read_run
     from moe_ref.report.baseline import baseline_path, write_baseline
 
-    with _usage_errors():
-        run = read_run(run_path)
-        path = baseline or baseline_path(run)
-        diff = write_baseline(run, path)
+    run = read_run(run_path)
+    path = baseline or baseline_path(run)
+    diff = write_baseline(run, path)
     if as_json:
         click.echo(json.dumps({"path": str(path), "changed": bool(diff), "diff": diff}, indent=1))
     else:

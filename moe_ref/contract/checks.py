@@ -7,6 +7,7 @@ from moe_ref.contract.errors import UsageTypeError, UsageValueError, raise_fault
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec
+from moe_ref.contract.weights import WeightSource
 
 CHECKS = ("metadata", "values")
 
@@ -49,6 +50,15 @@ def check_routing(routing: Routing, spec: MoESpec, num_tokens: int, check: str) 
         low, high = int(routing.ids_TK.min()), int(routing.ids_TK.max())
         if low < 0 or high >= spec.num_experts:
             raise UsageValueError(f"ids_TK: values from {low} to {high}, but should be in [0, {spec.num_experts})")
+
+
+def check_router(weights: WeightSource, spec: MoESpec) -> None:
+    """Whatever the spec's routing reads must be there."""
+    needed = {"router_EH": spec.router is not None,
+              "selection_bias_E": spec.router is not None and spec.router.selection_bias,
+              "shared_gate_SH": spec.shared is not None and spec.shared.gate == "sigmoid"}
+    raise_faults("weights", [f"{name} is missing, but the spec needs it"
+                             for name, is_needed in needed.items() if is_needed and getattr(weights, name) is None])
 
 
 def check_logits(logits_TE: torch.Tensor, spec: MoESpec, num_tokens: int) -> None:

@@ -20,7 +20,7 @@ from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Stage
 from moe_ref.contract.weights import MoEWeights, check_weights
 from moe_ref.oracle import expert as formula
-from moe_ref.oracle.router import route
+from moe_ref.oracle.router import route, shared_gate
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -35,6 +35,8 @@ def moe(x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, parallel: Parall
     size before anything is computed.
     """
     check_tokens(x_TH, spec, DTYPES, "moe_ref")
+    parallel, groups = check_groups(parallel, groups)
+    check_weights(weights, spec, parallel, groups.tp.rank)
     if residual_TH is not None:
         check_residual(residual_TH, x_TH)
     if routing is None:
@@ -83,8 +85,9 @@ def _shared(x_TH: torch.Tensor, routing: Routing, weights: MoEWeights, spec: MoE
         return torch.zeros(x_TH.shape, dtype=torch.float64, device=x_TH.device)
     act_TI = formula.activate(formula.gate_up(x_TH, shared.w13_GIH), spec.shared.mlp)
     y_TH = formula.down(act_TI, shared.w2_HI)
-    if routing.shared_TS is not None:
-        y_TH = y_TH * routing.shared_TS.double()
+    gate_TS = routing.shared_TS if routing.shared_TS is not None else shared_gate(x_TH, weights)
+    if gate_TS is not None:
+        y_TH = y_TH * gate_TS.double()
     if trace is not None:
         trace.record(Stage.SHARED, y_TH)
     return y_TH

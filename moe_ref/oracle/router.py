@@ -8,7 +8,7 @@
 
 import torch
 
-from moe_ref.contract.checks import check_logits
+from moe_ref.contract.checks import check_logits, check_router
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec, Router
 from moe_ref.contract.weights import WeightSource
@@ -21,9 +21,8 @@ def route(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, *,
     logits_TE, if given, replaces x @ router^T. Without a router every token gets expert 0 with weight 1.
     Raises UsageValueError when injected logits are not (T, E).
     """
-    shared_TS = None
-    if weights.shared_gate_SH is not None:
-        shared_TS = torch.sigmoid(x_TH.double() @ weights.shared_gate_SH.double().T)
+    check_router(weights, spec)
+    shared_TS = shared_gate(x_TH, weights)
     if spec.router is None:
         ids_TK = torch.zeros(len(x_TH), 1, dtype=torch.int64, device=x_TH.device)
         return Routing(ids_TK, torch.ones_like(ids_TK, dtype=torch.float64), shared_TS=shared_TS)
@@ -36,9 +35,22 @@ def route(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, *,
     return Routing(ids_TK, weigh(score_TE.gather(1, ids_TK), spec.router), logits_TE, shared_TS)
 
 
+def shared_gate(x_TH: torch.Tensor, weights: WeightSource) -> torch.Tensor | None:
+    """sigmoid(x @ shared_gate^T), (T, 1), the shared expert's weight; None where the layer has no such gate."""
+    if weights.shared_gate_SH is None:
+        return None
+    return sigmoid(x_TH.double() @ weights.shared_gate_SH.double().T)
+
+
 def score(logits_TE: torch.Tensor, router: Router) -> torch.Tensor:
     """Score of every expert, (T, E)."""
-    return torch.softmax(logits_TE, dim=-1) if router.score == "softmax" else torch.sigmoid(logits_TE)
+    return torch.softmax(logits_TE, dim=-1) if router.score == "softmax" else sigmoid(logits_TE)
+
+
+def sigmoid(logits: torch.Tensor) -> torch.Tensor:
+    """1 / (1 + exp(-l)), written out: torch.sigmoid rounds equal logits differently in vector body and remainder
+    of a CPU tensor (seen in torch 2.13), which would break exact ties by position in memory."""
+    return 1 / (1 + torch.exp(-logits))
 
 
 def selection_score(score_TE: torch.Tensor, selection_bias_E: torch.Tensor | None, router: Router) -> torch.Tensor:

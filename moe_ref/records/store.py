@@ -27,12 +27,15 @@ class RecordWriter:
         self._file.flush()
         os.fsync(self._file.fileno())
 
+    def close(self) -> None:
+        self._file.close()
+
     def __enter__(self) -> "RecordWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        self._file.close()
+        self.close()
 
 
 def _drop_torn_line(path: Path) -> None:

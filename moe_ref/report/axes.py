@@ -10,7 +10,7 @@ from moe_ref.contract.vocabulary import Stage
 UNREADABLE = {"case id": "not readable by this version"}
 
 _HIDDEN_STAGES = (Stage.LOGITS, Stage.GATE_UP, Stage.ACT)
-_INTERMEDIATE_STAGES = (Stage.DOWN, Stage.MERGED, Stage.REDUCED)
+_INTERMEDIATE_STAGES = (Stage.DOWN, Stage.MERGED, Stage.REDUCED, Stage.OUTPUT)
 
 
 @cache

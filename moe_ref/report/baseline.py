@@ -32,7 +32,7 @@ class BaselineCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class Baseline(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A baseline file. numerics: digest -> contract; accepted: which run it came from, when, of which tier."""
+    """A baseline file. numerics: digest -> contract; accepted: which run it came from, when, which tier."""
 
     schema: int = BASELINE_SCHEMA
     implementation: str

@@ -90,9 +90,10 @@ def _refuse_strangers(run: Run, lines: dict[str, CaseLine], baseline: Baseline) 
         now = numerics_digest(line.numerics)
         before = baseline.cases[case].numerics if case in baseline.cases else ""
         if now and before and now != before:
-            raise UsageValueError(f"case {case}: numerics contract {line.numerics} of run {run.header.run} cannot "
-                                  f"be compared with {baseline.numerics.get(before, before)} of the baseline; "
-                                  "`moe-ref accept RUN` starts from the new contract")
+            raise UsageValueError(
+                f"case {case}: numerics contract {line.numerics} of run {run.header.run} cannot be compared "
+                f"with {baseline.numerics.get(before, before)} of the baseline; "
+                "`moe-ref accept RUN` starts from the new contract")
 
 
 def _drift(lines: dict[str, CaseLine], baseline: Baseline) -> tuple[Drift, ...]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from moe_ref.contract.vocabulary import Verdict
 from moe_ref.records.schema import CaseLine
+from moe_ref.records.store import Run
 from moe_ref.report.axes import axis_sort_key, case_axes
 from moe_ref.report.facts import is_red
 
@@ -33,6 +34,14 @@ def coverage(lines: Iterable[CaseLine]) -> list[Coverage]:
 
 
 _COLUMNS = ("passed", "failed", "unsupported", "not_run")
+
+
+def axis_pairs_covered(run: Run) -> str:
+    """How many pairs of axis values the chosen cases hold, as a sentence."""
+    covered, possible = run.header.axis_pairs
+    if not possible:
+        return "Cases named by hand: no claim on pairs of axis values."
+    return f"{covered} of {possible} pairs of axis values are in the chosen cases."
 
 
 def _column(line: CaseLine) -> str:

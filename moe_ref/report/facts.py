@@ -85,6 +85,7 @@ def failures(lines: Iterable[CaseLine]) -> list[CaseLine]:
 
 
 def reasons(lines: Iterable[CaseLine], verdict: Verdict) -> list[tuple[str, int]]:
-    """(reason, number of cases) of one verdict, most frequent first."""
-    found = Counter(line.reason or "no reason recorded" for line in lines if line.verdict == verdict)
+    """(first line of the reason, number of cases) of one verdict, most frequent first."""
+    found = Counter(line.reason.partition("\n")[0] or "no reason recorded"
+                    for line in lines if line.verdict == verdict)
     return sorted(found.items(), key=lambda item: (-item[1], item[0]))

@@ -18,12 +18,12 @@ from moe_ref.report.facts import (
     worst_ratio,
     worst_stage,
 )
-from moe_ref.report.words import format_ratio, one_line, plural, replay, where
+from moe_ref.report.words import excess, format_ratio, one_line, plural, replay, where
 
 PASS, FAILED, HARNESS_ERROR, TOO_FEW = 0, 1, 3, 4
-_ENVIRONMENT = {"device": "", "cpu_count": "CPUs ", "driver": "driver ", "cuda": "CUDA ", "nccl": "NCCL ",
-                "torch": "torch ", "triton": "triton ", "numpy": "numpy ", "python": "python ",
-                "commit": "commit "}
+_ENVIRONMENT = {"device": "", "cpu_count": "CPUs ", "kernels": "kernels: ",
+                "driver": "driver ", "cuda": "CUDA ", "nccl": "NCCL ", "torch": "torch ", "triton": "triton ",
+                "numpy": "numpy ", "python": "python ", "commit": "commit "}
 _REASONS_SHOWN = 2
 
 
@@ -50,7 +50,7 @@ def shortfalls(run: Run) -> list[str]:
     executed = sum(map(is_executed, case_lines(run).values()))
     minimum = max(run.header.minimum_executed, 1)
     return ["run was cut short"] * (run.end is None) + [
-        f"executed {executed}, but should be at least {minimum}"] * (executed < minimum)
+        f"executed {executed} of at least {minimum}"] * (executed < minimum)
 
 
 def _verdict_line(run: Run, lines: dict[str, CaseLine], comparison: Comparison | None) -> str:
@@ -75,12 +75,15 @@ def _verdict_line(run: Run, lines: dict[str, CaseLine], comparison: Comparison |
 
 def _machine_line(run: Run) -> str:
     header = run.header
-    found = [word + one_line(header.environment[key], 60) for key, word in _ENVIRONMENT.items()
-             if header.environment.get(key)]
+    facts = dict(header.environment)
+    if facts.get("device") and facts.get("device_count", "1") != "1":
+        facts["device"] = f"{facts['device_count']}x {facts['device']}"
+    found = [word + one_line(facts[key], 60) for key, word in _ENVIRONMENT.items() if facts.get(key)]
     duration = f"{run.end.seconds:.0f} s" if run.end and run.end.seconds < 120 else (
         f"{run.end.seconds / 60:.0f} min" if run.end else "unknown duration")
     machine = ", ".join(found) or "an unrecorded machine"
-    return f"on    {machine}; tier {one_line(header.tier, 40)}, {duration}"
+    tier = f"tier {one_line(header.tier, 40)}" if header.tier else "cases named by hand"
+    return f"on    {machine}; {tier}, {duration}"
 
 
 def _count_line(run: Run, lines: dict[str, CaseLine]) -> str:
@@ -116,13 +119,14 @@ def _first_line(run: Run, lines: dict[str, CaseLine], comparison: Comparison | N
         return "first " + _where_failures_are(red, list(lines.values()), bool(new))
     errors = [line for line in lines.values() if line.verdict == Verdict.HARNESS_ERROR]
     if errors:
-        return (f"first harness error, not a verdict on the implementation: {one_line(errors[0].reason, 120)}; "
-                f"repro: {one_line(replay(errors[0]))}")
+        return ("first harness error, not a verdict on the implementation: "
+                f"{one_line(errors[0].reason, 120)}; repro: {one_line(replay(errors[0]))}")
     if comparison and comparison.coverage_lost:
         case, reason = comparison.coverage_lost[0]
-        note = f" ({comparison.notes[0]})" if comparison.notes else ""
-        return (f"first nothing failed, but {plural(len(comparison.coverage_lost), 'case')} of the baseline did not "
-                f"run{one_line(note)}, as {one_line(case)}: {one_line(reason, 120)}")
+        note = f" ({one_line(comparison.notes[0])})" if comparison.notes else ""
+        number = plural(len(comparison.coverage_lost), "case")
+        return (f"first nothing failed, but {number} of the baseline did not run{note}, such as "
+                f"{one_line(case)}: {one_line(reason, 120)}")
     if shortfalls(run):
         return "first nothing failed in what ran, which is too little to say more"
     if comparison and comparison.drift:
@@ -133,34 +137,46 @@ def _first_line(run: Run, lines: dict[str, CaseLine], comparison: Comparison | N
 
 
 def _where_failures_are(red: list[CaseLine], lines: list[CaseLine], new: bool) -> str:
-    starts = Counter(f"start in {one_line(line.first_stage)}" if line.first_stage else f"end in {line.verdict}"
-                     for line in red)
-    words = [start if len(starts) == 1 else f"{number} {start}" for start, number in starts.most_common(3)]
-    words += [f"{sum(starts.values()) - sum(starts[start] for start, _ in starts.most_common(3))} elsewhere"
-              ] * (len(starts) > 3)
-    if len(red) == 1:
-        words = [word.replace("start", "starts").replace("end in", "ends in") for word in words]
-    simplest = min(red, key=lambda line: (size_of(line.case), line.case))
+    """The groups of failures, what the largest shares, and the smallest case of it to begin with."""
+    groups: dict[str, list[CaseLine]] = {}
+    for line in red:
+        groups.setdefault(_ending(line, len(red)), []).append(line)
+    ranked = sorted(groups.items(), key=lambda group: -len(group[1]))
+    words = [f"{len(members) if len(groups) > 1 else ''} {name}".strip() for name, members in ranked[:3]]
+    words[0] += _traits(ranked[0][1], lines)
+    if rest := sum(len(members) for _, members in ranked[3:]):
+        words.append(f"{rest} elsewhere")
+    simplest = min(ranked[0][1], key=lambda line: (size_of(line.case), line.case))
     stage = culprit(simplest)
-    ratio = f"{format_ratio(stage.ratio)}x its bound, " if stage and stage.num_bad else ""
-    return (f"{plural(len(red), 'new failure' if new else 'failure')} {', '.join(words)}{_traits(red, lines)}; "
-            f"smallest: {ratio}{one_line(where(simplest), 160)}; repro: {one_line(replay(simplest))}")
+    size = f"{excess(stage)}, " if stage and stage.num_bad else ""
+    count = plural(len(red), "new failure" if new else "failure") + ":" * (len(groups) > 1)
+    return (f"{count} {', '.join(words)}; {'smallest: ' if len(ranked[0][1]) > 1 else ''}"
+            f"{size}{one_line(where(simplest), 160)}; repro: {one_line(replay(simplest))}")
+
+
+def _ending(line: CaseLine, number: int) -> str:
+    verb = "s" if number == 1 else ""
+    if line.first_stage:
+        return f"start{verb} in {one_line(line.first_stage, 40)}"
+    return f"end{verb} in {line.verdict}"
 
 
 def _traits(red: list[CaseLine], lines: list[CaseLine]) -> str:
-    """What all failures share and passing cases rarely have: ', all with tp 4, pattern empty (2 of 2 such ...)'."""
+    """What all failures share and others rarely have: ', all with tp 4 and ... (2 of the 2 such ...)'."""
     if len(red) < 2:
         return ""
     ran = [case_axes(line.case) for line in lines if is_executed(line)]
     axes = [case_axes(line.case) for line in red]
-    shared = {name: value for name, value in axes[0].items() if all(other.get(name) == value for other in axes)}
+    shared = {name: value for name, value in axes[0].items()
+              if all(other.get(name) == value for other in axes)}
     frequency = {name: sum(other.get(name) == value for other in ran) for name, value in shared.items()}
-    telling = sorted((name for name in shared if frequency[name] < len(ran)), key=lambda name: frequency[name])[:2]
-    if not telling:
+    telling = [name for name in shared if frequency[name] < len(ran)]
+    traits = {name: shared[name] for name in sorted(telling, key=lambda name: frequency[name])[:2]}
+    if not traits:
         return ""
-    such = sum(all(other.get(name) == shared[name] for name in telling) for other in ran)
-    return (f", all with {' and '.join(f'{name} {shared[name]}' for name in telling)} "
-            f"({len(red)} of the {such} such that ran)")
+    such = sum(traits.items() <= other.items() for other in ran)
+    words = " and ".join(f"{name} {value}" for name, value in traits.items())
+    return f", all with {words} ({len(red)} of the {such} such that ran)"
 
 
 def _close_line(lines: dict[str, CaseLine], baseline: Baseline | None) -> str:
@@ -172,6 +188,6 @@ def _close_line(lines: dict[str, CaseLine], baseline: Baseline | None) -> str:
     before = baseline.cases[nearest.case].stages.get(stage.stage) if (
         baseline and nearest.case in baseline.cases) else None
     was = f" (was {format_ratio(before)})" if before is not None else ""
-    return (f"close nearest pass: {one_line(stage.stage)} of {one_line(nearest.case)} at {format_ratio(stage.ratio)} "
-            f"of its bound{was}; repro: {one_line(replay(nearest))}")
+    return (f"close nearest pass: {one_line(stage.stage)} of {one_line(nearest.case)} at "
+            f"{format_ratio(stage.ratio)} of its bound{was}; repro: {one_line(replay(nearest))}")
 

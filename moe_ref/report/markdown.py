@@ -44,8 +44,9 @@ class Section:
     text: str = ""
 
     def head(self) -> str:
-        table = f"| {' | '.join(self.columns)} |\n|{' --- |' * len(self.columns)}\n" if self.columns else ""
-        return f"## {self.title}\n\n" + (f"{self.text}\n\n" if self.text else "") + (table if self.rows else "")
+        table = f"| {' | '.join(self.columns)} |\n|{' --- |' * len(self.columns)}\n"
+        text = f"{self.text}\n\n" if self.text else ""
+        return f"## {self.title}\n\n{text}{table if self.columns and self.rows else ''}"
 
     def row(self, number: int) -> str:
         cells = self.rows[number]
@@ -53,11 +54,12 @@ class Section:
 
     def cut(self, shown: int) -> str:
         left = len(self.rows) - shown
-        return f"\n{left} more of {len(self.rows)} not shown here; all are in index.html and report.json.\n" * (left > 0)
+        told = f"\n{left} more of {len(self.rows)} not shown here; all are in index.html and report.json.\n"
+        return told if left > 0 else ""
 
 
 def fit(top: str, sections: Sequence[Section], budget: int) -> str:
-    """Top and sections in at most `budget` characters: every title stays, rows are cut and the cut is stated."""
+    """Top and sections in at most `budget` characters: titles stay, rows are cut and the cut is stated."""
     frames = [len(section.head()) + len(section.cut(0)) + 2 for section in sections]
     left = budget - len(top) - sum(frames)
     parts = [top]

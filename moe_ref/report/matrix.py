@@ -1,4 +1,4 @@
-"""The matrix of the page: case classes (dtype, tp, pattern) against stages, each cell the worst error / allowed."""
+"""The matrix of the page: classes of cases (dtype, tp, pattern) against stages, the worst ratio in each."""
 
 import math
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class MatrixRow:
-    """One class: a cell (or None: not compared) per stage; red cases in which no stage was above its bound."""
+    """One class: a cell (or None: not compared) per stage; red cases without a stage above its bound."""
 
     label: tuple[str, ...]
     executed: int
@@ -45,14 +45,15 @@ def colour_of(ratio: Number) -> str:
 
 
 def matrix(lines: Iterable[CaseLine]) -> tuple[list[str], list[MatrixRow]]:
-    """(stages in data order, rows in the order of their classes); cases that did not run have no place here."""
+    """(stages in data order, rows in the order of their classes), of the cases that ran."""
     classes: dict[tuple[str, ...], list[CaseLine]] = {}
     for line in lines:
         if is_executed(line):
             axes = case_axes(line.case)
             label = tuple(axes.get(axis, "?") for axis in _CLASS_AXES)
             classes.setdefault(label, []).append(line)
-    stages = sorted({stage.stage for members in classes.values() for line in members for stage in line.stages},
+    members = [line for found in classes.values() for line in found]
+    stages = sorted({stage.stage for line in members for stage in line.stages},
                     key=lambda stage: (stage_number(stage), stage))
     labels = sorted(classes, key=lambda label: tuple(map(axis_sort_key, label)))
     return stages, [_row(label, classes[label], stages) for label in labels]

@@ -1,4 +1,4 @@
-"""The HTML page: one file, no scripts, no outer resources, light and dark. jinja2 is imported when it is drawn."""
+"""The HTML page: one file, no scripts, no outer resources, light and dark; jinja2 is imported late."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from moe_ref.records.schema import CaseLine, StageResult, from_number
 from moe_ref.records.store import Run
 from moe_ref.report.axes import case_axes
 from moe_ref.report.compare import Comparison
-from moe_ref.report.coverage import coverage
+from moe_ref.report.coverage import axis_pairs_covered, coverage
 from moe_ref.report.facts import (
     case_lines,
     culprit,
@@ -22,12 +22,13 @@ from moe_ref.report.facts import (
 )
 from moe_ref.report.matrix import LEVELS, colour_of, matrix
 from moe_ref.report.plots import ladders, plot_against_length, plot_bias_and_scale, plot_ladders
-from moe_ref.report.words import format_ratio, replay, where, worst_element
+from moe_ref.report.words import excess, first_line, format_ratio, replay, where, worst_element
 
 _STEEPEST = 12
 _VERDICT_ORDER = (Verdict.MISMATCH, Verdict.STRUCT, Verdict.CRASH, Verdict.HANG, Verdict.NONDETERMINISTIC,
                   Verdict.UNEXPECTED_PASS, Verdict.HARNESS_ERROR, Verdict.KNOWN_FAILURE, Verdict.PASS,
                   Verdict.UNSUPPORTED, Verdict.NOT_RUN)
+_REASONED = (Verdict.UNSUPPORTED, Verdict.NOT_RUN, Verdict.HARNESS_ERROR, Verdict.KNOWN_FAILURE)
 
 
 @dataclass(frozen=True)
@@ -49,22 +50,24 @@ def page(run: Run, head: Sequence[str], comparison: Comparison | None = None) ->
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("moe_ref.report").joinpath("templates/page.html.j2").read_text())
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+                              lstrip_blocks=True)
+    source = files("moe_ref.report").joinpath("templates/page.html.j2").read_text(encoding="utf-8")
     cases = case_lines(run)
     lines = list(cases.values())
     anchors = {case: f"case-{number}" for number, case in enumerate(cases)}
     stages, rows = matrix(lines)
-    plots = {"length": plot_against_length(lines), "ladder": plot_ladders(lines), "bias": plot_bias_and_scale(lines)}
-    return template.render(
-        head=head, run=run, comparison=comparison, anchors=anchors, stages=stages, rows=rows, levels=range(LEVELS),
-        failures=failures(lines), new=set(comparison.new_failures) if comparison else set(),
-        groups=_groups(lines), steepest=_steepest(lines), spreads=_spreads(lines), coverage=coverage(lines),
-        reasons=[(verdict, reasons(lines, verdict)) for verdict in (
-            Verdict.UNSUPPORTED, Verdict.NOT_RUN, Verdict.HARNESS_ERROR, Verdict.KNOWN_FAILURE)],
+    plots = {"length": plot_against_length(lines), "ladder": plot_ladders(lines),
+             "bias": plot_bias_and_scale(lines)}
+    new = set(comparison.new_failures) if comparison else set()
+    idle = [(verdict, reasons(lines, verdict)) for verdict in _REASONED]
+    return environment.from_string(source).render(
+        head=head, run=run, comparison=comparison, anchors=anchors, stages=stages, rows=rows, new=new,
+        levels=range(LEVELS), pairs=axis_pairs_covered(run), failures=failures(lines), groups=_groups(lines),
+        steepest=_steepest(lines), spreads=_spreads(lines), coverage=coverage(lines), reasons=idle,
         plots={name: Markup(svg) for name, svg in plots.items()}, culprit=culprit, worst_stage=worst_stage,
-        where=where, worst_element=worst_element, replay=replay, format_ratio=format_ratio, colour_of=colour_of,
-        tiles=tiles)
+        excess=excess, where=where, worst_element=worst_element, replay=replay, first_line=first_line,
+        format_ratio=format_ratio, colour_of=colour_of, tiles=tiles)
 
 
 def tiles(stage: StageResult) -> list[bool]:
@@ -97,7 +100,8 @@ def _spreads(lines: list[CaseLine]) -> list[StageSpread]:
         for stage in line.stages:
             if not stage.exact:
                 key = (stage.stage, case_axes(line.case).get("dtype", "?"))
-                found.setdefault(key, []).append((from_number(stage.bias), from_number(stage.scale), line.case))
+                numbers = from_number(stage.bias), from_number(stage.scale)
+                found.setdefault(key, []).append((*numbers, line.case))
     spreads = []
     for (stage, dtype), values in sorted(found.items(), key=lambda item: (stage_number(item[0][0]), item[0])):
         worst = max(values, key=lambda value: ratio_of(abs(value[0])))

@@ -41,7 +41,7 @@ def plot_against_length(lines: Iterable[CaseLine]) -> str:
                 series = worst.setdefault((found[0], case_axes(line.case)["dtype"]), {})
                 series[found[1]] = max(series.get(found[1], 0.0), ratio_of(stage.ratio))
     titles = {"hidden": "sums over hidden (logits, gate_up, act)",
-              "intermediate": "sums over intermediate (down, merged, reduced, shared)"}
+              "intermediate": "sums over intermediate (down, merged, reduced, output, shared)"}
 
     def draw(figure: "Figure") -> None:
         panels = figure.subplots(1, 2, sharey=True)
@@ -106,7 +106,7 @@ def plot_bias_and_scale(lines: Iterable[CaseLine]) -> str:
                                                            "best-fit scale - 1"), strict=True)):
             for row, name in enumerate(names):
                 axes.scatter([dot[number] for dot in dots[name]], [row] * len(dots[name]),
-                             c=[dot[2] for dot in dots[name]], s=16, alpha=0.6, linewidths=0)
+                             c=[dot[2] for dot in dots[name]], s=16, alpha=0.6, linewidths=0, rasterized=True)
             axes.axvline(0, color=_INK, linewidth=0.8)
             if number == 1:
                 axes.set_xscale("symlog", linthresh=1e-4)
@@ -138,7 +138,7 @@ def _ratio_axis(axes: "Axes") -> None:
 
 
 def _svg(draw: Callable[["Figure"], None], salt: str, height: float = 3.0) -> str:
-    """The figure as an <svg> element without scripts or outer resources; the same input gives the same text."""
+    """The figure as an <svg> element without scripts or outer resources; equal input gives equal text."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -149,7 +149,7 @@ def _svg(draw: Callable[["Figure"], None], salt: str, height: float = 3.0) -> st
         for axes in figure.axes:
             axes.patch.set_alpha(0)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", dpi=144, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg"):], flags=re.DOTALL)
     return text.replace(_INK, "currentColor")

@@ -15,7 +15,7 @@ from moe_ref.report.summary import summary
 
 @dataclass(frozen=True)
 class Report:
-    """The five head lines, the exit code (0 ok, 1 failed, 3 harness errors, 4 too few executed), the data, the files."""
+    """The five head lines, the exit code (see head.exit_code), the data of report.json, the files written."""
 
     head: tuple[str, ...]
     exit_code: int

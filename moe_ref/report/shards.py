@@ -32,8 +32,8 @@ def merge_runs(runs: Sequence[Run]) -> Run:
         for case, line in run.cases.items():
             known = merged.cases.get(case)
             if known and known.verdict != line.verdict:
-                raise UsageValueError(f"case {case}: {known.verdict} in run {known.run}, but {line.verdict} in "
-                                      f"run {line.run}; shards may share a case only with one verdict")
+                raise UsageValueError(f"case {case}: {known.verdict} in run {known.run}, but {line.verdict} "
+                                      f"in run {line.run}; shards may share a case only with one verdict")
             num_twice += known is not None and is_executed(line)
             merged.cases.setdefault(case, line)
     merged.header = _header([run.header for run in runs], num_twice)
@@ -81,6 +81,6 @@ def _end(run: str, ends: list[EndLine | None]) -> EndLine | None:
     verdicts: Counter[str] = Counter()
     for end in found:
         verdicts.update(end.verdicts)
-    return EndLine(run=run, finished=max(end.finished for end in found), seconds=sum(end.seconds for end in found),
-                   verdicts=dict(verdicts), executed=sum(end.executed for end in found),
-                   exit_code=max(end.exit_code for end in found))
+    return EndLine(run=run, finished=max(end.finished for end in found),
+                   seconds=sum(end.seconds for end in found), verdicts=dict(verdicts),
+                   executed=sum(end.executed for end in found), exit_code=max(end.exit_code for end in found))

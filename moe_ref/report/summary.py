@@ -6,7 +6,7 @@ from moe_ref.contract.vocabulary import Verdict
 from moe_ref.records.schema import CaseLine
 from moe_ref.records.store import Run
 from moe_ref.report.compare import DRIFT_FACTOR, DRIFT_FLOOR, Comparison
-from moe_ref.report.coverage import coverage
+from moe_ref.report.coverage import axis_pairs_covered, coverage
 from moe_ref.report.facts import case_lines, culprit, failures, reasons
 from moe_ref.report.markdown import Section, block, cell, code, fit
 from moe_ref.report.words import format_ratio, one_line, replay, where, worst_element
@@ -44,7 +44,8 @@ def _failure_sections(lines: list[CaseLine], comparison: Comparison | None) -> l
     rows = []
     for line in red:
         stage = culprit(line)
-        rows.append((cell(line.first_stage or line.verdict), code(line.case) + " **new**" * (line.case in new),
+        rows.append((cell(line.first_stage or line.verdict),
+                     code(line.case) + " **new**" * (line.case in new),
                      format_ratio(stage.ratio) if stage else "-", cell(where(line)), code(replay(line))))
     messages = [(f"**{cell(line.case)}**\n\n{block(_message(line))}\n",) for line in red[:_MESSAGES_SHOWN]]
     return [Section(f"Failures: {len(rows)}", ("stage", "case", "ratio", "where", "replay"), rows, 60,
@@ -53,7 +54,7 @@ def _failure_sections(lines: list[CaseLine], comparison: Comparison | None) -> l
 
 
 def _message(line: CaseLine) -> str:
-    """The recorded message, without control characters; of a crash without one, the reason and worst element."""
+    """The recorded message without control characters; failing that, reason and worst element."""
     stage = culprit(line)
     text = line.message or "\n".join(filter(None, [line.reason, worst_element(stage) if stage else ""]))
     kept = "\n".join(" " * (len(row) - len(row.lstrip(" "))) + one_line(row) for row in text.splitlines())
@@ -65,9 +66,11 @@ def _comparison_sections(comparison: Comparison) -> list[Section]:
              for drift in comparison.drift]
     return [
         Section("Notes on the comparison", ("note",), [(cell(note),) for note in comparison.notes], 10),
-        Section(f"Fixed: {len(comparison.fixed)}", ("case",), [(code(case),) for case in comparison.fixed], 40),
+        Section(f"Fixed: {len(comparison.fixed)}", ("case",),
+                [(code(case),) for case in comparison.fixed], 40),
         Section(f"Drift: {len(drift)}", ("stage", "case", "before", "now"), drift, 40,
-                f"Passing stages whose error / allowed grew by more than {DRIFT_FACTOR} to above {DRIFT_FLOOR}."),
+                f"Passing stages whose error / allowed grew more than {DRIFT_FACTOR} times, to above "
+                f"{DRIFT_FLOOR}."),
         Section(f"Coverage lost: {len(comparison.coverage_lost)}", ("case", "why"),
                 [(code(case), cell(reason)) for case, reason in comparison.coverage_lost], 40),
         Section(f"Coverage gained: {len(comparison.coverage_gained)}", ("case",),
@@ -77,12 +80,11 @@ def _comparison_sections(comparison: Comparison) -> list[Section]:
 
 
 def _coverage_section(run: Run, lines: list[CaseLine]) -> Section:
-    covered, possible = run.header.axis_pairs
-    rows = [(cell(entry.axis), cell(entry.value), str(entry.passed), str(entry.failed), str(entry.unsupported),
-             str(entry.not_run)) for entry in coverage(lines)]
+    rows = [(cell(entry.axis), cell(entry.value), str(entry.passed), str(entry.failed),
+             str(entry.unsupported), str(entry.not_run)) for entry in coverage(lines)]
     return Section("Coverage", ("axis", "value", "pass", "fail", "unsupported", "not run"), rows, 150,
-                   f"{covered} of {possible} pairs of axis values are in the chosen cases. "
-                   "Fail counts known failures too, not run counts harness errors too.")
+                   f"{axis_pairs_covered(run)} Fail counts known failures too, not run counts harness "
+                   "errors too.")
 
 
 def _reason_section(lines: list[CaseLine], verdict: Verdict, title: str) -> Section:

@@ -1,5 +1,6 @@
 """Records in words: ratios, the place of an error, the worst element, the replay line."""
 
+import math
 import shlex
 
 from moe_ref.records.schema import CaseLine, Number, StageResult, from_number
@@ -12,11 +13,19 @@ def format_ratio(value: Number) -> str:
     return f"{number:.4g}" if 0.95 <= number < 1.05 else f"{number:.2g}"
 
 
+def excess(stage: StageResult) -> str:
+    """How far a failing stage is off: '41x its bound'; exact stages differ, nan and inf stay words."""
+    ratio = from_number(stage.ratio)
+    if stage.exact:
+        return f"{stage.num_bad} of {stage.num_checked} differ"
+    return f"{format_ratio(ratio)}x its bound" if math.isfinite(ratio) else f"error / allowed is {ratio}"
+
+
 def where(line: CaseLine) -> str:
     """Where the first failing stage is wrong, in words; the reason if no stage was compared."""
     stage = culprit(line)
     if stage is None or not stage.num_bad:
-        return line.reason
+        return first_line(line.reason)
     parts = [_numbers("expert", stage.bad_experts), _numbers("rank", stage.bad_ranks),
              _numbers("tile", stage.bad_tiles) + (f" of {stage.num_tiles}" if stage.bad_tiles else "")]
     tokens = _numbers("token", stage.bad_tokens)
@@ -53,12 +62,16 @@ def worst_element(stage: StageResult) -> str:
 
 def replay(line: CaseLine) -> str:
     """The command that runs the case again."""
-    return line.replay or shlex.join(["python", "-m", "moe_ref", "replay", line.case,
-                                      "--impl", line.implementation.name])
+    return line.replay or shlex.join(["moe-ref", "replay", line.case, "--impl", line.implementation.name])
+
+
+def first_line(text: str) -> str:
+    """The first line; reasons of crashes carry a traceback below it."""
+    return text.partition("\n")[0]
 
 
 def one_line(text: str, limit: int = 300) -> str:
-    """Text of a record on one line, cut at `limit`; without control characters, which a terminal would obey."""
+    """Text of a record on one line, cut at `limit`, without control characters (a terminal obeys them)."""
     plain = "".join(sign if sign.isprintable() else " " for sign in text)
     plain = " ".join(plain.split())
     return plain if len(plain) <= limit else plain[:limit - 3] + "..."

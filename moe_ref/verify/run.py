@@ -70,12 +70,10 @@ def run_plan(plan: Plan, on_line: Callable[[CaseLine], None] = lambda line: None
 
 def _run_with(plan: Plan, pool: ChildPool, capabilities: Capabilities, source_digest: str, started: float,
               on_line: Callable[[CaseLine], None]) -> RunResult:
-    implementation = Implementation(name=plan.implementation, version=capabilities.version,
-                                    source_digest=source_digest)
-    header, done = _header(plan, implementation)
-    settings = RunSettings(run=header.run, implementation=implementation, capabilities=capabilities,
-                           tolerances=load_tolerances(), device=plan.device, runs=plan.runs,
-                           time_limit=plan.time_limit)
+    header, done = new_header(plan, capabilities, source_digest), None
+    if plan.record and (plan.record / FILE_NAME).exists():
+        header, done = _resumed(plan, header)
+    settings = run_settings(plan, header, capabilities)
     with RecordWriter(plan.record) if plan.record else nullcontext() as writer:
         append = writer.append if writer else lambda line: None
         if done is None:
@@ -85,28 +83,38 @@ def _run_with(plan: Plan, pool: ChildPool, capabilities: Capabilities, source_di
             lines[line.case] = line
             append(line)
             on_line(line)
-        end = _end(plan, header.run, list(lines.values()), time.monotonic() - started)
+        end = end_line(plan, header.run, list(lines.values()), time.monotonic() - started)
         append(end)
     return RunResult(header, [lines[one.case_id] for one in plan.cases], end)
 
 
-def _header(plan: Plan, implementation: Implementation) -> tuple[RunLine, dict[str, CaseLine] | None]:
-    """A new run's header and None, or the header and lines of the run to resume."""
-    path = plan.record / FILE_NAME if plan.record else None
-    chosen = [one.case_id for one in plan.cases]
-    if path and path.exists():
-        if not plan.resume:
-            raise UsageValueError(f"{path} holds a run already; give --resume, or another --record folder")
-        run = read_run(path)
-        if run.header.implementation != implementation or run.header.cases != chosen:
-            raise UsageValueError(f"{path}: holds {len(run.header.cases)} cases of {run.header.implementation}, "
-                                  f"but this run is {len(chosen)} cases of {implementation}; cannot resume")
-        return run.header, run.cases
-    header = RunLine(run=uuid.uuid4().hex[:12], started=_now(), implementation=implementation, tier=plan.tier,
-                     cases=chosen, minimum_executed=plan.minimum_executed, axis_pairs=plan.pairs,
-                     environment=environment(plan.device), tolerances_digest=load_tolerances().digest,
-                     oracle_version=moe_ref.__version__)
-    return header, None
+def new_header(plan: Plan, capabilities: Capabilities, source_digest: str) -> RunLine:
+    """The run line of a new run."""
+    implementation = Implementation(name=plan.implementation, version=capabilities.version,
+                                    source_digest=source_digest)
+    return RunLine(run=uuid.uuid4().hex[:12], started=_now(), implementation=implementation, tier=plan.tier,
+                   cases=[one.case_id for one in plan.cases], minimum_executed=plan.minimum_executed,
+                   axis_pairs=plan.pairs, environment=environment(plan.device),
+                   tolerances_digest=load_tolerances().digest, oracle_version=moe_ref.__version__)
+
+
+def run_settings(plan: Plan, header: RunLine, capabilities: Capabilities) -> RunSettings:
+    """What all cases of the run share."""
+    return RunSettings(run=header.run, implementation=header.implementation, capabilities=capabilities,
+                       tolerances=load_tolerances(), device=plan.device, runs=plan.runs, time_limit=plan.time_limit)
+
+
+def _resumed(plan: Plan, fresh: RunLine) -> tuple[RunLine, dict[str, CaseLine]]:
+    """Header and lines of the run in the record folder, if it is the same run that was cut short."""
+    assert plan.record is not None
+    path = plan.record / FILE_NAME
+    if not plan.resume:
+        raise UsageValueError(f"{path} holds a run already; give --resume, or another --record folder")
+    run = read_run(path)
+    same = ("implementation", "cases", "environment", "tolerances_digest", "oracle_version")
+    if differing := [name for name in same if getattr(run.header, name) != getattr(fresh, name)]:
+        raise UsageValueError(f"{path}: {', '.join(differing)} of the recorded run differ from this one; cannot resume")
+    return run.header, run.cases
 
 
 def _now() -> str:
@@ -136,7 +144,8 @@ def _run_cases(cases: list[PlannedCase], settings: RunSettings, lanes: int, pool
         threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _end(plan: Plan, run: str, lines: list[CaseLine], seconds: float) -> EndLine:
+def end_line(plan: Plan, run: str, lines: list[CaseLine], seconds: float) -> EndLine:
+    """The end line: counts by verdict, and the exit code they mean."""
     verdicts = {verdict.value: count for verdict in Verdict
                 if (count := sum(line.verdict == verdict for line in lines))}
     executed = sum(line.verdict in EXECUTED_VERDICTS for line in lines)

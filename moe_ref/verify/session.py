@@ -1,0 +1,57 @@
+"""A run whose cases come one at a time, as a test runner hands them over."""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from moe_ref.records.schema import CaseLine
+from moe_ref.records.store import RecordWriter
+from moe_ref.tiers.tiers import PlannedCase
+from moe_ref.verify.case_runner import RunSettings, run_case
+from moe_ref.verify.children import Child, ChildPool
+from moe_ref.verify.environment import default_device
+from moe_ref.verify.run import Plan, end_line, new_header, run_settings
+
+
+@dataclass
+class Session:
+    """Settings, children and the record of a run in progress."""
+
+    plan: Plan
+    settings: RunSettings
+    pool: ChildPool
+    writer: RecordWriter | None
+    started: float = field(default_factory=time.monotonic)
+    lines: list[CaseLine] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, implementation: str, device: str = "auto", record: Path | None = None) -> "Session":
+        """Load the implementation in a child; raises UsageValueError when that fails."""
+        torch.set_num_threads(1)
+        device = default_device() if device == "auto" else device
+        plan = Plan(implementation=implementation, cases=[], tier="", minimum_executed=0, device=device, record=record)
+        pool, first = ChildPool(implementation), Child(implementation)
+        capabilities = first.capabilities()
+        pool.adopt(first)
+        header = new_header(plan, capabilities, first.source_digest)
+        writer = RecordWriter(record) if record else None
+        if writer:
+            writer.append(header)
+        return cls(plan, run_settings(plan, header, capabilities), pool, writer)
+
+    def run(self, planned: PlannedCase) -> CaseLine:
+        """Judge one case and put it on record."""
+        line = run_case(planned, self.settings, self.pool)
+        self.lines.append(line)
+        if self.writer:
+            self.writer.append(line)
+        return line
+
+    def close(self) -> None:
+        """End the children and the record."""
+        self.pool.close()
+        if self.writer:
+            self.writer.append(end_line(self.plan, self.settings.run, self.lines, time.monotonic() - self.started))
+            self.writer.close()
