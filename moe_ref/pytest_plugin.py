@@ -13,8 +13,6 @@ from pathlib import Path
 
 import pytest
 
-_KEY = pytest.StashKey[list]()
-
 
 class Mismatch(AssertionError):
     """A case that did not pass; the text is the whole failure message."""
@@ -88,7 +86,7 @@ def moe_verify(moe_session, request: pytest.FixtureRequest) -> Callable:  # noqa
     def verify(planned: object) -> None:
         __tracebackhide__ = True
         line = moe_session.run(planned)
-        request.node.user_properties += [("moe_case", line.case), ("moe_verdict", line.verdict)]
+        request.node.user_properties += [("moe_case", line.case), ("moe_verdict", str(line.verdict))]
         if line.verdict in ("unsupported", "not_run"):
             pytest.skip(f"{line.verdict}: {line.reason}")
         if line.verdict != "pass":

@@ -79,15 +79,12 @@ def launch_shifted(shift: int) -> torch.Tensor:
 def compile_nested() -> str:
     signature = {"x_N": "*fp32", "y_N": "*fp32", "N": "i32", "BLOCK": "constexpr"}
     source = ASTSource(fn=nested_kernel, signature=signature, constexprs={"BLOCK": 16})
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.always_compile = True  # past Triton's disk cache
+        return triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
 
 
 class TestScope:
-    @pytest.fixture(autouse=True)
-    def first_launch(self) -> None:
-        """Caches that a first launch fills (Triton's own lazy attributes) are no state of the language."""
-        launch_shifted(0)
-
     def test_nothing_is_left_behind(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Also TRITON_INTERPRET stays unset: Triton's knob would export it to child processes."""
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
@@ -95,6 +92,13 @@ class TestScope:
         launch_shifted(0)
         assert_same_state(before, language_state())
         assert "TRITON_INTERPRET" not in os.environ
+
+    def test_the_language_is_tritons_own_after_a_launch(self) -> None:
+        """Looks at Triton itself, so that a leak of an earlier launch shows too."""
+        launch_shifted(0)
+        assert tl.core.is_builtin(tl.load) and tl.load is tl.core.load
+        assert isinstance(vars(tl.tensor)["sum"], JITFunction)
+        assert tl.range is tl.core.range and isinstance(tl.range, type)
 
     def test_nothing_is_left_behind_by_a_kernel_that_raises(self) -> None:
         before = language_state()
@@ -113,10 +117,7 @@ class TestScope:
         y = torch.empty(16)
         interpret(nested_kernel, (1,), {"x_N": torch.zeros(16), "y_N": y, "N": 16, "BLOCK": 16})
         assert torch.equal(y, torch.full((16,), 1 / 16))
-        # without Triton's disk cache the second compilation would be skipped
-        with triton.knobs.compilation.scope():
-            triton.knobs.compilation.always_compile = True
-            assert compile_nested() == before
+        assert compile_nested() == before
 
     def test_nested_device_functions(self) -> None:
         """Device functions two levels deep, a default constexpr, tl.standard functions, a counter."""
@@ -165,6 +166,15 @@ class TestScope:
 
 
 class TestCalls:
+    def test_a_failing_self_test_stops_the_launch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A Triton that routes casts elsewhere must stop the launch, not return wrong numbers."""
+        def failing(builder: object) -> None:
+            raise RuntimeError("interpreter self-test")
+
+        monkeypatch.setattr("moe_fast.interpreter.launch.check_numerics", failing)
+        with pytest.raises(RuntimeError, match="interpreter self-test"):
+            launch_shifted(0)
+
     def test_grid_of_zero_programs_does_nothing(self) -> None:
         y = torch.full((4,), 7, dtype=torch.int32)
         interpret(store_kernel, (0,), {"y_N": y, "stride": 4, "BLOCK": 4})

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import click
 import msgspec
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from moe_ref.cli.progress import watch
 from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import RED_VERDICTS, Ranks, Verdict
@@ -19,7 +18,6 @@ from moe_ref.verify.environment import default_device
 from moe_ref.verify.run import EXIT_USAGE, Plan, RunResult, end_on_terminate, run_plan, usage_errors
 
 _SHOWN_FAILURES = 10
-_PLAIN_EVERY = 25
 
 _RUN_OPTIONS = [
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
@@ -61,7 +59,7 @@ def _shard(context: click.Context, parameter: click.Parameter, value: str | None
               help="Which matrix to run; smoke when no case is named.")
 @click.option("--case", "case_ids", multiple=True, help="A case id; may be given several times.")
 @click.option("--tp", callback=_numbers, help="With a tier: only these tp degrees. With --case: each case at each of them.")
-@click.option("--ranks", type=click.Choice(list(Ranks)), default=None, help="Run all cases on these ranks.")
+@click.option("--ranks", type=click.Choice([kind.value for kind in Ranks]), default=None, help="Run all cases on these ranks.")
 @click.option("--shard", callback=_shard, help="i/n: every n-th case, starting with the i-th.")
 @click.option("--record", type=click.Path(path_type=Path), default=None, help="Folder for records.jsonl.")
 @click.option("--resume", is_flag=True, help="Go on with the run in the record folder.")
@@ -105,32 +103,14 @@ def _plan_cases(tier_name: str | None, case_ids: tuple[str, ...], tp: tuple[int,
 
 def _run(plan: Plan, as_json: bool) -> int:
     end_on_terminate()
-    console = Console(stderr=True)
-    if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
-            task = progress.add_task(f"verify {plan.implementation}", total=len(plan.cases))
-            result = run_plan(plan, lambda line: progress.advance(task))
-    else:
-        result = run_plan(plan, _plain_progress(len(plan.cases)))
+    with watch(f"verify {plan.implementation}", len(plan.cases)) as observer:
+        result = run_plan(plan, observer)
     if result.end.exit_code == EXIT_USAGE:
         for text in usage_errors(result.lines):
             click.echo(f"moe-ref: {text}", err=True)
         return EXIT_USAGE
     click.echo(_json(result) if as_json else _summary(plan, result))
     return result.end.exit_code
-
-
-def _plain_progress(total: int):  # noqa: ANN202 - a callback
-    """Without a terminal: a line for every case that does not pass, and one for every 25th that does."""
-    count = 0
-
-    def on_line(line: CaseLine) -> None:
-        nonlocal count
-        count += 1
-        if line.verdict in RED_VERDICTS or count % _PLAIN_EVERY == 0 or count == total:
-            click.echo(f"[{count}/{total}] {line.verdict} {line.case}", err=True)
-    return on_line
 
 
 def _json(result: RunResult) -> str:
@@ -176,7 +156,7 @@ def _closest(lines: list[CaseLine]) -> list[str]:
 @click.command("replay")
 @click.argument("case_id")
 @click.option("--impl", "implementation", required=True, help="The implementation to run.")
-@click.option("--ranks", type=click.Choice(list(Ranks)), default=Ranks.LOCAL.value, show_default=True)
+@click.option("--ranks", type=click.Choice([kind.value for kind in Ranks]), default=Ranks.LOCAL.value, show_default=True)
 @_run_options
 def replay_command(case_id: str, implementation: str, ranks: str, device: str, runs: int, time_limit: float,
                    memory_gib: float, as_json: bool) -> int:
@@ -185,7 +165,8 @@ def replay_command(case_id: str, implementation: str, ranks: str, device: str, r
     plan = Plan(implementation=implementation, cases=[planned], tier="", minimum_executed=1, lanes=1, runs=runs,
                 device=default_device() if device == "auto" else device, time_limit=time_limit, memory_gib=memory_gib)
     end_on_terminate()
-    result = run_plan(plan)
+    with watch("replay", 1) as observer:
+        result = run_plan(plan, observer)
     if result.end.exit_code == EXIT_USAGE:
         click.echo(f"moe-ref: {usage_errors(result.lines)[0]}", err=True)
         return EXIT_USAGE

@@ -9,7 +9,7 @@ from moe_ref.records.schema import CaseLine, StageResult, from_number
 from moe_ref.records.store import Run
 from moe_ref.report.axes import case_axes
 from moe_ref.report.compare import Comparison
-from moe_ref.report.coverage import axis_pairs_covered, coverage
+from moe_ref.report.coverage import Coverage, axis_pairs_covered, coverage
 from moe_ref.report.facts import (
     case_lines,
     culprit,
@@ -21,7 +21,8 @@ from moe_ref.report.facts import (
     worst_stage,
 )
 from moe_ref.report.matrix import LEVELS, colour_of, matrix
-from moe_ref.report.plots import ladders, plot_against_length, plot_bias_and_scale, plot_ladders
+from moe_ref.report.ladders import ladders
+from moe_ref.report.plots import LADDERS_DRAWN, plot_against_length, plot_bias_and_scale, plot_ladders
 from moe_ref.report.words import excess, first_line, format_ratio, replay, where, worst_element
 
 _STEEPEST = 12
@@ -64,7 +65,7 @@ def page(run: Run, head: Sequence[str], comparison: Comparison | None = None) ->
     return environment.from_string(source).render(
         head=head, run=run, comparison=comparison, anchors=anchors, stages=stages, rows=rows, new=new,
         levels=range(LEVELS), pairs=axis_pairs_covered(run), failures=failures(lines), groups=_groups(lines),
-        steepest=_steepest(lines), spreads=_spreads(lines), coverage=coverage(lines), reasons=idle,
+        ladders=ladders(lines), shown=(_STEEPEST, LADDERS_DRAWN), spreads=_spreads(lines), coverage=_by_axis(lines), reasons=idle,
         plots={name: Markup(svg) for name, svg in plots.items()}, culprit=culprit, worst_stage=worst_stage,
         excess=excess, where=where, worst_element=worst_element, replay=replay, first_line=first_line,
         format_ratio=format_ratio, colour_of=colour_of, tiles=tiles)
@@ -76,21 +77,18 @@ def tiles(stage: StageResult) -> list[bool]:
     return [tile in bad for tile in range(stage.num_tiles)] if bad else []
 
 
+def _by_axis(lines: list[CaseLine]) -> dict[str, list[Coverage]]:
+    found: dict[str, list[Coverage]] = {}
+    for entry in coverage(lines):
+        found.setdefault(entry.axis, []).append(entry)
+    return found
+
+
 def _groups(lines: list[CaseLine]) -> list[tuple[Verdict, list[CaseLine]]]:
     """The full table: red verdicts first, inside a verdict the largest ratio first."""
     found = [(verdict, sorted((line for line in lines if line.verdict == verdict), key=lambda line:
                               (-worst_ratio(line), line.case))) for verdict in _VERDICT_ORDER]
     return [(verdict, members) for verdict, members in found if members]
-
-
-def _steepest(lines: list[CaseLine]) -> list[tuple[str, dict[int, CaseLine], float]]:
-    """Ladders whose ratio climbs most from the smallest to the largest tp: (problem, tp -> line, factor)."""
-    found = []
-    for problem, steps in ladders(lines).items():
-        first, *_, last = (worst_ratio(line) for line in steps.values())
-        factor = last / first if first > 0 else (float("inf") if last > 0 else 1.0)
-        found.append((problem, steps, 1.0 if factor != factor else factor))
-    return sorted(found, key=lambda entry: (-entry[2], entry[0]))[:_STEEPEST]
 
 
 def _spreads(lines: list[CaseLine]) -> list[StageSpread]:

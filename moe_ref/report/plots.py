@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from moe_ref.contract.vocabulary import Stage
 from moe_ref.records.schema import CaseLine, from_number
-from moe_ref.report.axes import case_axes, ladder_step, reduction
+from moe_ref.report.axes import case_axes, reduction
 from moe_ref.report.facts import ratio_of, worst_ratio
+from moe_ref.report.ladders import ladders
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,6 +25,9 @@ _COLOURS = {"bf16": "#3b82f6", "fp16": "#e08700", "fp32": "#14a08c"}
 _OTHER, _BAD = "#8b8fa3", "#e5484d"
 _CEILING, _GROUND = 1e3, 1e-3
 """Ratios are drawn within these; inf and nan stand at the ceiling."""
+_SCALE_TICKS = (-1, -1e-2, -1e-4, 0, 1e-4, 1e-2, 1)
+LADDERS_DRAWN = 40
+"""Those that climb most; hundreds of lines are neither read nor light."""
 
 _STYLE = {"svg.fonttype": "none", "text.parse_math": False, "font.family": "sans-serif", "font.size": 9,
           "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK,
@@ -40,8 +44,7 @@ def plot_against_length(lines: Iterable[CaseLine]) -> str:
             if found and not stage.exact:
                 series = worst.setdefault((found[0], case_axes(line.case)["dtype"]), {})
                 series[found[1]] = max(series.get(found[1], 0.0), ratio_of(stage.ratio))
-    titles = {"hidden": "sums over hidden (logits, gate_up, act)",
-              "intermediate": "sums over intermediate (down, merged, reduced, output, shared)"}
+    titles = {"hidden": "logits, gate_up, act", "intermediate": "down, shared, merged, reduced, output"}
 
     def draw(figure: "Figure") -> None:
         panels = figure.subplots(1, 2, sharey=True)
@@ -49,42 +52,27 @@ def plot_against_length(lines: Iterable[CaseLine]) -> str:
             for (of_kind, dtype), series in sorted(worst.items()):
                 if of_kind == kind:
                     _line(axes, sorted(series.items()), dtype, _COLOURS.get(dtype, _OTHER))
-            axes.set_xscale("log", base=2)
-            axes.set_xlabel(f"K = {kind} size")
+            lengths = {length for key, series in worst.items() if key[0] == kind for length in series}
+            _size_axis(axes, sorted(lengths), f"K = {kind} size")
             axes.set_title(titles[kind])
-            _ratio_axis(axes)
-        panels[0].set_ylabel("worst error / allowed")
+        _ratio_axes(*panels)
 
     return _svg(draw, "length") if worst else ""
 
 
-def ladders(lines: Iterable[CaseLine]) -> dict[str, dict[int, CaseLine]]:
-    """problem id -> tp -> case, for problems that were measured at two or more tp sizes."""
-    steps: dict[str, dict[int, CaseLine]] = {}
-    for line in lines:
-        if (step := ladder_step(line.case)) and line.stages:
-            steps.setdefault(step[0], {})[step[1]] = line
-    return {problem: dict(sorted(found.items())) for problem, found in steps.items() if len(found) > 1}
-
-
 def plot_ladders(lines: Iterable[CaseLine]) -> str:
-    """Worst ratio over tp, a line per problem, coloured by dtype; '' without two sizes of one problem."""
-    found = ladders(lines)
+    """Worst ratio over tp for the steepest ladders, coloured by dtype; '' without two sizes of one problem."""
+    found = [ladder.steps for ladder in ladders(lines)[:LADDERS_DRAWN]]
 
     def draw(figure: "Figure") -> None:
         axes, named = figure.subplots(), set()
-        for steps in found.values():
+        for steps in found:
             dtype = case_axes(next(iter(steps.values())).case)["dtype"]
             points = [(tp, worst_ratio(line)) for tp, line in steps.items()]
             _line(axes, points, "" if dtype in named else dtype, _COLOURS.get(dtype, _OTHER))
             named.add(dtype)
-        ticks = sorted({tp for steps in found.values() for tp in steps})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [str(tp) for tp in ticks])
-        axes.minorticks_off()
-        axes.set_xlabel("tp")
-        axes.set_ylabel("worst error / allowed")
-        _ratio_axis(axes)
+        _size_axis(axes, sorted({tp for steps in found for tp in steps}), "tp")
+        _ratio_axes(axes)
 
     return _svg(draw, "ladder") if found else ""
 
@@ -110,6 +98,8 @@ def plot_bias_and_scale(lines: Iterable[CaseLine]) -> str:
             axes.axvline(0, color=_INK, linewidth=0.8)
             if number == 1:
                 axes.set_xscale("symlog", linthresh=1e-4)
+                axes.set_xticks(_SCALE_TICKS, [f"{tick:g}" for tick in _SCALE_TICKS])
+                axes.minorticks_off()
             axes.set_xlabel(label)
             axes.set_yticks(range(len(names)), names)
             axes.grid(axis="y")
@@ -119,22 +109,37 @@ def plot_bias_and_scale(lines: Iterable[CaseLine]) -> str:
 
 
 def _line(axes: "Axes", points: list[tuple[int, float]], label: str, colour: str) -> None:
-    """A line through the points; those above the bound get a red face."""
+    """A line through the points; those above the bound are red."""
     sizes = [size for size, _ in points]
     ratios = [min(max(ratio, _GROUND), _CEILING) for _, ratio in points]
     axes.plot(sizes, ratios, color=colour, label=label or None, linewidth=1.3, alpha=0.8)
-    axes.scatter(sizes, ratios, s=22, zorder=3, edgecolors=colour, linewidths=1.2,
+    axes.scatter(sizes, ratios, s=24, zorder=3, linewidths=0,
                  c=[_BAD if ratio > 1 else colour for ratio in ratios])
 
 
-def _ratio_axis(axes: "Axes") -> None:
-    axes.set_yscale("log")
-    axes.axhline(1.0, color=_BAD, linewidth=1.2)
-    low, high = axes.get_ylim()
-    axes.set_ylim(min(low, 0.1), max(high, 2.0))
-    axes.grid(axis="y")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="best", fontsize=8)
+def _size_axis(axes: "Axes", sizes: list[int], label: str) -> None:
+    """A log axis with its ticks at measured sizes, at most eight of them."""
+    shown = sizes[::-(-len(sizes) // 8) or 1]
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(shown, [str(size) for size in shown])
+    axes.minorticks_off()
+    axes.set_xlabel(label)
+
+
+def _ratio_axes(*panels: "Axes") -> None:
+    """Log axes of ratios that share limits, with the bound as a red line; tick labels are plain numbers."""
+    low = min(0.1, *(axes.dataLim.ymin for axes in panels)) / 1.5
+    high = max(2.0, *(axes.dataLim.ymax for axes in panels)) * 1.5
+    decades = [10.0 ** power for power in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)]
+    for axes in panels:
+        axes.set_yscale("log")
+        axes.axhline(1.0, color=_BAD, linewidth=1.2)
+        axes.set_ylim(low, high)
+        axes.set_yticks(decades, [f"{decade:g}" for decade in decades])
+        axes.grid(axis="y")
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(loc="best", fontsize=8)
+    panels[0].set_ylabel("worst error / allowed")
 
 
 def _svg(draw: Callable[["Figure"], None], salt: str, height: float = 3.0) -> str:
@@ -143,13 +148,13 @@ def _svg(draw: Callable[["Figure"], None], salt: str, height: float = 3.0) -> st
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": salt}):
-        figure = Figure(figsize=(8.6, height), layout="constrained")
+        figure = Figure(figsize=(12.4, height), layout="constrained")
         figure.patch.set_alpha(0)
         draw(figure)
         for axes in figure.axes:
             axes.patch.set_alpha(0)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", dpi=144, metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", dpi=96, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg"):], flags=re.DOTALL)
     return text.replace(_INK, "currentColor")

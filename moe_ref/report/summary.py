@@ -9,7 +9,7 @@ from moe_ref.report.compare import DRIFT_FACTOR, DRIFT_FLOOR, Comparison
 from moe_ref.report.coverage import axis_pairs_covered, coverage
 from moe_ref.report.facts import case_lines, culprit, failures, reasons
 from moe_ref.report.markdown import Section, block, cell, code, fit
-from moe_ref.report.words import format_ratio, one_line, replay, where, worst_element
+from moe_ref.report.words import format_ratio, printable, replay, where, worst_element
 
 SUMMARY_BUDGET = 60_000
 """Characters; a comment may hold 65,536, a job summary 1 MiB."""
@@ -57,7 +57,7 @@ def _message(line: CaseLine) -> str:
     """The recorded message without control characters; failing that, reason and worst element."""
     stage = culprit(line)
     text = line.message or "\n".join(filter(None, [line.reason, worst_element(stage) if stage else ""]))
-    kept = "\n".join(" " * (len(row) - len(row.lstrip(" "))) + one_line(row) for row in text.splitlines())
+    kept = "\n".join(printable(row) for row in text.split("\n"))
     return kept[:_MESSAGE_LIMIT] or "no message recorded"
 
 

@@ -70,10 +70,14 @@ def first_line(text: str) -> str:
     return text.partition("\n")[0]
 
 
+def printable(text: str) -> str:
+    """Text with control characters and line breaks as spaces; other spaces stay, so columns stay aligned."""
+    return "".join(sign if sign.isprintable() else " " for sign in text)
+
+
 def one_line(text: str, limit: int = 300) -> str:
     """Text of a record on one line, cut at `limit`, without control characters (a terminal obeys them)."""
-    plain = "".join(sign if sign.isprintable() else " " for sign in text)
-    plain = " ".join(plain.split())
+    plain = " ".join(printable(text).split())
     return plain if len(plain) <= limit else plain[:limit - 3] + "..."
 
 

@@ -3,6 +3,7 @@
 import shlex
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,7 @@ class RunSettings:
     device: str
     runs: int = 2
     time_limit: float = 300.0
+    tell: Callable[[str, str], None] = lambda case_id, text: None
 
 
 def run_case(planned: PlannedCase, settings: RunSettings, pool: ChildPool) -> CaseLine:
@@ -47,9 +49,9 @@ def run_case(planned: PlannedCase, settings: RunSettings, pool: ChildPool) -> Ca
                       time_limit=settings.time_limit)
     try:
         with pool.lease(planned.ranks is not Ranks.LOCAL) as child:
-            answer = child.ask(request)
+            answer = child.ask(request, lambda text: settings.tell(planned.case_id, text))
     except ChildHung as error:
-        return _line(planned, settings, Judgement(Verdict.HANG, str(error)))
+        return _line(planned, settings, Judgement(Verdict.HANG, str(error).replace("the time limit", f"{settings.time_limit:g} s", 1)))
     except ChildDied as error:
         return _line(planned, settings, Judgement(Verdict.CRASH, str(error)))
     if failed := [(rank, report) for rank, report in enumerate(answer.reply.ranks) if report.error]:
@@ -92,7 +94,8 @@ def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> Case
         raise RuntimeError(f"inputs digest {answer.reply.inputs_digest} in the child, {inputs.digest()} here")
     numerics = capabilities.numerics[case.problem.dtype]
     model = RoundingModel(settings.tolerances, settings.device, numerics.accumulate)
-    measurement = measure(case, inputs, answer.ranks, capabilities, model)
+    measurement = measure(case, inputs, answer.ranks, capabilities, model,
+                          lambda text: settings.tell(planned.case_id, text))
     limits = settings.tolerances.file.limits
     facts = RunFacts(
         calls=tuple(tuple((name, elements) for name, elements, _ in report.calls) for report in answer.reply.ranks),

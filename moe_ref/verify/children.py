@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -17,7 +17,7 @@ import msgspec
 
 from moe_ref.contract.capabilities import Capabilities
 from moe_ref.contract.errors import UsageValueError
-from moe_ref.verify.child.messages import Hello, RankTensors, Reply, Request, read_frame, unpack_tensors, write_frame
+from moe_ref.verify.child.messages import Hello, Progress, RankTensors, Reply, Request, read_frame, unpack_tensors, write_frame
 
 START_LIMIT_SECONDS = 180.0
 STACK_DUMP_SECONDS = 1.0
@@ -59,14 +59,14 @@ class Child:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "moe_ref.verify.child.worker", self.subject, str(self.memory_gib)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=environment, start_new_session=True)
-        hello = msgspec.json.decode(self._receive(START_LIMIT_SECONDS)[0], type=Hello)
+        hello = msgspec.json.decode(self._receive(time.monotonic() + START_LIMIT_SECONDS)[0], type=Hello)
         if not hello.capabilities:
             self.close()
             raise UsageValueError(hello.usage_error)
         self.source_digest = hello.source_digest
         return msgspec.json.decode(hello.capabilities, type=Capabilities)
 
-    def ask(self, request: Request) -> Answer:
+    def ask(self, request: Request, on_progress: Callable[[str], None] = lambda text: None) -> Answer:
         """Run one case; raises ChildDied or ChildHung, after which the next call starts a fresh child."""
         if self._process is None:
             self.capabilities()
@@ -75,17 +75,21 @@ class Child:
             write_frame(self._process.stdin, request)
         except BrokenPipeError:
             self._raise_died()
-        header, payload = self._receive(request.time_limit)
-        reply = msgspec.json.decode(header, type=Reply)
-        return Answer(reply, unpack_tensors(payload, len(reply.ranks)))
+        deadline = time.monotonic() + request.time_limit
+        while True:
+            header, payload = self._receive(deadline)
+            message = msgspec.json.decode(header, type=Reply | Progress)
+            if isinstance(message, Reply):
+                return Answer(message, unpack_tensors(payload, len(message.ranks)))
+            on_progress(message.text)
 
-    def _receive(self, time_limit: float) -> tuple[bytes, bytes]:
+    def _receive(self, deadline: float) -> tuple[bytes, bytes]:
         assert self._process is not None and self._process.stdout is not None
         stream = self._process.stdout
         with selectors.DefaultSelector() as selector:
             selector.register(stream, selectors.EVENT_READ)
-            if not selector.select(time_limit):
-                self._raise_hung(time_limit)
+            if not selector.select(max(0.0, deadline - time.monotonic())):
+                self._raise_hung()
         try:
             return read_frame(stream)
         except EOFError:
@@ -99,13 +103,13 @@ class Child:
         self.close()
         raise ChildDied(f"child ended with code {code}\n{text}")
 
-    def _raise_hung(self, time_limit: float) -> None:
+    def _raise_hung(self) -> None:
         assert self._process is not None
         os.killpg(self._process.pid, signal.SIGUSR1)
         time.sleep(STACK_DUMP_SECONDS)
         text = self._log_tail()
         self.close()
-        raise ChildHung(f"no answer within {time_limit:g} s\n{text}")
+        raise ChildHung(f"no answer within the time limit\n{text}")
 
     def _log_tail(self) -> str:
         assert self._log is not None

@@ -6,6 +6,7 @@ OUTPUT chain never looks at the subject's rows: the unsharded oracle with the pr
 the subject's own in both, once they are accepted.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -81,8 +82,9 @@ class Comparison:
     def stored(self, stage: Stage) -> Format | None:
         return self.numerics.storage.get(stage)
 
-    def run(self) -> None:
+    def run(self, tell: Callable[[str], None]) -> None:
         for e in range(self.spec.num_experts):
+            tell(f"oracle, expert {e + 1} of {self.spec.num_experts}")
             token_R, slot_R = (self.followed.ids_TK == e).nonzero(as_tuple=True)
             if len(token_R):
                 chosen = Chosen(token_R, slot_R, token_R * self.spec.top_k + slot_R, e)
@@ -240,14 +242,14 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def measure(case: Case, inputs: Inputs, ranks: list[RankTensors], capabilities: Capabilities,
-            model: RoundingModel) -> Measurement:
+            model: RoundingModel, tell: Callable[[str], None] = lambda text: None) -> Measurement:
     """Compare what every rank showed; ranks[r][REDUCED] is the output of rank r, the rest is optional."""
     numerics = capabilities.numerics[case.problem.dtype]
     if faults := struct_faults(case, ranks, numerics):
         return Measurement((), tuple(faults))
     routing = measure_routing(inputs, ranks, numerics, capabilities, model)
     comparison = Comparison(case, inputs, ranks, numerics, model, routing.followed)
-    comparison.run()
+    comparison.run(tell)
     unjudged = int((~routing.followed.judged_T).sum())
     if unjudged:
         comparison.meters[Stage.OUTPUT].notes.append(f"{unjudged} tokens not judged: ids hidden, choice ambiguous")

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -55,7 +55,15 @@ class RunResult:
     end: EndLine
 
 
-def run_plan(plan: Plan, on_line: Callable[[CaseLine], None] = lambda line: None) -> RunResult:
+@dataclass(frozen=True)
+class Observer:
+    """Who watches a run: `line` gets every finished case, `tell` what a case in progress does (id, words)."""
+
+    line: Callable[[CaseLine], None] = lambda line: None
+    tell: Callable[[str, str], None] = lambda case_id, text: None
+
+
+def run_plan(plan: Plan, observer: Observer = Observer()) -> RunResult:  # noqa: B008 - frozen, shared on purpose
     """Run every case; each line is on disk before the next is reported. Raises UsageValueError on wrong use."""
     torch.set_num_threads(1)
     started = time.monotonic()
@@ -63,17 +71,17 @@ def run_plan(plan: Plan, on_line: Callable[[CaseLine], None] = lambda line: None
     capabilities = first.capabilities()
     pool.adopt(first)
     try:
-        return _run_with(plan, pool, capabilities, first.source_digest, started, on_line)
+        return _run_with(plan, pool, capabilities, first.source_digest, started, observer)
     finally:
         pool.close()
 
 
 def _run_with(plan: Plan, pool: ChildPool, capabilities: Capabilities, source_digest: str, started: float,
-              on_line: Callable[[CaseLine], None]) -> RunResult:
+              observer: Observer) -> RunResult:
     header, done = new_header(plan, capabilities, source_digest), None
     if plan.record and (plan.record / FILE_NAME).exists():
         header, done = _resumed(plan, header)
-    settings = run_settings(plan, header, capabilities)
+    settings = replace(run_settings(plan, header, capabilities), tell=observer.tell)
     with RecordWriter(plan.record) if plan.record else nullcontext() as writer:
         append = writer.append if writer else lambda line: None
         if done is None:
@@ -82,7 +90,7 @@ def _run_with(plan: Plan, pool: ChildPool, capabilities: Capabilities, source_di
         for line in _run_cases([one for one in plan.cases if one.case_id not in lines], settings, plan.lanes, pool):
             lines[line.case] = line
             append(line)
-            on_line(line)
+            observer.line(line)
         end = end_line(plan, header.run, list(lines.values()), time.monotonic() - started)
         append(end)
     return RunResult(header, [lines[one.case_id] for one in plan.cases], end)

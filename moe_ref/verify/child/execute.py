@@ -2,6 +2,7 @@
 
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -27,17 +28,21 @@ from moe_ref.verify.child.process_ranks import RankError, run_process_ranks
 class Job:
     """One case with its inputs; `run_rank` is what every rank does, whatever ranks are."""
 
-    def __init__(self, subject: ModuleType, request: Request) -> None:
-        self.subject, self.request = subject, request
+    def __init__(self, subject: ModuleType, request: Request, tell: Callable[[str], None] = lambda text: None) -> None:
+        self.subject, self.request, self.tell = subject, request, tell
         self.case: Case = parse_case(request.case)
         self.inputs: Inputs = build_inputs(self.case.problem)
         local = request.ranks == Ranks.LOCAL
         # Process ranks are forked, so weights are made once before, in shared pages, and moved by each rank.
         self.shards: list[MoEWeights] = build_shards(self.case.problem, self.case.parallel,
-                                                     request.device if local else "cpu")
+                                                     request.device if local else "cpu", self._tell_expert)
+
+    def _tell_expert(self, expert: int) -> None:
+        self.tell(f"weights of expert {expert + 1} of {self.case.problem.spec.num_experts}")
 
     def run_rank(self, comm: Comm, device: torch.device, run: int) -> tuple[RankTensors, RankReport, list[str]]:
         """Tensors shown, calls made, and the names of inputs that changed."""
+        self.tell(f"run {run + 1} of {self.request.runs}, rank {comm.rank + 1} of {comm.size}")
         weights, inputs = self.shards[comm.rank], self.inputs
         if weights.w2_EHI.device != device:
             weights = MoEWeights(**{name: tensor.to(device) for name, tensor in weights.named_tensors()})
@@ -57,11 +62,12 @@ class Job:
         return {**trace.tensors, Stage.REDUCED: output}, RankReport(calls=calls), changed
 
 
-def execute(subject: ModuleType, request: Request) -> tuple[Reply, bytes]:
+def execute(subject: ModuleType, request: Request,
+            tell: Callable[[str], None] = lambda text: None) -> tuple[Reply, bytes]:
     """The reply to a request and its payload; errors of the subject are part of the reply."""
     if request.ranks != Ranks.LOCAL and request.device == "cpu":
         _warm_up(subject)
-    job = Job(subject, request)
+    job = Job(subject, request, tell)
     started = time.monotonic()
     outcomes = _run_local(job) if request.ranks == Ranks.LOCAL else _run_processes(job)
     seconds = (time.monotonic() - started) / request.runs

@@ -36,7 +36,13 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     traceback: str = ""
 
 
-class Reply(msgspec.Struct, frozen=True, kw_only=True):
+class Progress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What a child is doing; any number of these precede a reply."""
+
+    text: str
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Answer to a request; the tensors of every rank travel in the payload."""
 
     ranks: list[RankReport]

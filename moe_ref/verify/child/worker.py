@@ -10,16 +10,18 @@ import os
 import resource
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import BinaryIO
 
 import msgspec
 import torch
 
 from moe_ref.contract.errors import UsageError
 from moe_ref.verify.child.execute import execute
-from moe_ref.verify.child.messages import Hello, RankReport, Reply, Request, read_frame, write_frame
+from moe_ref.verify.child.messages import Hello, Progress, RankReport, Reply, Request, read_frame, write_frame
 from moe_ref.verify.child.process_ranks import RanksHung
 from moe_ref.verify.subjects import load_subject, source_digest
 
@@ -33,6 +35,18 @@ class _NoOracle(importlib.abc.MetaPathFinder):
         if fullname.startswith(_ORACLE_SIDE):
             raise ImportError(f"{fullname} may not be imported by an implementation under test")
         return None
+
+
+class Teller:
+    """Sends progress at most once a second, and only from this process: forked ranks stay silent."""
+
+    def __init__(self, frames: BinaryIO) -> None:
+        self.frames, self.process, self.last = frames, os.getpid(), time.monotonic()
+
+    def __call__(self, text: str) -> None:
+        if os.getpid() == self.process and time.monotonic() - self.last > 1.0:
+            self.last = time.monotonic()
+            write_frame(self.frames, Progress(text=text))
 
 
 def _limit_memory(gibibytes: float) -> None:
@@ -66,7 +80,7 @@ def main(name: str, memory_gib: float) -> None:
             return
         request = msgspec.json.decode(header, type=Request)
         try:
-            reply, payload = execute(subject, request)
+            reply, payload = execute(subject, request, Teller(frames_out))
         except RanksHung as error:
             reply, payload = Reply(ranks=[RankReport(error=f"RanksHung: {error}")]), b""
         write_frame(frames_out, reply, payload)
