@@ -16,8 +16,8 @@ from moe_ref.contract.weights import ExpertWeights, MoEWeights, parameter_shapes
 from moe_ref.inputs.patterns import pattern_logits, pattern_selection_bias
 from moe_ref.inputs.philox import grid_tensor
 
-TOKEN_AMPLITUDE = 2.0
-OUTLIER_EVERY, OUTLIER_FACTOR = 64, 64.0
+TOKEN_AMPLITUDE = WEIGHT_AMPLITUDE = 4.0
+OUTLIER_EVERY, OUTLIER_FACTOR, OUTLIER_DAMPING = 64, 64.0, 0.125
 
 
 def inverse_root(size: int) -> float:
@@ -32,22 +32,23 @@ def inverse_root(size: int) -> float:
 class GeneratedWeights:
     """Unsharded weights of a problem, made expert by expert when asked for; at most one expert is held.
 
-    Uniform on [-a, a): a = 4 * inverse_root(fan in) for w13 and router, 2 * inverse_root for w2, so that
-    pre-activations and logits have a standard deviation between 0.7 and 2.7, where activations differ
-    from each other and gate from up; 8 times less on w13 for outlier data, whose tokens are larger.
+    In [-a, a) with a = WEIGHT_AMPLITUDE * inverse_root(fan in), so that pre-activations and logits have a standard
+    deviation between 0.9 and 1.8, where activations differ from each other and gate from up; 8 times less
+    where outlier data comes in, whose tokens are larger.
     """
 
     problem: Problem
 
-    def _draw(self, name: str, shape: tuple[int, ...], amplitude: float, index: int = 0) -> torch.Tensor:
+    def _draw(self, name: str, shape: tuple[int, ...], index: int = 0, damped: bool = False) -> torch.Tensor:
+        amplitude = WEIGHT_AMPLITUDE * inverse_root(shape[-1])
+        if damped and self.problem.data is Data.OUTLIER:
+            amplitude *= OUTLIER_DAMPING
         return grid_tensor(format_problem(self.problem), name, shape, self.problem.dtype, amplitude, index)
 
     def _mlp(self, prefix: str, intermediate_size: int, index: int) -> ExpertWeights:
         hidden = self.problem.spec.hidden_size
-        damping = 0.125 if self.problem.data is Data.OUTLIER else 1.0
-        return ExpertWeights(
-            self._draw(prefix + "w13", (2, intermediate_size, hidden), 4 * damping * inverse_root(hidden), index),
-            self._draw(prefix + "w2", (hidden, intermediate_size), 2 * inverse_root(intermediate_size), index))
+        return ExpertWeights(self._draw(prefix + "w13", (2, intermediate_size, hidden), index, damped=True),
+                             self._draw(prefix + "w2", (hidden, intermediate_size), index))
 
     def expert(self, e: int) -> ExpertWeights:
         """Expert e, drawn anew at every call."""
@@ -63,8 +64,7 @@ class GeneratedWeights:
         spec = self.problem.spec
         if spec.router is None:
             return None
-        damping = 0.125 if self.problem.data is Data.OUTLIER else 1.0
-        return self._draw("router", (spec.num_experts, spec.hidden_size), 4 * damping * inverse_root(spec.hidden_size))
+        return self._draw("router", (spec.num_experts, spec.hidden_size), damped=True)
 
     @cached_property
     def selection_bias_E(self) -> torch.Tensor | None:
@@ -80,7 +80,7 @@ class GeneratedWeights:
         spec = self.problem.spec
         if spec.shared is None or spec.shared.gate == "none":
             return None
-        return self._draw("shared_gate", (1, spec.hidden_size), 4 * inverse_root(spec.hidden_size))
+        return self._draw("shared_gate", (1, spec.hidden_size), damped=True)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from moe_ref.report.facts import worst_ratio
 
 @dataclass(frozen=True)
 class Ladder:
-    """tp -> case line of one problem, smallest tp first; climb: largest later ratio / ratio of the smallest tp."""
+    """tp -> case line of one problem, smallest tp first; climb: largest later ratio / the first ratio."""
 
     problem: str
     steps: dict[int, CaseLine]
@@ -23,7 +23,8 @@ def ladders(lines: Iterable[CaseLine]) -> list[Ladder]:
     for line in lines:
         if (step := ladder_step(line.case)) and line.stages:
             steps.setdefault(step[0], {})[step[1]] = line
-    found = [Ladder(problem, dict(sorted(of.items())), _climb(of)) for problem, of in steps.items() if len(of) > 1]
+    found = [Ladder(problem, dict(sorted(measured.items())), _climb(measured))
+             for problem, measured in steps.items() if len(measured) > 1]
     return sorted(found, key=lambda ladder: (-ladder.climb, ladder.problem))
 
 

@@ -20,12 +20,12 @@ from moe_ref.report.facts import (
     worst_ratio,
     worst_stage,
 )
-from moe_ref.report.matrix import LEVELS, colour_of, matrix
 from moe_ref.report.ladders import ladders
+from moe_ref.report.matrix import LEVELS, colour_of, matrix
 from moe_ref.report.plots import LADDERS_DRAWN, plot_against_length, plot_bias_and_scale, plot_ladders
 from moe_ref.report.words import excess, first_line, format_ratio, replay, where, worst_element
 
-_STEEPEST = 12
+_LADDERS_LISTED = 12
 _VERDICT_ORDER = (Verdict.MISMATCH, Verdict.STRUCT, Verdict.CRASH, Verdict.HANG, Verdict.NONDETERMINISTIC,
                   Verdict.UNEXPECTED_PASS, Verdict.HARNESS_ERROR, Verdict.KNOWN_FAILURE, Verdict.PASS,
                   Verdict.UNSUPPORTED, Verdict.NOT_RUN)
@@ -65,10 +65,10 @@ def page(run: Run, head: Sequence[str], comparison: Comparison | None = None) ->
     return environment.from_string(source).render(
         head=head, run=run, comparison=comparison, anchors=anchors, stages=stages, rows=rows, new=new,
         levels=range(LEVELS), pairs=axis_pairs_covered(run), failures=failures(lines), groups=_groups(lines),
-        ladders=ladders(lines), shown=(_STEEPEST, LADDERS_DRAWN), spreads=_spreads(lines), coverage=_by_axis(lines), reasons=idle,
-        plots={name: Markup(svg) for name, svg in plots.items()}, culprit=culprit, worst_stage=worst_stage,
-        excess=excess, where=where, worst_element=worst_element, replay=replay, first_line=first_line,
-        format_ratio=format_ratio, colour_of=colour_of, tiles=tiles)
+        ladders=ladders(lines), shown=(_LADDERS_LISTED, LADDERS_DRAWN), spreads=_spreads(lines),
+        coverage=_by_axis(lines), reasons=idle, plots={name: Markup(svg) for name, svg in plots.items()},
+        culprit=culprit, worst_stage=worst_stage, excess=excess, where=where, worst_element=worst_element,
+        replay=replay, first_line=first_line, format_ratio=format_ratio, colour_of=colour_of, tiles=tiles)
 
 
 def tiles(stage: StageResult) -> list[bool]:
