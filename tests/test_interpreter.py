@@ -94,7 +94,8 @@ def run_cast(x: torch.Tensor, dtype: torch.dtype, tl_dtype: tl.dtype, rounding: 
 
 def assert_same(got: torch.Tensor, wanted: torch.Tensor) -> None:
     """Bit for bit, any NaN equal to any NaN."""
-    assert got.dtype == wanted.dtype and got.shape == wanted.shape
+    assert got.dtype == wanted.dtype
+    assert got.shape == wanted.shape
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[got.element_size()]
     nan = wanted.float().isnan()
     assert torch.equal(got.float().isnan(), nan)

@@ -111,7 +111,7 @@ class TestMemory:
 
     def test_empty_tensor(self) -> None:
         """Its pointer is null; the access is caught with the argument's name instead of a crash."""
-        with pytest.raises(OutOfBoundsError, match="argument x_N: 4 lanes.*in the 0 bytes"):
+        with pytest.raises(OutOfBoundsError, match=r"argument x_N: 4 lanes.*in the 0 bytes"):
             launch_shifted(torch.ones(0), shift=0)
 
     def test_atomic_out_of_bounds(self) -> None:

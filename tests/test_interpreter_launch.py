@@ -96,9 +96,11 @@ class TestScope:
     def test_the_language_is_tritons_own_after_a_launch(self) -> None:
         """Looks at Triton itself, so that a leak of an earlier launch shows too."""
         launch_shifted(0)
-        assert tl.core.is_builtin(tl.load) and tl.load is tl.core.load
+        assert tl.core.is_builtin(tl.load)
+        assert tl.load is tl.core.load
         assert isinstance(vars(tl.tensor)["sum"], JITFunction)
-        assert tl.range is tl.core.range and isinstance(tl.range, type)
+        assert tl.range is tl.core.range
+        assert isinstance(tl.range, type)
 
     def test_nothing_is_left_behind_by_a_kernel_that_raises(self) -> None:
         before = language_state()

@@ -61,7 +61,7 @@ def plot_against_length(lines: Iterable[CaseLine]) -> str:
 
 
 def plot_ladders(lines: Iterable[CaseLine]) -> str:
-    """Worst ratio over tp for the steepest ladders, coloured by dtype; '' without two sizes of one problem."""
+    """Worst ratio over tp for the steepest ladders, coloured by dtype; '' if there is no ladder."""
     found = [ladder.steps for ladder in ladders(lines)[:LADDERS_DRAWN]]
 
     def draw(figure: "Figure") -> None:
