@@ -13,7 +13,7 @@ from moe_ref.records.schema import CaseLine
 from moe_ref.verify.run import Observer
 
 _LINE_EVERY_CASES = 25
-_TELL_EVERY_SECONDS = 5.0
+_TELL_EVERY_SECONDS = 15.0
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def watch(title: str, total: int) -> Iterator[Observer]:
 
 
 def _log_observer(total: int) -> Observer:
-    """Lines for cases that do not pass, for every 25th that does, and for a long case every five seconds."""
+    """Lines for cases that do not pass, for every 25th that does, and for a long case every fifteen seconds."""
     count, told = 0, time.monotonic()
 
     def line(done: CaseLine) -> None:

@@ -18,7 +18,8 @@ class Trace:
     tensors: dict[Stage, torch.Tensor] = field(default_factory=dict)
 
     def record(self, stage: Stage, tensor: torch.Tensor) -> None:
-        """Keep a copy; a stage recorded twice is an error of the implementation."""
+        """Keep a copy; an unknown stage, or one recorded twice, is an error of the implementation."""
+        stage = Stage(stage)
         if stage in self.tensors:
             raise RuntimeError(f"stage {stage} was recorded twice in one call")
         self.tensors[stage] = tensor.detach().clone()

@@ -48,6 +48,11 @@ def _drop_torn_line(path: Path) -> None:
         os.truncate(path, whole)
 
 
+def holds_lines(path: Path) -> bool:
+    """Whether a record file has at least one whole line; a run killed before its first line left nothing to keep."""
+    return path.exists() and b"\n" in path.read_bytes()
+
+
 @dataclass
 class Run:
     """All lines of one run; a case judged twice (resume after a kill) keeps its last line."""

@@ -18,7 +18,7 @@ from moe_ref.verify.bounds import RoundingModel
 from moe_ref.verify.child.messages import RankReport, Request
 from moe_ref.verify.children import Answer, ChildDied, ChildHung, ChildPool
 from moe_ref.verify.explain import explain
-from moe_ref.verify.judge import Judgement, RunFacts, judge
+from moe_ref.verify.judge import Calls, Judgement, RunFacts, judge
 from moe_ref.verify.measure import measure
 from moe_ref.verify.measurement import Measurement
 from moe_ref.verify.tolerances import Tolerances
@@ -36,6 +36,7 @@ class RunSettings:
     runs: int = 2
     time_limit: float = 300.0
     tell: Callable[[str, str], None] = lambda case_id, text: None
+    replay_options: str = ""
 
 
 def run_case(planned: PlannedCase, settings: RunSettings, pool: ChildPool) -> CaseLine:
@@ -54,14 +55,20 @@ def run_case(planned: PlannedCase, settings: RunSettings, pool: ChildPool) -> Ca
         return _line(planned, settings, Judgement(Verdict.HANG, str(error).replace("the time limit", f"{settings.time_limit:g} s", 1)))
     except ChildDied as error:
         return _line(planned, settings, Judgement(Verdict.CRASH, str(error)))
+    except Exception as error:
+        return _line(planned, settings, _harness_error(error))
     if failed := [(rank, report) for rank, report in enumerate(answer.reply.ranks) if report.error]:
         return _line(planned, settings, _crash(failed, planned.case), answer)
     try:
         return _judged(planned, settings, answer)
     except Exception as error:
-        text = "".join(traceback.format_exception(error))[-2000:]
-        reason = f"not a verdict on the implementation: {type(error).__name__}: {error}\n{text}"
-        return _line(planned, settings, Judgement(Verdict.HARNESS_ERROR, reason), answer)
+        return _line(planned, settings, _harness_error(error), answer)
+
+
+def _harness_error(error: Exception) -> Judgement:
+    text = "".join(traceback.format_exception(error))[-2000:]
+    reason = f"not a verdict on the implementation: {type(error).__name__}: {error}\n{text}"
+    return Judgement(Verdict.HARNESS_ERROR, reason)
 
 
 def missing_devices(planned: PlannedCase, device: str) -> str:
@@ -92,32 +99,41 @@ def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> Case
     inputs = build_inputs(case.problem)
     if inputs.digest() != answer.reply.inputs_digest:
         raise RuntimeError(f"inputs digest {answer.reply.inputs_digest} in the child, {inputs.digest()} here")
-    numerics = capabilities.numerics[case.problem.dtype]
-    model = RoundingModel(settings.tolerances, settings.device, numerics.accumulate)
-    measurement = measure(case, inputs, answer.ranks, capabilities, model,
-                          lambda text: settings.tell(planned.case_id, text))
-    limits = settings.tolerances.file.limits
-    facts = RunFacts(
-        calls=tuple(tuple((name, elements) for name, elements, _ in report.calls) for report in answer.reply.ranks),
-        expected_calls=expected_calls(case), counts_calls=capabilities.collectives_through_groups,
-        same_bits=answer.reply.same_bits, differing_stages=tuple(answer.reply.differing_stages),
-        promised_deterministic=capabilities.deterministic, changed_inputs=tuple(answer.reply.changed_inputs))
-    judgement = judge(measurement, facts, limits.ratio.max, limits.power.min)
+    model = RoundingModel(settings.tolerances, settings.device, capabilities.numerics[case.problem.dtype].accumulate)
+    limits, facts, judged = settings.tolerances.file.limits, _facts(case, settings, answer), []
+    for ranks in answer.runs:
+        measurement = measure(case, inputs, ranks, capabilities, model,
+                              lambda text: settings.tell(planned.case_id, text))
+        judged.append((judge(measurement, facts, limits.ratio.max, limits.power.min), measurement))
+    # Runs that differ are all judged; the first that fails speaks for the case.
+    judgement, measurement = next((pair for pair in judged if pair[0].verdict is not Verdict.PASS), judged[0])
     return _line(planned, settings, judgement, answer, measurement, time.monotonic() - started)
 
 
-def expected_calls(case: Case) -> tuple[tuple[str, int], ...]:
-    """What the default schedule communicates per rank: one all_reduce of T*H elements, none on a single rank."""
-    if case.parallel.tp == 1:
-        return ()
-    return (("all_reduce", case.problem.num_tokens * case.problem.spec.hidden_size),)
+def _facts(case: Case, settings: RunSettings, answer: Answer) -> RunFacts:
+    reply = answer.reply
+    return RunFacts(
+        calls=tuple(tuple((name, elements) for name, elements, _ in report.calls) for report in reply.ranks),
+        allowed_calls=allowed_calls(case) if settings.capabilities.collectives_through_groups else (),
+        same_bits=reply.same_bits, differing_stages=tuple(reply.differing_stages),
+        promised_deterministic=settings.capabilities.deterministic, changed_inputs=tuple(reply.changed_inputs))
+
+
+def allowed_calls(case: Case) -> tuple[Calls, ...]:
+    """What a rank may communicate under the default schedule: one all_reduce of T*H elements.
+
+    A single rank may also skip it, and so may all ranks when there is no token.
+    """
+    once = (("all_reduce", case.problem.num_tokens * case.problem.spec.hidden_size),)
+    return (once, ()) if case.parallel.tp == 1 or case.problem.num_tokens == 0 else (once,)
 
 
 def _line(planned: PlannedCase, settings: RunSettings, judgement: Judgement, answer: Answer | None = None,
           measurement: Measurement | None = None, oracle_seconds: float = 0.0) -> CaseLine:
     reply, case_id = answer.reply if answer else None, planned.case_id
     name = settings.implementation.name
-    replay = f"moe-ref replay {case_id} --impl {shlex.quote(name)} --ranks {planned.ranks} --device {settings.device}"
+    replay = (f"moe-ref replay {case_id} --impl {shlex.quote(name)} --ranks {planned.ranks} --device {settings.device}"
+              + settings.replay_options)
     fields = {
         "run": settings.run, "case": case_id, "purpose": planned.purpose, "implementation": settings.implementation,
         "ranks": planned.ranks, "device": settings.device, "verdict": judgement.verdict, "reason": judgement.reason,

@@ -9,15 +9,15 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 import msgspec
 
 from moe_ref.contract.capabilities import Capabilities
 from moe_ref.contract.errors import UsageValueError
-from moe_ref.verify.child.messages import Hello, Progress, RankTensors, Reply, Request, read_frame, unpack_tensors, write_frame
+from moe_ref.verify.child.messages import Hello, Progress, RankTensors, Reply, Request, unpack_runs, write_frame
 
 START_LIMIT_SECONDS = 180.0
 STACK_DUMP_SECONDS = 1.0
@@ -34,10 +34,10 @@ class ChildHung(RuntimeError):
 
 @dataclass(frozen=True)
 class Answer:
-    """A reply and the tensors that came with it."""
+    """A reply and the tensors that came with it, by run and rank; runs with the same bits are sent once."""
 
     reply: Reply
-    ranks: list[RankTensors]
+    runs: list[list[RankTensors]]
 
 
 class Child:
@@ -50,27 +50,37 @@ class Child:
         self.source_digest = ""
 
     def capabilities(self) -> Capabilities:
-        """Start the child if need be; raises UsageValueError when the subject cannot be loaded."""
-        self.close()
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
-        # One thread per process: oversubscribed BLAS threads are tens of times slower than none.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
-                       "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "moe_ref.verify.child.worker", self.subject, str(self.memory_gib)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=environment, start_new_session=True)
-        hello = msgspec.json.decode(self._receive(time.monotonic() + START_LIMIT_SECONDS)[0], type=Hello)
-        if not hello.capabilities:
+        """Start the child; raises UsageValueError when the subject cannot be loaded or declares nonsense."""
+        try:
+            hello = self._start()
+        except (ChildDied, ChildHung) as error:
+            reason = str(error).rstrip().splitlines()
+            raise UsageValueError(f"implementation {self.subject!r} cannot be loaded: {reason[0]}; its last words: "
+                                  f"{reason[-1]}") from error
+        if hello.usage_error:
             self.close()
             raise UsageValueError(hello.usage_error)
         self.source_digest = hello.source_digest
         return msgspec.json.decode(hello.capabilities, type=Capabilities)
 
+    def _start(self) -> Hello:
+        self.close()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
+        # One thread per process: oversubscribed BLAS threads are tens of times slower than none.
+        # Huge pages: fp64 copies of whole experts otherwise spend most of their time in page faults.
+        environment = {"THP_MEM_ALLOC_ENABLE": "1", **os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+                       "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "moe_ref.verify.child.worker", self.subject, str(self.memory_gib)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=environment, start_new_session=True)
+        return msgspec.json.decode(self._receive(time.monotonic() + START_LIMIT_SECONDS)[0], type=Hello)
+
     def ask(self, request: Request, on_progress: Callable[[str], None] = lambda text: None) -> Answer:
         """Run one case; raises ChildDied or ChildHung, after which the next call starts a fresh child."""
         if self._process is None:
-            self.capabilities()
-        assert self._process is not None and self._process.stdin is not None
+            self._start()
+        assert self._process is not None
+        assert self._process.stdin is not None
         try:
             write_frame(self._process.stdin, request)
         except BrokenPipeError:
@@ -80,30 +90,42 @@ class Child:
             header, payload = self._receive(deadline)
             message = msgspec.json.decode(header, type=Reply | Progress)
             if isinstance(message, Reply):
-                return Answer(message, unpack_tensors(payload, len(message.ranks)))
+                return Answer(message, unpack_runs(payload, len(message.ranks)))
             on_progress(message.text)
 
     def _receive(self, deadline: float) -> tuple[bytes, bytes]:
-        assert self._process is not None and self._process.stdout is not None
-        stream = self._process.stdout
-        with selectors.DefaultSelector() as selector:
-            selector.register(stream, selectors.EVENT_READ)
-            if not selector.select(max(0.0, deadline - time.monotonic())):
-                self._raise_hung()
-        try:
-            return read_frame(stream)
-        except EOFError:
-            self._raise_died()
-        raise AssertionError("unreachable")
+        lengths = self._read(16, deadline)
+        return (self._read(int.from_bytes(lengths[:8], "little"), deadline),
+                self._read(int.from_bytes(lengths[8:], "little"), deadline))
 
-    def _raise_died(self) -> None:
+    def _read(self, count: int, deadline: float) -> bytes:
+        """Exactly `count` bytes before the deadline, whatever a child does to its end of the pipe."""
         assert self._process is not None
-        code = self._process.wait()
+        assert self._process.stdout is not None
+        descriptor, parts, missing = self._process.stdout.fileno(), [], count
+        with selectors.DefaultSelector() as selector:
+            selector.register(descriptor, selectors.EVENT_READ)
+            while missing:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    self._raise_hung()
+                part = os.read(descriptor, min(missing, 1 << 20))
+                if not part:
+                    self._raise_died()
+                parts.append(part)
+                missing -= len(part)
+        return b"".join(parts)
+
+    def _raise_died(self) -> NoReturn:
+        assert self._process is not None
+        try:
+            how = f"ended with code {self._process.wait(timeout=STACK_DUMP_SECONDS)}"
+        except subprocess.TimeoutExpired:
+            how = "closed its pipe without ending"
         text = self._log_tail()
         self.close()
-        raise ChildDied(f"child ended with code {code}\n{text}")
+        raise ChildDied(f"child {how}\n{text}")
 
-    def _raise_hung(self) -> None:
+    def _raise_hung(self) -> NoReturn:
         assert self._process is not None
         os.killpg(self._process.pid, signal.SIGUSR1)
         time.sleep(STACK_DUMP_SECONDS)
@@ -119,14 +141,13 @@ class Child:
     def close(self) -> None:
         """End the child and every rank it forked."""
         if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
             for stream in (self._process.stdin, self._process.stdout):
                 if stream is not None:
-                    stream.close()
-            try:
-                os.killpg(self._process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            self._process.wait()
+                    with suppress(BrokenPipeError):
+                        stream.close()
             self._process = None
         if self._log is not None:
             self._log.close()

@@ -7,16 +7,19 @@ from moe_ref.records.schema import StageResult, from_number
 from moe_ref.verify.measurement import Measurement
 
 
+Calls = tuple[tuple[str, int], ...]
+
+
 @dataclass(frozen=True)
 class RunFacts:
     """What is known of a run besides the numbers.
 
-    calls: per rank, (operation, elements) in order. promised_*: what the subject declares of itself.
+    calls: per rank, (operation, elements) in order. allowed_calls: the lists that a rank may have issued; none
+    are listed when calls are not judged. promised_deterministic: what the subject declares of itself.
     """
 
-    calls: tuple[tuple[tuple[str, int], ...], ...]
-    expected_calls: tuple[tuple[str, int], ...]
-    counts_calls: bool
+    calls: tuple[Calls, ...]
+    allowed_calls: tuple[Calls, ...]
     same_bits: bool | None
     differing_stages: tuple[str, ...]
     promised_deterministic: bool
@@ -49,11 +52,14 @@ def judge(measurement: Measurement, facts: RunFacts, ratio_limit: float, power_l
         return Judgement(Verdict.MISMATCH, describe(bad[0]) + _calls_note(facts), Stage(bad[0].stage))
     if facts.changed_inputs:
         return Judgement(Verdict.STRUCT, f"changed its inputs {', '.join(facts.changed_inputs)}, which must not change")
-    if facts.counts_calls and (wrong := wrong_calls(facts)):
+    if wrong := wrong_calls(facts):
         return Judgement(Verdict.STRUCT, wrong, Stage.REDUCED)
     if facts.same_bits is False and facts.promised_deterministic:
         stages = ", ".join(facts.differing_stages)
         return Judgement(Verdict.NONDETERMINISTIC, f"declared deterministic, but {stages} differ between two runs")
+    if measurement.power < power_limit and measurement.unjudged_tokens:
+        return Judgement(Verdict.NOT_RUN, "the ids are hidden and the choice of experts is ambiguous for "
+                                          f"{measurement.unjudged_tokens} tokens, so nothing can be said")
     if measurement.power < power_limit:
         return Judgement(Verdict.HARNESS_ERROR, f"case has no power: an all-zero output would be off by at most "
                                                 f"{measurement.power:.3g} times the bound, should be {power_limit:g}")
@@ -61,19 +67,20 @@ def judge(measurement: Measurement, facts: RunFacts, ratio_limit: float, power_l
 
 
 def _calls_note(facts: RunFacts) -> str:
-    wrong = wrong_calls(facts) if facts.counts_calls else ""
+    wrong = wrong_calls(facts)
     return f"; {wrong}" if wrong else ""
 
 
 def wrong_calls(facts: RunFacts) -> str:
     """How the collectives differ from the schedule's, in words; empty when they do not."""
     for rank, calls in enumerate(facts.calls):
-        if calls != facts.expected_calls:
-            return f"collectives of rank {rank}: {_list_calls(calls)}, but should be {_list_calls(facts.expected_calls)}"
+        if facts.allowed_calls and calls not in facts.allowed_calls:
+            allowed = " or ".join(_list_calls(calls) for calls in facts.allowed_calls)
+            return f"collectives of rank {rank}: {_list_calls(calls)}, but should be {allowed}"
     return ""
 
 
-def _list_calls(calls: tuple[tuple[str, int], ...]) -> str:
+def _list_calls(calls: Calls) -> str:
     return ", ".join(f"{operation} of {elements} elements" for operation, elements in calls) or "none"
 
 

@@ -212,7 +212,14 @@ class Comparison:
                 self.meters[stage].add(tensors[Stage.REDUCED], want, allowed, place)
                 if stage is Stage.REDUCED and not torch.equal(bits(tensors[stage]), bits(self.ranks[0][stage])):
                     self.meters[stage].notes.append(f"rank {rank} differs from rank 0 in bits")
-        self.power = float((self.truth_TH.abs() / allowed).max()) if self.truth_TH.numel() else torch.inf
+
+    def power(self) -> float:
+        """How far an all-zero result would miss its bound; see Measurement."""
+        if not self.truth_TH.numel():
+            return torch.inf
+        chain = [self.meters[stage].power for stage in (Stage.ACT, Stage.DOWN, Stage.MERGED) if self.shows(stage)]
+        shown = min([*chain, self.meters[Stage.REDUCED].power]) if len(chain) == 3 else 0.0
+        return max(shown, self.meters[Stage.OUTPUT].power)
 
     def _reduction_bound(self, partials: Partials, want: torch.Tensor, residual: bool) -> torch.Tensor:
         """tp - 1 additions, each rounded in the reduction's format in whatever order; then the residual's."""
@@ -245,7 +252,7 @@ def measure(case: Case, inputs: Inputs, ranks: list[RankTensors], capabilities: 
             model: RoundingModel, tell: Callable[[str], None] = lambda text: None) -> Measurement:
     """Compare what every rank showed; ranks[r][REDUCED] is the output of rank r, the rest is optional."""
     numerics = capabilities.numerics[case.problem.dtype]
-    if faults := struct_faults(case, ranks, numerics):
+    if faults := struct_faults(case, ranks, capabilities):
         return Measurement((), tuple(faults))
     routing = measure_routing(inputs, ranks, numerics, capabilities, model)
     comparison = Comparison(case, inputs, ranks, numerics, model, routing.followed)
@@ -254,7 +261,6 @@ def measure(case: Case, inputs: Inputs, ranks: list[RankTensors], capabilities: 
     if unjudged:
         comparison.meters[Stage.OUTPUT].notes.append(f"{unjudged} tokens not judged: ids hidden, choice ambiguous")
     shown = [meter.result() for meter in comparison.meters.values() if meter.num_checked]
-    power = comparison.power if case.problem.num_tokens else float("inf")
     stages = (*routing.stages, *shown)
     assert all(from_number(stage.ratio) >= 0 for stage in stages)
-    return Measurement(stages, power=power)
+    return Measurement(stages, power=comparison.power(), unjudged_tokens=unjudged)

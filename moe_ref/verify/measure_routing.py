@@ -57,13 +57,14 @@ def measure_routing(inputs: Inputs, ranks: list[RankTensors], numerics: Numerics
     if Stage.IDS not in ranks[0]:
         ids_TK = top_ids(grouped_selection_score(truth.score_TE, inputs.weights.selection_bias_E, spec.router),
                          spec.router.top_k)
-        followed = truth.follow(ids_TK, truth.choice().unambiguous_T)
+        followed = truth.follow(ids_TK, truth.choice().unambiguous_T, numerics.storage.get(Stage.WEIGHTS))
         return RoutingMeasure(stages, followed)
     stages.append(_measure_ids(inputs, ranks, capabilities, truth))
     if Stage.WEIGHTS in ranks[0]:
         stages.append(_measure_weights(inputs, ranks, numerics, truth))
     everyone = torch.ones(num_tokens, dtype=torch.bool)
-    return RoutingMeasure(stages, truth.follow(ranks[0][Stage.IDS].long(), everyone))
+    return RoutingMeasure(stages, truth.follow(ranks[0][Stage.IDS].long(), everyone,
+                                               numerics.storage.get(Stage.WEIGHTS)))
 
 
 def _dense(ranks: list[RankTensors], num_tokens: int) -> RoutingMeasure:
@@ -125,8 +126,9 @@ class _Scores:
         bound_TK = weights_TK * units_TK + FLUSH * self.router.scaling_factor
         return torch.where(in_range, weights_TK, 0.0), torch.where(in_range, bound_TK, 0.0)
 
-    def follow(self, ids_TK: torch.Tensor, judged_T: torch.Tensor) -> FollowedRouting:
-        return FollowedRouting(ids_TK, *self.weights(ids_TK), judged_T)
+    def follow(self, ids_TK: torch.Tensor, judged_T: torch.Tensor, stored: Format | None) -> FollowedRouting:
+        weights_TK, bound_TK = self.weights(ids_TK)
+        return FollowedRouting(ids_TK, weights_TK, bound_TK + self.model.rounded(weights_TK + bound_TK, stored), judged_T)
 
 
 def _own_scores(inputs: Inputs, tensors: RankTensors, truth: _Scores) -> _Scores:

@@ -15,11 +15,17 @@ NAMED_TOKENS = 8
 
 @dataclass(frozen=True)
 class Measurement:
-    """All stages of one case, faults of structure in words, and the power of the case (largest |want| / allowed)."""
+    """All stages of one case, faults of structure in words, and the power of the case.
+
+    power: by what factor an all-zero result would miss its bound, where it misses it most. A subject that
+    shows its stages is caught at whichever stage turns to zero first, so the weakest of them counts; one
+    that shows only its output is caught there. unjudged_tokens: their choice of experts is hidden and ambiguous.
+    """
 
     stages: tuple[StageResult, ...]
     struct_faults: tuple[str, ...] = ()
     power: float = math.inf
+    unjudged_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class StageMeter:
     num_columns: int = 0
     largest: float = math.inf
     ratio: float = 0.0
+    power: float = 0.0
     worst: Worst | None = None
     num_checked: int = 0
     num_bad: int = 0
@@ -69,6 +76,8 @@ class StageMeter:
         self.bias_sum += float(signed.sum())
         self.got_want += float(torch.where(finite, got * want, 0.0).sum())
         self.want_want += float(torch.where(finite, want * want, 0.0).sum())
+        wanted = torch.where(torch.isfinite(want) & (want != 0), want.abs() / allowed, 0.0)
+        self.power = max(self.power, float(wanted.max()))
         top = float(ratio.max())
         if top > self.ratio or self.worst is None:
             self.ratio = max(self.ratio, top)

@@ -18,7 +18,7 @@ from moe_ref.contract.capabilities import Capabilities
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import EXECUTED_VERDICTS, RED_VERDICTS, Verdict
 from moe_ref.records.schema import CaseLine, EndLine, Implementation, RunLine
-from moe_ref.records.store import FILE_NAME, RecordWriter, read_run
+from moe_ref.records.store import FILE_NAME, RecordWriter, holds_lines, read_run
 from moe_ref.tiers.tiers import PlannedCase
 from moe_ref.verify.case_runner import USAGE_PREFIX, RunSettings, run_case
 from moe_ref.verify.children import Child, ChildPool
@@ -79,7 +79,7 @@ def run_plan(plan: Plan, observer: Observer = Observer()) -> RunResult:  # noqa:
 def _run_with(plan: Plan, pool: ChildPool, capabilities: Capabilities, source_digest: str, started: float,
               observer: Observer) -> RunResult:
     header, done = new_header(plan, capabilities, source_digest), None
-    if plan.record and (plan.record / FILE_NAME).exists():
+    if plan.record and holds_lines(plan.record / FILE_NAME):
         header, done = _resumed(plan, header)
     settings = replace(run_settings(plan, header, capabilities), tell=observer.tell)
     with RecordWriter(plan.record) if plan.record else nullcontext() as writer:
@@ -109,7 +109,14 @@ def new_header(plan: Plan, capabilities: Capabilities, source_digest: str) -> Ru
 def run_settings(plan: Plan, header: RunLine, capabilities: Capabilities) -> RunSettings:
     """What all cases of the run share."""
     return RunSettings(run=header.run, implementation=header.implementation, capabilities=capabilities,
-                       tolerances=load_tolerances(), device=plan.device, runs=plan.runs, time_limit=plan.time_limit)
+                       tolerances=load_tolerances(), device=plan.device, runs=plan.runs, time_limit=plan.time_limit,
+                       replay_options=_replay_options(plan))
+
+
+def _replay_options(plan: Plan) -> str:
+    """The options that a replay needs to see what this run saw; defaults are left out."""
+    chosen = (("--runs", plan.runs, 2), ("--time-limit", plan.time_limit, 300.0), ("--memory-gib", plan.memory_gib, 0.0))
+    return "".join(f" {option} {value:g}" for option, value, default in chosen if value != default)
 
 
 def _resumed(plan: Plan, fresh: RunLine) -> tuple[RunLine, dict[str, CaseLine]]:
@@ -119,6 +126,9 @@ def _resumed(plan: Plan, fresh: RunLine) -> tuple[RunLine, dict[str, CaseLine]]:
     if not plan.resume:
         raise UsageValueError(f"{path} holds a run already; give --resume, or another --record folder")
     run = read_run(path)
+    wanted = {one.case_id: one.ranks for one in plan.cases}
+    if other := [line.case for line in run.cases.values() if line.ranks != wanted.get(line.case, line.ranks)]:
+        raise UsageValueError(f"{path}: {len(other)} recorded cases ran on other ranks, such as {other[0]}; cannot resume")
     same = ("implementation", "cases", "environment", "tolerances_digest", "oracle_version")
     if differing := [name for name in same if getattr(run.header, name) != getattr(fresh, name)]:
         raise UsageValueError(f"{path}: {', '.join(differing)} of the recorded run differ from this one; cannot resume")
@@ -162,21 +172,30 @@ def end_line(plan: Plan, run: str, lines: list[CaseLine], seconds: float) -> End
 
 
 def exit_code(lines: list[CaseLine], executed: int, minimum: int) -> int:
-    """0 as expected, 1 mismatch, 2 wrong use, 3 harness error, 4 too few executed; the first that applies of 2, 1, 3, 4."""
-    if usage_errors(lines):
+    """0 as expected, 1 mismatch, 2 wrong use, 3 harness error, 4 too few executed.
+
+    Wrong use only where nothing else went wrong: beside a mismatch it is one more crash.
+    """
+    if any(map(_is_usage, lines)) and all(_is_usage(line) for line in lines if _is_red(line)):
         return EXIT_USAGE
-    if any(line.verdict in RED_VERDICTS for line in lines):
+    if any(map(_is_red, lines)):
         return EXIT_MISMATCH
     if any(line.verdict == Verdict.HARNESS_ERROR for line in lines):
         return EXIT_HARNESS
     return EXIT_TOO_FEW if executed < minimum else EXIT_OK
 
 
+def _is_red(line: CaseLine) -> bool:
+    return line.verdict in RED_VERDICTS
+
+
+def _is_usage(line: CaseLine) -> bool:
+    return line.verdict == Verdict.CRASH and line.reason.startswith(USAGE_PREFIX)
+
+
 def usage_errors(lines: list[CaseLine]) -> list[str]:
     """One line per distinct wrong use that ranks reported."""
-    found = {line.reason.removeprefix(USAGE_PREFIX).partition("\n")[0]
-             for line in lines if line.verdict == Verdict.CRASH and line.reason.startswith(USAGE_PREFIX)}
-    return sorted(found)
+    return sorted({line.reason.removeprefix(USAGE_PREFIX).partition("\n")[0] for line in lines if _is_usage(line)})
 
 
 def end_on_terminate() -> None:

@@ -1,6 +1,8 @@
 """Shapes and dtypes of everything a subject shows, before any number is compared."""
 
-from moe_ref.contract.capabilities import Numerics
+from collections.abc import Collection
+
+from moe_ref.contract.capabilities import Capabilities
 from moe_ref.contract.case import Case
 from moe_ref.contract.dtypes import TORCH_DTYPES
 from moe_ref.contract.vocabulary import Stage
@@ -20,9 +22,24 @@ def stage_shapes(case: Case, rank: int) -> dict[Stage, tuple[int, ...]]:
     }
 
 
-def struct_faults(case: Case, ranks: list[RankTensors], numerics: Numerics) -> list[str]:
-    """One line per stage of wrong shape or dtype, with both; ids may be any integer type."""
-    faults = []
+def expected_stages(case: Case, capabilities: Capabilities) -> set[Stage]:
+    """The stages a subject must show in this case: those it declares, where the layer has them."""
+    spec, expected = case.problem.spec, {*capabilities.stages, Stage.REDUCED}
+    if spec.router is None:
+        expected -= {Stage.LOGITS}
+    if spec.shared is None:
+        expected -= {Stage.SHARED}
+    return expected
+
+
+def struct_faults(case: Case, ranks: list[RankTensors], capabilities: Capabilities) -> list[str]:
+    """One line per stage that is missing or undeclared, or of wrong shape or dtype, with both."""
+    numerics, faults = capabilities.numerics[case.problem.dtype], []
+    expected = expected_stages(case, capabilities)
+    for rank, tensors in enumerate(ranks):
+        if expected != tensors.keys():
+            faults.append(f"stages shown: {_names(tensors.keys())}, but should be {_names(expected)} as declared "
+                          f"[rank {rank}]")
     for rank, tensors in enumerate(ranks):
         shapes = stage_shapes(case, rank)
         for stage, tensor in tensors.items():
@@ -35,3 +52,7 @@ def struct_faults(case: Case, ranks: list[RankTensors], numerics: Numerics) -> l
             if stage is Stage.IDS and tensor.dtype.is_floating_point:
                 faults.append(f"ids: dtype {tensor.dtype}, but should be an integer type [rank {rank}]")
     return faults
+
+
+def _names(stages: Collection[Stage]) -> str:
+    return ", ".join(stage for stage in Stage if stage in stages)

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -41,7 +42,8 @@ def load_subject(name: str) -> ModuleType:
 
 def source_digest(subject: ModuleType) -> str:
     """16 hex digits over the Python sources of the subject's package, so that a record says what was judged."""
-    file = getattr(subject, "__file__", None) or getattr(importlib.import_module(subject.__module__), "__file__", None)
+    module = sys.modules.get(getattr(subject, "__module__", "") or "")
+    file = getattr(subject, "__file__", None) or getattr(module, "__file__", None)
     if not file:
         return ""
     path = Path(file)

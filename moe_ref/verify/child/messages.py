@@ -79,16 +79,16 @@ def _read(stream: BinaryIO, count: int) -> bytes:
     return content
 
 
-def pack_tensors(ranks: list[RankTensors]) -> bytes:
-    """safetensors bytes under the names rank.stage."""
-    return save({f"{rank}.{stage}": tensor.contiguous().cpu()
+def pack_runs(runs: list[list[RankTensors]]) -> bytes:
+    """safetensors bytes under the names run.rank.stage."""
+    return save({f"{run}.{rank}.{stage}": tensor.contiguous().cpu() for run, ranks in enumerate(runs)
                  for rank, tensors in enumerate(ranks) for stage, tensor in tensors.items()})
 
 
-def unpack_tensors(payload: bytes, num_ranks: int) -> list[RankTensors]:
-    """The tensors of every rank."""
-    ranks: list[RankTensors] = [{} for _ in range(num_ranks)]
+def unpack_runs(payload: bytes, num_ranks: int) -> list[list[RankTensors]]:
+    """The tensors of every run and rank; no run at all for an empty payload."""
+    runs: dict[int, list[RankTensors]] = {}
     for name, tensor in (load(payload) if payload else {}).items():
-        rank, stage = name.split(".")
-        ranks[int(rank)][Stage(stage)] = tensor
-    return ranks
+        run, rank, stage = name.split(".")
+        runs.setdefault(int(run), [{} for _ in range(num_ranks)])[int(rank)][Stage(stage)] = tensor
+    return [runs[run] for run in sorted(runs)]

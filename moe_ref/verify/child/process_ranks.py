@@ -61,7 +61,7 @@ def _rank_main(rank: int, size: int, backend: str, device: str, time_limit: floa
             backend, store=torch.distributed.FileStore(rendezvous + ".store", size), rank=rank, world_size=size,
             timeout=timedelta(seconds=time_limit))
         sender.send_bytes(b"\0" + body(TorchComm(), where))
-    except Exception as error:
+    except BaseException as error:
         lines = (type(error).__module__ + "." + type(error).__qualname__, str(error), traceback.format_exc())
         sender.send_bytes(b"\1" + "\0".join(lines).encode())
     finally:

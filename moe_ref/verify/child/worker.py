@@ -19,6 +19,7 @@ from typing import BinaryIO
 import msgspec
 import torch
 
+from moe_ref.contract.capabilities import Capabilities
 from moe_ref.contract.errors import UsageError
 from moe_ref.verify.child.execute import execute
 from moe_ref.verify.child.messages import Hello, Progress, RankReport, Reply, Request, read_frame, write_frame
@@ -68,11 +69,17 @@ def main(name: str, memory_gib: float) -> None:
         sys.meta_path.insert(0, _NoOracle())
     try:
         subject = load_subject(name)
+        declared = msgspec.json.encode(subject.CAPABILITIES)
+        # Decoding checks every field's type, which a dataclass does not.
+        msgspec.json.decode(declared, type=Capabilities)
     except UsageError as error:
         write_frame(frames_out, Hello(usage_error=str(error)))
         return
-    declared = msgspec.json.encode(subject.CAPABILITIES).decode()
-    write_frame(frames_out, Hello(capabilities=declared, source_digest=source_digest(subject)))
+    except BaseException as error:
+        text = " ".join(f"implementation {name!r} cannot be loaded: {type(error).__name__}: {error}".split())
+        write_frame(frames_out, Hello(usage_error=text))
+        return
+    write_frame(frames_out, Hello(capabilities=declared.decode(), source_digest=source_digest(subject)))
     while True:
         try:
             header, _ = read_frame(frames_in)
