@@ -1,6 +1,7 @@
 """`verify` runs a matrix, `replay` one case."""
 
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -65,11 +66,12 @@ def _shard(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--resume", is_flag=True, help="Go on with the run in the record folder.")
 @click.option("--lanes", type=click.IntRange(1), default=min(2, os.cpu_count() or 1), show_default=True,
               help="Children at work side by side.")
+@click.option("--deadline", type=float, default=math.inf, help="Seconds after which no further case is started.")
 @click.option("--minimum", type=int, default=None, help="Fewest cases that must execute.")
 @_run_options
 def verify_command(implementation: str, tier_name: str | None, case_ids: tuple[str, ...], tp: tuple[int, ...],
                    ranks: str | None, shard: tuple[int, int], record: Path | None, resume: bool, lanes: int,
-                   minimum: int | None, device: str, runs: int, time_limit: float, memory_gib: float,
+                   deadline: float, minimum: int | None, device: str, runs: int, time_limit: float, memory_gib: float,
                    as_json: bool) -> int:
     """Judge IMPLEMENTATION (a registered name, a module, or module:attr) on a matrix of cases."""
     plan = _plan_cases(tier_name, case_ids, tp)
@@ -80,7 +82,7 @@ def verify_command(implementation: str, tier_name: str | None, case_ids: tuple[s
     least = minimum if minimum is not None else (plan.minimum_executed if whole else min(1, len(cases)))
     plan = replace(plan, implementation=implementation, cases=cases, minimum_executed=least, lanes=lanes,
                    device=default_device() if device == "auto" else device, runs=runs, time_limit=time_limit,
-                   memory_gib=memory_gib, record=record, resume=resume)
+                   memory_gib=memory_gib, deadline=deadline, record=record, resume=resume)
     return _run(plan, as_json)
 
 

@@ -10,7 +10,7 @@ from moe_ref.contract.vocabulary import Stage
 UNREADABLE = {"case id": "not readable by this version"}
 
 _HIDDEN_STAGES = (Stage.LOGITS, Stage.GATE_UP, Stage.ACT)
-_INTERMEDIATE_STAGES = (Stage.DOWN, Stage.MERGED, Stage.REDUCED, Stage.OUTPUT)
+_INTERMEDIATE_STAGES = (Stage.DOWN, Stage.MERGED, Stage.REDUCED)
 
 
 @cache
@@ -61,8 +61,9 @@ def size_of(text: str) -> float:
 
 
 def reduction(stage: str, text: str) -> tuple[str, int] | None:
-    """("hidden" or "intermediate", K): what the last long sum of a stage runs over; None where there is none.
+    """(axis, K): what the last long sum of a stage runs over; None where there is none.
 
+    "hidden" and "intermediate"; "output" is the whole layer, which sums over one and then the other.
     Stages count as the group that ends with them: `act` of a fused gate_up + act sums over H. K is the
     unsharded length, so that one layer stands at the same K for every tp.
     """
@@ -74,6 +75,8 @@ def reduction(stage: str, text: str) -> tuple[str, int] | None:
         return "hidden", spec.hidden_size
     if stage in _INTERMEDIATE_STAGES:
         return "intermediate", spec.intermediate_size
+    if stage == Stage.OUTPUT:
+        return "output", spec.hidden_size + spec.intermediate_size
     if stage == Stage.SHARED and spec.shared:
         return "intermediate", spec.shared.intermediate_size
     return None

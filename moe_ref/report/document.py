@@ -15,10 +15,11 @@ from moe_ref.report.facts import (
     count_executed,
     culprit,
     failures,
+    margin_ratio,
+    margin_stage,
+    nearest_pass,
     ratio_of,
     reasons,
-    worst_ratio,
-    worst_stage,
 )
 from moe_ref.report.words import replay, where
 
@@ -31,8 +32,7 @@ def document(run: Run, head: Sequence[str], code: int,
     """The report as plain JSON types; ratios that JSON cannot hold are the words nan and inf."""
     header, cases = run.header, case_lines(run)
     lines = list(cases.values())
-    passing = [line for line in lines if line.verdict == Verdict.PASS and line.stages]
-    nearest = max(passing, key=worst_ratio, default=None)
+    nearest = nearest_pass(lines)
     return msgspec.to_builtins({
         "schema": REPORT_SCHEMA, "verdict": "fail" if code else "pass", "exit_code": code, "head": list(head),
         "implementation": header.implementation, "run": header.run, "started": header.started,
@@ -58,9 +58,9 @@ def _failure(line: CaseLine, comparison: Comparison | None) -> dict[str, object]
 
 
 def _closest(line: CaseLine) -> dict[str, object]:
-    stage = worst_stage(line)
-    return {"case": line.case, "stage": stage.stage if stage else None, "ratio": to_number(worst_ratio(line)),
-            "replay": replay(line)}
+    stage = margin_stage(line)
+    return {"case": line.case, "stage": stage.stage if stage else None,
+            "ratio": to_number(margin_ratio(line)), "replay": replay(line)}
 
 
 def _case(line: CaseLine) -> dict[str, object]:

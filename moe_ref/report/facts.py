@@ -69,6 +69,30 @@ def worst_ratio(line: CaseLine) -> float:
     return ratio_of(stage.ratio) if stage else 0.0
 
 
+def margin_stage(line: CaseLine) -> StageResult | None:
+    """The stage whose ratio tells how much room a case has left: one above its bound, else the whole layer's.
+
+    A stage that is rounded when it is stored may use up all of its bound by that one rounding, so the worst
+    stage of a correct kernel stands near 1; `output`, where it was judged, has no such floor.
+    """
+    worst = worst_stage(line)
+    if worst is None or ratio_of(worst.ratio) > 1:
+        return worst
+    return next((stage for stage in line.stages if stage.stage == Stage.OUTPUT), worst)
+
+
+def margin_ratio(line: CaseLine) -> float:
+    """The ratio of that stage; 0 if no stage was compared."""
+    stage = margin_stage(line)
+    return ratio_of(stage.ratio) if stage else 0.0
+
+
+def nearest_pass(lines: Iterable[CaseLine]) -> CaseLine | None:
+    """The passing case with the least room left; None if none was measured."""
+    passing = [line for line in lines if line.verdict == Verdict.PASS and line.stages]
+    return max(passing, key=margin_ratio, default=None)
+
+
 def culprit(line: CaseLine) -> StageResult | None:
     """The first failing stage in data order; without one the worst."""
     named = [stage for stage in line.stages if stage.stage == line.first_stage]

@@ -14,9 +14,9 @@ from moe_ref.report.facts import (
     failures,
     is_executed,
     is_red,
+    margin_stage,
+    nearest_pass,
     reasons,
-    worst_ratio,
-    worst_stage,
 )
 from moe_ref.report.words import excess, format_ratio, one_line, plural, replay, where
 
@@ -180,9 +180,8 @@ def _traits(red: list[CaseLine], lines: list[CaseLine]) -> str:
 
 
 def _close_line(lines: dict[str, CaseLine], baseline: Baseline | None) -> str:
-    passing = [line for line in lines.values() if line.verdict == Verdict.PASS and line.stages]
-    nearest = max(passing, key=worst_ratio, default=None)
-    stage = worst_stage(nearest) if nearest else None
+    nearest = nearest_pass(lines.values())
+    stage = margin_stage(nearest) if nearest else None
     if nearest is None or stage is None:
         return "close no passing case with a measured ratio"
     before = baseline.cases[nearest.case].stages.get(stage.stage) if (

@@ -1,11 +1,11 @@
-"""tp ladders: one problem at growing tp, where the worst ratio must not climb."""
+"""tp ladders: one problem at growing tp, where the ratio must not climb."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moe_ref.records.schema import CaseLine
 from moe_ref.report.axes import ladder_step
-from moe_ref.report.facts import worst_ratio
+from moe_ref.report.facts import margin_ratio
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ def ladders(lines: Iterable[CaseLine]) -> list[Ladder]:
 
 
 def _climb(steps: dict[int, CaseLine]) -> float:
-    first, *others = (worst_ratio(line) for _, line in sorted(steps.items()))
+    first, *others = (margin_ratio(line) for _, line in sorted(steps.items()))
     if first == float("inf"):
         return 1.0
     return max(others) / first if first > 0 else (float("inf") if max(others) > 0 else 1.0)

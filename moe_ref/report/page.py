@@ -14,6 +14,7 @@ from moe_ref.report.facts import (
     case_lines,
     culprit,
     failures,
+    margin_stage,
     ratio_of,
     reasons,
     stage_number,
@@ -67,8 +68,9 @@ def page(run: Run, head: Sequence[str], comparison: Comparison | None = None) ->
         levels=range(LEVELS), pairs=axis_pairs_covered(run), failures=failures(lines), groups=_groups(lines),
         ladders=ladders(lines), shown=(_LADDERS_LISTED, LADDERS_DRAWN), spreads=_spreads(lines),
         coverage=_by_axis(lines), reasons=idle, plots={name: Markup(svg) for name, svg in plots.items()},
-        culprit=culprit, worst_stage=worst_stage, excess=excess, where=where, worst_element=worst_element,
-        replay=replay, first_line=first_line, format_ratio=format_ratio, colour_of=colour_of, tiles=tiles)
+        culprit=culprit, worst_stage=worst_stage, margin_stage=margin_stage, excess=excess, where=where,
+        worst_element=worst_element, replay=replay, first_line=first_line, format_ratio=format_ratio,
+        colour_of=colour_of, tiles=tiles)
 
 
 def tiles(stage: StageResult) -> list[bool]:

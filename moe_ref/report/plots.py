@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from moe_ref.contract.vocabulary import Stage
 from moe_ref.records.schema import CaseLine, from_number
 from moe_ref.report.axes import case_axes, reduction
-from moe_ref.report.facts import ratio_of, worst_ratio
+from moe_ref.report.facts import margin_ratio, ratio_of
 from moe_ref.report.ladders import ladders
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ _CEILING, _GROUND = 1e3, 1e-3
 _SCALE_TICKS = (-1, -1e-2, -1e-4, 0, 1e-4, 1e-2, 1)
 LADDERS_DRAWN = 40
 """Those that climb most; hundreds of lines are neither read nor light."""
+
+_KINDS = {"hidden": ("logits, gate_up, act", "K = hidden size"),
+          "intermediate": ("down, shared, merged, reduced", "K = intermediate size"),
+          "output": ("the whole layer", "K = hidden + intermediate size")}
 
 _STYLE = {"svg.fonttype": "none", "text.parse_math": False, "font.family": "sans-serif", "font.size": 9,
           "text.color": _INK, "axes.labelcolor": _INK, "axes.edgecolor": _INK, "xtick.color": _INK,
@@ -44,17 +48,17 @@ def plot_against_length(lines: Iterable[CaseLine]) -> str:
             if found and not stage.exact:
                 series = worst.setdefault((found[0], case_axes(line.case)["dtype"]), {})
                 series[found[1]] = max(series.get(found[1], 0.0), ratio_of(stage.ratio))
-    titles = {"hidden": "logits, gate_up, act", "intermediate": "down, shared, merged, reduced, output"}
+    kinds = [kind for kind in _KINDS if any(of_kind == kind for of_kind, _ in worst)]
 
     def draw(figure: "Figure") -> None:
-        panels = figure.subplots(1, 2, sharey=True)
-        for axes, kind in zip(panels, titles, strict=True):
-            for (of_kind, dtype), series in sorted(worst.items()):
-                if of_kind == kind:
-                    _line(axes, sorted(series.items()), dtype, _COLOURS.get(dtype, _OTHER))
-            lengths = {length for key, series in worst.items() if key[0] == kind for length in series}
-            _size_axis(axes, sorted(lengths), f"K = {kind} size")
-            axes.set_title(titles[kind])
+        panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+        for axes, kind in zip(panels, kinds, strict=True):
+            drawn = {dtype: series for (of_kind, dtype), series in sorted(worst.items()) if of_kind == kind}
+            for dtype, series in drawn.items():
+                _line(axes, sorted(series.items()), dtype, _COLOURS.get(dtype, _OTHER))
+            title, label = _KINDS[kind]
+            _size_axis(axes, sorted({length for series in drawn.values() for length in series}), label)
+            axes.set_title(title)
         _ratio_axes(*panels)
 
     return _svg(draw, "length") if worst else ""
@@ -68,7 +72,7 @@ def plot_ladders(lines: Iterable[CaseLine]) -> str:
         axes, named = figure.subplots(), set()
         for steps in found:
             dtype = case_axes(next(iter(steps.values())).case)["dtype"]
-            points = [(tp, worst_ratio(line)) for tp, line in steps.items()]
+            points = [(tp, margin_ratio(line)) for tp, line in steps.items()]
             _line(axes, points, "" if dtype in named else dtype, _COLOURS.get(dtype, _OTHER))
             named.add(dtype)
         _size_axis(axes, sorted({tp for steps in found for tp in steps}), "tp")

@@ -65,6 +65,11 @@ def run_case(planned: PlannedCase, settings: RunSettings, pool: ChildPool) -> Ca
         return _line(planned, settings, _harness_error(error), answer)
 
 
+def unrun_line(planned: PlannedCase, settings: RunSettings, reason: str) -> CaseLine:
+    """The record line of a case that is left out, with the reason."""
+    return _line(planned, settings, Judgement(Verdict.NOT_RUN, reason))
+
+
 def _harness_error(error: Exception) -> Judgement:
     text = "".join(traceback.format_exception(error))[-2000:]
     reason = f"not a verdict on the implementation: {type(error).__name__}: {error}\n{text}"

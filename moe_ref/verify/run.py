@@ -1,5 +1,6 @@
 """A whole run: plan, children, records, resume, exit code."""
 
+import math
 import signal
 import threading
 import time
@@ -20,7 +21,7 @@ from moe_ref.contract.vocabulary import EXECUTED_VERDICTS, RED_VERDICTS, Verdict
 from moe_ref.records.schema import CaseLine, EndLine, Implementation, RunLine
 from moe_ref.records.store import FILE_NAME, RecordWriter, holds_lines, read_run
 from moe_ref.tiers.tiers import PlannedCase
-from moe_ref.verify.case_runner import USAGE_PREFIX, RunSettings, run_case
+from moe_ref.verify.case_runner import USAGE_PREFIX, RunSettings, run_case, unrun_line
 from moe_ref.verify.children import Child, ChildPool
 from moe_ref.verify.environment import environment
 from moe_ref.verify.tolerances import load_tolerances
@@ -30,7 +31,10 @@ EXIT_OK, EXIT_MISMATCH, EXIT_USAGE, EXIT_HARNESS, EXIT_TOO_FEW = range(5)
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What to run and how; pairs: axis pairs covered and possible, (0, 0) for hand-picked cases."""
+    """What to run and how; pairs: axis pairs covered and possible, (0, 0) for hand-picked cases.
+
+    deadline: seconds after which no further case is started; those left are recorded as not run.
+    """
 
     implementation: str
     cases: list[PlannedCase]
@@ -42,6 +46,7 @@ class Plan:
     runs: int = 2
     time_limit: float = 300.0
     memory_gib: float = 0.0
+    deadline: float = math.inf
     record: Path | None = None
     resume: bool = False
 
@@ -87,7 +92,8 @@ def _run_with(plan: Plan, pool: ChildPool, capabilities: Capabilities, source_di
         if done is None:
             append(header)
         lines = dict(done or {})
-        for line in _run_cases([one for one in plan.cases if one.case_id not in lines], settings, plan.lanes, pool):
+        left = [one for one in plan.cases if one.case_id not in lines]
+        for line in _run_cases(left, settings, plan, pool, started):
             lines[line.case] = line
             append(line)
             observer.line(line)
@@ -145,13 +151,20 @@ def weight_elements(planned: PlannedCase) -> int:
     return 3 * spec.hidden_size * spec.intermediate_size * min(spec.num_experts, 1 + tokens * spec.top_k)
 
 
-def _run_cases(cases: list[PlannedCase], settings: RunSettings, lanes: int, pool: ChildPool) -> Iterator[CaseLine]:
+def _run_cases(cases: list[PlannedCase], settings: RunSettings, plan: Plan, pool: ChildPool,
+               started: float) -> Iterator[CaseLine]:
     """Lines as they are ready, the most expensive cases first so that no lane is left with one at the end."""
-    threads, stop = ThreadPoolExecutor(lanes), threading.Event()
+    threads, stop = ThreadPoolExecutor(plan.lanes), threading.Event()
+
+    def run_one(one: PlannedCase) -> CaseLine | None:
+        if stop.is_set():
+            return None
+        if time.monotonic() - started > plan.deadline:
+            return unrun_line(one, settings, f"the run's deadline of {plan.deadline:g} s had passed")
+        return run_case(one, settings, pool)
+
     try:
-        ordered = sorted(cases, key=weight_elements, reverse=True)
-        futures = [threads.submit(lambda one=one: None if stop.is_set() else run_case(one, settings, pool))
-                   for one in ordered]
+        futures = [threads.submit(run_one, one) for one in sorted(cases, key=weight_elements, reverse=True)]
         for future in as_completed(futures):
             line = future.result()
             if line is not None:

@@ -1,0 +1,55 @@
+"""The steps of the GPU lane with their shares of nine minutes; each leaves its output even when a later one is cut."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+
+TOTAL_SECONDS = 530.0
+MATRIX_SECONDS, LAYERS_SECONDS, BENCH_SECONDS = 260.0, 110.0, 90.0
+LAYERS = ("mixtral.8x7b.T32", "mixtral.8x7b.T4096.E2", "qwen3.30b.a3b.T256", "deepseek.v3.T64.E16", "olmoe.1b.7b.T1")
+"""Published widths: a whole Mixtral layer, a prefill, many experts, DeepSeek-V3's widths, a decode step."""
+
+
+def step(title: str, arguments: list[str], seconds: float) -> int:
+    """Run a python module or script, killed at its limit; the exit code, or 124."""
+    click.echo(f"== {title}, at most {seconds:.0f} s")
+    started = time.monotonic()
+    try:
+        code = subprocess.run([sys.executable, *arguments], timeout=max(1.0, seconds), check=False).returncode
+    except subprocess.TimeoutExpired:
+        code = 124
+    click.echo(f"== {title}: exit {code} after {time.monotonic() - started:.0f} s")
+    return code
+
+
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+def main(folder: Path) -> None:
+    """Fill FOLDER with matrix/ and layers/ (records and pages) and bench.json; exits with the worst code."""
+    import torch
+    if not torch.cuda.is_available():
+        raise click.ClickException("no CUDA device here; on a CPU run ci/verify")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    folder.mkdir(parents=True, exist_ok=True)
+    started, lanes = time.monotonic(), str(min(8, os.cpu_count() or 1))
+    verify = ["-m", "moe_ref", "verify", "moe_fast", "--device", "cuda", "--lanes", lanes]
+    matrix, layers = folder / "matrix", folder / "layers"
+    codes = [step("matrix", [*verify, "--tier", "quick", "--deadline", str(MATRIX_SECONDS - 30), "--record",
+                             str(matrix)], MATRIX_SECONDS)]
+    named = [option for name in LAYERS for option in ("--case", f"v1-{name}-bf16")]
+    codes.append(step("model layers", [*verify, *named, "--tp", "1,8", "--deadline", str(LAYERS_SECONDS - 60),
+                                       "--record", str(layers)], LAYERS_SECONDS))
+    codes.append(step("benchmark", ["ci/bench.py", "--out", str(folder / "bench.json"), "--seconds",
+                                    str(BENCH_SECONDS - 20)], BENCH_SECONDS))
+    left = TOTAL_SECONDS - (time.monotonic() - started)
+    for run in (matrix, layers):
+        codes.append(step(f"report of {run.name}", ["-m", "moe_ref", "report", str(run), "--out", str(run)], left / 2))
+    sys.exit(max(codes))
+
+
+if __name__ == "__main__":
+    main()
