@@ -1,6 +1,7 @@
 """What an implementation declares of itself: what it can do, what it promises, how it rounds. Imports no torch."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from moe_ref.contract.case import Case
 from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Schedule, Stage
@@ -13,11 +14,14 @@ class Numerics:
     storage: stage -> format its rows are rounded to (nearest, even) when stored; a stage left out is kept
     in registers and belongs to the group that ends at the next stored stage.
     accumulate: format of every long sum, in any order. reduce: format of partial sums between ranks.
+    weight_at: "down": the routing weight multiplies in the down product's accumulator, before the store;
+    "merge": down rows are stored without it and weighted, in the accumulation format, when they are summed.
     """
 
     storage: dict[Stage, Format]
     accumulate: Format = Format.FP32
     reduce: Format = Format.FP32
+    weight_at: Literal["down", "merge"] = "down"
 
 
 @dataclass(frozen=True, kw_only=True)

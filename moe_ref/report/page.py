@@ -98,7 +98,7 @@ def _spreads(lines: list[CaseLine]) -> list[StageSpread]:
     found: dict[tuple[str, str], list[tuple[float, float, str]]] = {}
     for line in lines:
         for stage in line.stages:
-            if not stage.exact:
+            if not stage.exact and stage.num_checked:
                 key = (stage.stage, case_axes(line.case).get("dtype", "?"))
                 numbers = from_number(stage.bias), from_number(stage.scale)
                 found.setdefault(key, []).append((*numbers, line.case))

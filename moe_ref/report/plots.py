@@ -25,6 +25,8 @@ _COLOURS = {"bf16": "#3b82f6", "fp16": "#e08700", "fp32": "#14a08c"}
 _OTHER, _BAD = "#8b8fa3", "#e5484d"
 _CEILING, _GROUND = 1e3, 1e-3
 """Ratios are drawn within these; inf and nan stand at the ceiling."""
+_TICK_GAP = 0.08
+"""Least distance of two labelled sizes, as a share of a panel's width."""
 _SCALE_TICKS = (-1, -1e-2, -1e-4, 0, 1e-4, 1e-2, 1)
 LADDERS_DRAWN = 40
 """Those that climb most; hundreds of lines are neither read nor light."""
@@ -87,7 +89,7 @@ def plot_bias_and_scale(lines: Iterable[CaseLine]) -> str:
     for line in lines:
         for stage in line.stages:
             bias, scale = from_number(stage.bias), from_number(stage.scale)
-            if not stage.exact and math.isfinite(bias) and math.isfinite(scale):
+            if not stage.exact and stage.num_checked and math.isfinite(bias) and math.isfinite(scale):
                 colour = _COLOURS.get(case_axes(line.case).get("dtype", ""), _OTHER)
                 dots.setdefault(stage.stage, []).append((bias, scale - 1, colour))
     names = [str(stage) for stage in Stage if stage in dots]
@@ -122,8 +124,11 @@ def _line(axes: "Axes", points: list[tuple[int, float]], label: str, colour: str
 
 
 def _size_axis(axes: "Axes", sizes: list[int], label: str) -> None:
-    """A log axis with its ticks at measured sizes, at most eight of them."""
-    shown = sizes[::-(-len(sizes) // 8) or 1]
+    """A log axis with its ticks at measured sizes that stand far enough apart to be read."""
+    shown = sizes[:1]
+    for size in sizes[1:]:
+        if math.log(size / shown[-1]) >= _TICK_GAP * math.log(sizes[-1] / sizes[0]):
+            shown.append(size)
     axes.set_xscale("log", base=2)
     axes.set_xticks(shown, [str(size) for size in shown])
     axes.minorticks_off()

@@ -8,9 +8,12 @@ from moe_ref.report.facts import culprit
 
 
 def format_ratio(value: Number) -> str:
-    """A ratio in words: two digits, more beside 1.0 so that a pass never reads like a failure."""
+    """A ratio in words: two digits, more beside 1.0; one above its bound never reads as 1."""
     number = from_number(value)
-    return f"{number:.4g}" if 0.95 <= number < 1.05 else f"{number:.2g}"
+    if not 0.95 <= number < 1.05:
+        return f"{number:.2g}"
+    text = f"{number:.4g}"
+    return f"{number:.9g}" if text == "1" and number > 1 else text
 
 
 def excess(stage: StageResult) -> str:

@@ -167,4 +167,5 @@ def numerics_words(numerics: Numerics | None) -> dict[str, str]:
     if numerics is None:
         return {}
     stored = {stage.value: stored.value for stage, stored in numerics.storage.items()}
-    return {**stored, "accumulate": numerics.accumulate.value, "between_ranks": numerics.reduce.value}
+    return {**stored, "accumulate": numerics.accumulate.value, "between_ranks": numerics.reduce.value,
+            "weight_at": numerics.weight_at}

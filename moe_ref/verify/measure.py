@@ -37,10 +37,10 @@ class Partials:
     def zeros(cls, ranks: int, shape: torch.Size) -> "Partials":
         return cls(*(torch.zeros(ranks, *shape, dtype=torch.float64) for _ in range(3)))
 
-    def add(self, rank: int, token_R: torch.Tensor, value: torch.Tensor, bound: torch.Tensor) -> None:
-        self.value[rank].index_add_(0, token_R, value)
-        self.bound[rank].index_add_(0, token_R, bound)
-        self.gauge[rank].index_add_(0, token_R, value.abs() + bound)
+    def add(self, rank: int, token_R: torch.Tensor, rows: "Rows") -> None:
+        self.value[rank].index_add_(0, token_R, rows.value)
+        self.bound[rank].index_add_(0, token_R, rows.bound)
+        self.gauge[rank].index_add_(0, token_R, rows.value.abs() + rows.bound)
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,14 @@ class Rows:
 
     value: torch.Tensor
     bound: torch.Tensor
+
+
+@dataclass(frozen=True)
+class DownRows:
+    """Down rows as they are stored, and as they are summed; the same unless the weight joins at the merge."""
+
+    stored: Rows
+    addend: Rows
 
 
 @dataclass(frozen=True)
@@ -102,8 +110,7 @@ class Comparison:
         for rank, (start, stop) in enumerate(self.case.parallel.ranges(self.spec.intermediate_size)):
             w2_HI = weights.w2_HI[:, start:stop].double()
             own = Rows(act.value[:, start:stop], act.bound[:, start:stop])
-            real = self._down(own, real_weight, w2_HI, Stage.DOWN)
-            self.real.add(rank, chosen.token_R, real.value, real.bound)
+            self.real.add(rank, chosen.token_R, self._down(own, real_weight, w2_HI, Stage.DOWN).addend)
             fed_act, fed_weight = self._fed_act(rank, chosen, own), real_weight
             if self.shows(Stage.ACT):
                 got = self.ranks[rank][Stage.ACT][chosen.row_R]
@@ -111,14 +118,15 @@ class Comparison:
                 fed_act = exact(got)
             if self.shows(Stage.WEIGHTS):
                 fed_weight = exact(self.ranks[rank][Stage.WEIGHTS][chosen.token_R, chosen.slot_R, None])
-            self._judge_down(rank, chosen, self._down(fed_act, fed_weight, w2_HI, Stage.DOWN), Stage.DOWN)
+            self._judge_down(rank, chosen, self._down(fed_act, fed_weight, w2_HI, Stage.DOWN), fed_weight, Stage.DOWN)
 
-    def _judge_down(self, rank: int, chosen: Chosen, want: Rows, stage: Stage) -> None:
+    def _judge_down(self, rank: int, chosen: Chosen, want: DownRows, weight: Rows, stage: Stage) -> None:
+        addend = want.addend
         if self.shows(stage):
             got = self.ranks[rank][stage][chosen.row_R]
-            self.meters[stage].add(got, want.value, want.bound, self._place(rank, chosen, 0))
-            want = exact(got)
-        self.fed.add(rank, chosen.token_R, want.value, want.bound)
+            self.meters[stage].add(got, want.stored.value, want.stored.bound, self._place(rank, chosen, 0))
+            addend = self._weigh(exact(got), weight) if self._weighs_at_merge(stage) else exact(got)
+        self.fed.add(rank, chosen.token_R, addend)
 
     def _shared(self, weights: ExpertWeights) -> None:
         assert self.spec.shared is not None
@@ -130,8 +138,8 @@ class Comparison:
         for rank, (start, stop) in enumerate(self.case.parallel.ranges(self.spec.shared.intermediate_size)):
             own = Rows(act.value[:, start:stop], act.bound[:, start:stop])
             real = self._down(own, gate, weights.w2_HI[:, start:stop].double(), Stage.SHARED)
-            self.real.add(rank, token_T, real.value, real.bound)
-            self._judge_down(rank, chosen, real, Stage.SHARED)
+            self.real.add(rank, token_T, real.addend)
+            self._judge_down(rank, chosen, real, gate, Stage.SHARED)
 
     def _shared_gate(self) -> Rows:
         x_TH, gate_SH = self.inputs.x_TH.double(), self.inputs.weights.shared_gate_SH
@@ -175,16 +183,29 @@ class Comparison:
                 self.meters[Stage.GATE_UP].add(got[:, half], want[:, half, start:stop], bound[:, half, start:stop],
                                                self._place(rank, chosen, half * intermediate + start))
 
-    def _down(self, act: Rows, weight: Rows, w2_HI: torch.Tensor, stage: Stage) -> Rows:
-        """weight * (act @ w2^T) with the bound of sum, weight and store."""
-        product = act.value @ w2_HI.T
-        magnitude = act.value.abs() + act.bound
-        gauge = magnitude @ w2_HI.abs().T
+    def _weighs_at_merge(self, stage: Stage) -> bool:
+        return stage is Stage.DOWN and self.numerics.weight_at == "merge"
+
+    def _down(self, act: Rows, weight: Rows, w2_HI: torch.Tensor, stage: Stage) -> DownRows:
+        """act @ w2^T with the bound of the sum, weighted before or after the store."""
+        value = act.value @ w2_HI.T
+        gauge = (act.value.abs() + act.bound) @ w2_HI.abs().T
         bound = act.bound @ w2_HI.abs().T + self.model.summed(gauge, max(1, w2_HI.shape[1]))
-        value = weight.value * product
-        error = weight.value.abs() * bound + weight.bound * (product.abs() + bound)
-        error = error + self.model.evaluation_unit * (value.abs() + error)
-        return Rows(value, error + self.model.rounded(value.abs() + error, self.stored(stage)))
+        if self.numerics.weight_at == "merge":
+            stored = self._stored(Rows(value, bound), stage)
+            weighted = self._weigh(stored, weight)
+            return DownRows(stored if stage is Stage.DOWN else weighted, weighted)
+        stored = self._stored(self._weigh(Rows(value, bound), weight), stage)
+        return DownRows(stored, stored)
+
+    def _weigh(self, rows: Rows, weight: Rows) -> Rows:
+        """weight * rows, one product in the accumulation format."""
+        value = weight.value * rows.value
+        error = weight.value.abs() * rows.bound + weight.bound * (rows.value.abs() + rows.bound)
+        return Rows(value, error + self.model.evaluation_unit * (value.abs() + error))
+
+    def _stored(self, rows: Rows, stage: Stage) -> Rows:
+        return Rows(rows.value, rows.bound + self.model.rounded(rows.value.abs() + rows.bound, self.stored(stage)))
 
     def _merged(self) -> None:
         num_addends = self.spec.top_k + (self.spec.shared is not None)
@@ -206,7 +227,7 @@ class Comparison:
         self.truth_TH += added
         for stage, want, partials in ((Stage.REDUCED, self.fed.value.sum(0) + added, self.fed),
                                       (Stage.OUTPUT, self.truth_TH, self.real)):
-            allowed = self._unjudged(self._reduction_bound(partials, want, residual is not None))
+            allowed = self._unjudged(self._reduction_bound(partials, want, residual))
             for rank, tensors in enumerate(self.ranks):
                 place = Place(rank, torch.arange(len(want)))
                 self.meters[stage].add(tensors[Stage.REDUCED], want, allowed, place)
@@ -221,12 +242,18 @@ class Comparison:
         shown = min([*chain, self.meters[Stage.REDUCED].power]) if len(chain) == 3 else 0.0
         return max(shown, self.meters[Stage.OUTPUT].power)
 
-    def _reduction_bound(self, partials: Partials, want: torch.Tensor, residual: bool) -> torch.Tensor:
-        """tp - 1 additions, each rounded in the reduction's format in whatever order; then the residual's."""
-        bound, hops = partials.bound.sum(0), self.case.parallel.tp - 1
-        summed_in = self.numerics.reduce if hops else self.stored(Stage.MERGED)
-        bound = bound + hops * self.model.rounded(partials.gauge.sum(0) + bound, summed_in)
-        if residual or summed_in != self.stored(Stage.REDUCED):
+    def _reduction_bound(self, partials: Partials, want: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+        """tp - 1 additions, each rounded in the reduction's format in whatever order; then the residual's.
+
+        The residual may join any of the partial sums or their total, as long as it joins once.
+        """
+        bound, additions = partials.bound.sum(0), self.case.parallel.tp - 1
+        summed_in = self.numerics.reduce if additions else self.stored(Stage.MERGED)
+        gauge = partials.gauge.sum(0) + bound
+        if residual is not None:
+            gauge, additions = gauge + residual.double().abs(), additions + 1
+        bound = bound + additions * self.model.rounded(gauge, summed_in)
+        if residual is not None or summed_in != self.stored(Stage.REDUCED):
             bound = bound + self.model.rounded(want.abs() + bound, self.stored(Stage.REDUCED))
         return bound
 
