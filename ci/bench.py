@@ -76,7 +76,8 @@ def measure(model: str, tokens: tuple[int, ...], device: torch.device, deadline:
     """One row per number of tokens: both implementations on the same data."""
     spec = find_model(model).spec
     generator = torch.Generator(device).manual_seed(0)
-    shapes = {name: shape for name, shape in parameter_shapes(spec).items() if name in ("w13_EGIH", "w2_EHI", "router_EH")}
+    wanted = ("w13_EGIH", "w2_EHI", "router_EH")
+    shapes = {name: shape for name, shape in parameter_shapes(spec).items() if name in wanted}
     weights = MoEWeights(**{name: torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
                             * shape[-1] ** -0.5 for name, shape in shapes.items()})
     rows = []
@@ -114,7 +115,8 @@ def main(device: str, out: Path | None, seconds: float) -> None:
         click.echo(f"{missing} shapes NOT RUN: the time was up")
     if out:
         name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-        out.write_text(json.dumps({"device": name, "torch": torch.__version__, "limits": reached, "rows": rows}, indent=1))
+        document = {"device": name, "torch": str(torch.__version__), "limits": reached, "rows": rows}
+        out.write_text(json.dumps(document, indent=1))
 
 
 def _print(rows: list[dict], reached: dict[str, float]) -> None:

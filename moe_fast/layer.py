@@ -41,6 +41,7 @@ def route(x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, *,
         ids_TK = torch.zeros(len(x_TH), 1, dtype=torch.int32, device=x_TH.device)
         return Routing(ids_TK, torch.ones_like(ids_TK, dtype=torch.float32), shared_TS=shared_TS)
     if logits_TE is None:
+        assert weights.router_EH is not None
         logits_TE = router_logits(x_TH, weights.router_EH)
     check_logits(logits_TE, spec, len(x_TH))
     logits_TE = logits_TE.to(torch.float32)

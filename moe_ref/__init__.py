@@ -22,7 +22,41 @@ _HOMES = {
     "format_case": "contract.case_id", "parse_case": "contract.case_id",
     "UsageError": "contract.errors", "CAPABILITIES": "oracle.module",
 }
-__all__ = [*_HOMES, "__version__"]
+__all__ = [
+    "CAPABILITIES",
+    "MLP",
+    "Capabilities",
+    "Case",
+    "Comm",
+    "CountingComm",
+    "Dtype",
+    "ExpertWeights",
+    "Groups",
+    "LocalComm",
+    "MoELayer",
+    "MoESpec",
+    "MoEWeights",
+    "Numerics",
+    "Parallel",
+    "Problem",
+    "Router",
+    "Routing",
+    "Schedule",
+    "SharedExpert",
+    "SoloComm",
+    "Stage",
+    "TorchComm",
+    "Trace",
+    "UsageError",
+    "Verdict",
+    "__version__",
+    "experts",
+    "format_case",
+    "moe",
+    "parse_case",
+    "route",
+    "run_virtual_ranks",
+]
 
 if TYPE_CHECKING:
     from moe_ref.contract.capabilities import Capabilities, Numerics

@@ -80,7 +80,7 @@ def moe_session(request: pytest.FixtureRequest) -> Iterator:
 
 
 @pytest.fixture
-def moe_verify(moe_session, request: pytest.FixtureRequest) -> Callable:  # noqa: ANN001 - a torch-free annotation
+def moe_verify(moe_session, request: pytest.FixtureRequest) -> Callable:
     """Run a planned case and raise Mismatch unless it passes; unsupported and not-run cases are skips with a reason."""
 
     def verify(planned: object) -> None:

@@ -61,8 +61,9 @@ def describe_case(case: Case) -> Lines:
                          + (", a residual added once" if problem.residual else ""))]
     for rank, (start, stop) in enumerate(parallel.ranges(spec.intermediate_size)):
         width = stop - start
-        lines.append((f"rank {rank}", f"columns [{start}, {stop}) of intermediate: w13 ({spec.num_experts}, 2, {width}, "
-                                      f"{spec.hidden_size}), w2 ({spec.num_experts}, {spec.hidden_size}, {width}); "
+        lines.append((f"rank {rank}", f"columns [{start}, {stop}) of intermediate: w13 ({spec.num_experts}, 2, "
+                                      f"{width}, {spec.hidden_size}), w2 ({spec.num_experts}, {spec.hidden_size}, "
+                                      f"{width}); "
                                       f"act ({rows}, {width}), down ({rows}, {spec.hidden_size}), "
                                       f"merged ({tokens}, {spec.hidden_size})"))
     lines.append(("placements", ", ".join(f"{name} {placement.kind}" for name, placement in PLACEMENTS.items())))

@@ -19,13 +19,13 @@ _VERBS = {
 class _LazyGroup(click.Group):
     """Loads a verb's module when the verb is used."""
 
-    def list_commands(self, context: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_VERBS)
 
-    def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name not in _VERBS:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _VERBS:
             return None
-        module, _, attribute = _VERBS[name].partition(":")
+        module, _, attribute = _VERBS[cmd_name].partition(":")
         return getattr(import_module(module), attribute)
 
 

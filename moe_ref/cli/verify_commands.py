@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ _RUN_OPTIONS = [
 ]
 
 
-def _run_options(command):  # noqa: ANN001, ANN202 - a click decorator
+def _run_options(command: Callable) -> Callable:
     for option in reversed(_RUN_OPTIONS):
         command = option(command)
     return command
@@ -59,8 +60,10 @@ def _shard(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--tier", "tier_name", type=click.Choice(list(MINIMUM_EXECUTED)), default=None,
               help="Which matrix to run; smoke when no case is named.")
 @click.option("--case", "case_ids", multiple=True, help="A case id; may be given several times.")
-@click.option("--tp", callback=_numbers, help="With a tier: only these tp degrees. With --case: each case at each of them.")
-@click.option("--ranks", type=click.Choice([kind.value for kind in Ranks]), default=None, help="Run all cases on these ranks.")
+@click.option("--tp", callback=_numbers,
+              help="With a tier: only these tp degrees. With --case: each case at each of them.")
+@click.option("--ranks", type=click.Choice([kind.value for kind in Ranks]), default=None,
+              help="Run all cases on these ranks.")
 @click.option("--shard", callback=_shard, help="i/n: every n-th case, starting with the i-th.")
 @click.option("--record", type=click.Path(path_type=Path), default=None, help="Folder for records.jsonl.")
 @click.option("--resume", is_flag=True, help="Go on with the run in the record folder.")
@@ -78,8 +81,9 @@ def verify_command(implementation: str, tier_name: str | None, case_ids: tuple[s
     cases = plan.cases[shard[0] - 1::shard[1]]
     if ranks:
         cases = [replace(one, ranks=Ranks(ranks)) for one in cases]
-    whole = not tp and shard[1] == 1 and not case_ids
-    least = minimum if minimum is not None else (plan.minimum_executed if whole else min(1, len(cases)))
+    whole = not tp and not case_ids
+    share = plan.minimum_executed // shard[1] if whole else min(1, len(cases))
+    least = minimum if minimum is not None else share
     plan = replace(plan, implementation=implementation, cases=cases, minimum_executed=least, lanes=lanes,
                    device=default_device() if device == "auto" else device, runs=runs, time_limit=time_limit,
                    memory_gib=memory_gib, deadline=deadline, record=record, resume=resume)
@@ -158,7 +162,8 @@ def _closest(lines: list[CaseLine]) -> list[str]:
 @click.command("replay")
 @click.argument("case_id")
 @click.option("--impl", "implementation", required=True, help="The implementation to run.")
-@click.option("--ranks", type=click.Choice([kind.value for kind in Ranks]), default=Ranks.LOCAL.value, show_default=True)
+@click.option("--ranks", type=click.Choice([kind.value for kind in Ranks]), default=Ranks.LOCAL.value,
+              show_default=True)
 @_run_options
 def replay_command(case_id: str, implementation: str, ranks: str, device: str, runs: int, time_limit: float,
                    memory_gib: float, as_json: bool) -> int:
@@ -182,7 +187,8 @@ def replay_command(case_id: str, implementation: str, ranks: str, device: str, r
                    f"{stage.num_checked} above, scale {from_number(stage.scale):.6g}, bias "
                    f"{from_number(stage.bias):+.2g} {stage.note}")
     for call in line.collectives:
-        click.echo(f"  {call.operation}: {call.calls} call of {call.num_elements} elements, {call.num_bytes} bytes per rank")
+        click.echo(f"  {call.operation}: {call.calls} call of {call.num_elements} elements, "
+                   f"{call.num_bytes} bytes per rank")
     click.echo(f"  {line.runs} runs, same bits {line.same_bits}, {line.subject_seconds:.2f} s subject, "
                f"{line.oracle_seconds:.2f} s oracle, inputs {line.inputs_digest}")
     return result.end.exit_code

@@ -1,5 +1,6 @@
 """The nn.Module form of a layer: parameters of one rank's shard over a functional `moe`."""
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -16,12 +17,12 @@ from moe_ref.contract.weights import MoEWeights, parameter_shapes
 class LayerModule(torch.nn.Module):
     """Holds the parameters of MoEWeights as this rank's shard, uninitialised: load or copy weights into them.
 
-    A package subclasses it and sets `layer_function` to its own `moe`. Builds on the meta device. Ranks agree
-    on spec and splits once, here, by one all_gather per group; raises UsageValueError naming the first rank that differs.
+    A package subclasses it and sets `layer_function` to its own `moe`. Builds on the meta device. That all
+    ranks have the same spec and splits is checked once, here, by one all_gather; UsageValueError shows both.
     selection_bias_E is a buffer in fp32, since training updates it without a gradient.
     """
 
-    layer_function: ClassVar[staticmethod]
+    layer_function: ClassVar[Callable[..., torch.Tensor]]
 
     def __init__(self, spec: MoESpec, parallel: Parallel | None = None, groups: Groups | None = None, *,
                  dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:

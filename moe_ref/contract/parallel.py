@@ -1,7 +1,7 @@
 """How a layer is spread over ranks: sizes, shards and the logical placement of every parameter."""
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Literal
 
 from moe_ref.contract.errors import raise_faults
@@ -39,7 +39,7 @@ class Parallel:
         shares = self.splits or (1,) * self.tp
         total = sum(shares)
         cuts = [0] + [-(-size * so_far // total) for so_far in accumulate(shares)]
-        return tuple(zip(cuts[:-1], cuts[1:], strict=True))
+        return tuple(pairwise(cuts))
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ def route(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, *,
         ids_TK = torch.zeros(len(x_TH), 1, dtype=torch.int64, device=x_TH.device)
         return Routing(ids_TK, torch.ones_like(ids_TK, dtype=torch.float64), shared_TS=shared_TS)
     if logits_TE is None:
+        assert weights.router_EH is not None
         logits_TE = x_TH.double() @ weights.router_EH.double().T
     check_logits(logits_TE, spec, len(x_TH))
     logits_TE = logits_TE.double()
@@ -55,15 +56,13 @@ def sigmoid(logits: torch.Tensor) -> torch.Tensor:
 
 def selection_score(score_TE: torch.Tensor, selection_bias_E: torch.Tensor | None, router: Router) -> torch.Tensor:
     """What experts compete with, (T, E): score plus bias; -inf outside the groups kept (DeepSeek-V3, section 2.1.2)."""
-    if router.selection_bias:
+    if selection_bias_E is not None:
         score_TE = score_TE + selection_bias_E.double()
     if router.num_groups == 1:
         return score_TE
     score_TGE = score_TE.unflatten(-1, (router.num_groups, -1))
-    if router.group_score == "max":
-        group_TG = score_TGE.amax(-1)
-    else:
-        group_TG = score_TGE.topk(2, dim=-1).values.sum(-1)
+    largest = 1 if router.group_score == "max" else 2
+    group_TG = score_TGE.topk(largest, dim=-1).values.sum(-1)
     kept_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter(
         1, top_ids(group_TG, router.num_groups_kept), True)
     return score_TGE.masked_fill(~kept_TG[..., None], -torch.inf).flatten(1)

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import msgspec
 import torch
 
 from moe_ref.contract.capabilities import Capabilities, Numerics
@@ -15,7 +16,7 @@ from moe_ref.inputs.build import build_inputs
 from moe_ref.records.schema import CaseLine, CollectiveCount, Implementation, to_number
 from moe_ref.tiers.tiers import PlannedCase
 from moe_ref.verify.bounds import RoundingModel
-from moe_ref.verify.child.messages import RankReport, Request
+from moe_ref.verify.child.messages import RankReport, Reply, Request
 from moe_ref.verify.children import Answer, ChildDied, ChildHung, ChildPool
 from moe_ref.verify.explain import explain
 from moe_ref.verify.judge import Calls, Judgement, RunFacts, judge
@@ -52,7 +53,7 @@ def run_case(planned: PlannedCase, settings: RunSettings, pool: ChildPool) -> Ca
         with pool.lease(planned.ranks is not Ranks.LOCAL) as child:
             answer = child.ask(request, lambda text: settings.tell(planned.case_id, text))
     except ChildHung as error:
-        return _line(planned, settings, Judgement(Verdict.HANG, str(error).replace("the time limit", f"{settings.time_limit:g} s", 1)))
+        return _line(planned, settings, Judgement(Verdict.HANG, f"after {settings.time_limit:g} s, {error}"))
     except ChildDied as error:
         return _line(planned, settings, Judgement(Verdict.CRASH, str(error)))
     except Exception as error:
@@ -135,24 +136,19 @@ def allowed_calls(case: Case) -> tuple[Calls, ...]:
 
 def _line(planned: PlannedCase, settings: RunSettings, judgement: Judgement, answer: Answer | None = None,
           measurement: Measurement | None = None, oracle_seconds: float = 0.0) -> CaseLine:
-    reply, case_id = answer.reply if answer else None, planned.case_id
-    name = settings.implementation.name
-    replay = (f"moe-ref replay {case_id} --impl {shlex.quote(name)} --ranks {planned.ranks} --device {settings.device}"
-              + settings.replay_options)
-    fields = {
-        "run": settings.run, "case": case_id, "purpose": planned.purpose, "implementation": settings.implementation,
-        "ranks": planned.ranks, "device": settings.device, "verdict": judgement.verdict, "reason": judgement.reason,
-        "first_stage": judgement.first_stage, "replay": replay, "oracle_seconds": round(oracle_seconds, 4),
-        "numerics": numerics_words(settings.capabilities.numerics.get(planned.case.problem.dtype)),
-    }
-    if reply:
-        fields |= {"guard": reply.guard, "runs": reply.runs, "same_bits": reply.same_bits,
-                   "inputs_digest": reply.inputs_digest, "subject_seconds": round(reply.seconds, 4),
-                   "collectives": _count(reply.ranks[0].calls)}
-    if measurement:
-        fields |= {"stages": list(measurement.stages), "power": to_number(measurement.power)}
-    line = CaseLine(**fields)
-    return CaseLine(**fields, message=explain(line, planned.case))
+    reply, case_id = answer.reply if answer else Reply(ranks=[]), planned.case_id
+    replay = (f"moe-ref replay {case_id} --impl {shlex.quote(settings.implementation.name)} --ranks {planned.ranks} "
+              f"--device {settings.device}{settings.replay_options}")
+    numerics = settings.capabilities.numerics.get(planned.case.problem.dtype)
+    line = CaseLine(
+        run=settings.run, case=case_id, purpose=planned.purpose, implementation=settings.implementation,
+        ranks=planned.ranks, device=settings.device, verdict=judgement.verdict, reason=judgement.reason,
+        first_stage=judgement.first_stage, stages=list(measurement.stages) if measurement else [],
+        collectives=_count(reply.ranks[0].calls) if reply.ranks else [], guard=reply.guard, runs=reply.runs,
+        same_bits=reply.same_bits, numerics=numerics_words(numerics),
+        power=to_number(measurement.power) if measurement else 0.0, inputs_digest=reply.inputs_digest,
+        subject_seconds=round(reply.seconds, 4), oracle_seconds=round(oracle_seconds, 4), replay=replay)
+    return msgspec.structs.replace(line, message=explain(line, planned.case))
 
 
 def _count(calls: list[tuple[str, int, int]]) -> list[CollectiveCount]:

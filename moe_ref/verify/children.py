@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO, NoReturn, cast
 
 import msgspec
 
@@ -68,7 +68,8 @@ class Child:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the child
         # One thread per process: oversubscribed BLAS threads are tens of times slower than none.
         # Huge pages: fp64 copies of whole experts otherwise spend most of their time in page faults.
-        environment = {"THP_MEM_ALLOC_ENABLE": "1", **os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+        environment = {"THP_MEM_ALLOC_ENABLE": "1", **os.environ, **threads,
                        "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "moe_ref.verify.child.worker", self.subject, str(self.memory_gib)],
@@ -82,7 +83,7 @@ class Child:
         assert self._process is not None
         assert self._process.stdin is not None
         try:
-            write_frame(self._process.stdin, request)
+            write_frame(cast(BinaryIO, self._process.stdin), request)
         except BrokenPipeError:
             self._raise_died()
         deadline = time.monotonic() + request.time_limit

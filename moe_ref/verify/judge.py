@@ -1,11 +1,11 @@
 """From numbers to a verdict: a pure function, no tensors, no clock, no environment."""
 
+import math
 from dataclasses import dataclass
 
 from moe_ref.contract.vocabulary import Stage, Verdict
 from moe_ref.records.schema import StageResult, from_number
 from moe_ref.verify.measurement import Measurement
-
 
 Calls = tuple[tuple[str, int], ...]
 
@@ -90,7 +90,7 @@ def describe(stage: StageResult) -> str:
         return f"{stage.stage}: {stage.num_bad} of {stage.num_checked} wrong; {stage.note}"
     ratio = from_number(stage.ratio)
     if ratio > 1:
-        head = f"{stage.stage}: {ratio:.3g}x over bound" if ratio < float("inf") else f"{stage.stage}: infinitely over bound"
+        head = f"{stage.stage}: {f'{ratio:.3g}x' if math.isfinite(ratio) else 'infinitely'} over bound"
     else:
         head = f"{stage.stage}: {stage.note}"
     experts = f", expert {_list_numbers(stage.bad_experts)}" if stage.bad_experts else ""

@@ -128,7 +128,8 @@ class _Scores:
 
     def follow(self, ids_TK: torch.Tensor, judged_T: torch.Tensor, stored: Format | None) -> FollowedRouting:
         weights_TK, bound_TK = self.weights(ids_TK)
-        return FollowedRouting(ids_TK, weights_TK, bound_TK + self.model.rounded(weights_TK + bound_TK, stored), judged_T)
+        bound_TK = bound_TK + self.model.rounded(weights_TK + bound_TK, stored)
+        return FollowedRouting(ids_TK, weights_TK, bound_TK, judged_T)
 
 
 def _own_scores(inputs: Inputs, tensors: RankTensors, truth: _Scores) -> _Scores:

@@ -103,7 +103,8 @@ class StageMeter:
     def _locate(self, bad: torch.Tensor, place: Place) -> None:
         self.num_bad += int(bad.sum())
         self.tokens.update(place.token_R[bad.any(1)].tolist())
-        self.tiles.update((torch.nonzero(bad.any(0)).flatten() + place.column).div(TILE, rounding_mode="floor").tolist())
+        columns = torch.nonzero(bad.any(0)).flatten() + place.column
+        self.tiles.update((columns // TILE).tolist())
         self.ranks.add(place.rank)
         if place.expert is not None:
             self.experts.add(place.expert)

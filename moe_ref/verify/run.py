@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -68,7 +68,7 @@ class Observer:
     tell: Callable[[str, str], None] = lambda case_id, text: None
 
 
-def run_plan(plan: Plan, observer: Observer = Observer()) -> RunResult:  # noqa: B008 - frozen, shared on purpose
+def run_plan(plan: Plan, observer: Observer = Observer()) -> RunResult:
     """Run every case; each line is on disk before the next is reported. Raises UsageValueError on wrong use."""
     torch.set_num_threads(1)
     started = time.monotonic()
@@ -121,7 +121,8 @@ def run_settings(plan: Plan, header: RunLine, capabilities: Capabilities) -> Run
 
 def _replay_options(plan: Plan) -> str:
     """The options that a replay needs to see what this run saw; defaults are left out."""
-    chosen = (("--runs", plan.runs, 2), ("--time-limit", plan.time_limit, 300.0), ("--memory-gib", plan.memory_gib, 0.0))
+    chosen = (("--runs", plan.runs, 2), ("--time-limit", plan.time_limit, 300.0),
+              ("--memory-gib", plan.memory_gib, 0.0))
     return "".join(f" {option} {value:g}" for option, value, default in chosen if value != default)
 
 
@@ -134,7 +135,8 @@ def _resumed(plan: Plan, fresh: RunLine) -> tuple[RunLine, dict[str, CaseLine]]:
     run = read_run(path)
     wanted = {one.case_id: one.ranks for one in plan.cases}
     if other := [line.case for line in run.cases.values() if line.ranks != wanted.get(line.case, line.ranks)]:
-        raise UsageValueError(f"{path}: {len(other)} recorded cases ran on other ranks, such as {other[0]}; cannot resume")
+        raise UsageValueError(f"{path}: {len(other)} recorded cases ran on other ranks, such as {other[0]}; "
+                              "cannot resume")
     same = ("implementation", "cases", "environment", "tolerances_digest", "oracle_version")
     if differing := [name for name in same if getattr(run.header, name) != getattr(fresh, name)]:
         raise UsageValueError(f"{path}: {', '.join(differing)} of the recorded run differ from this one; cannot resume")
@@ -142,7 +144,7 @@ def _resumed(plan: Plan, fresh: RunLine) -> tuple[RunLine, dict[str, CaseLine]]:
 
 
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def weight_elements(planned: PlannedCase) -> int:

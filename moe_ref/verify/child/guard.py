@@ -25,7 +25,7 @@ class Poison(TorchDispatchMode):
         super().__init__()
         self.value, self.integer = value, integer
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204 - torch's signature
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS and result.device.type != "meta":
             if result.dtype.is_floating_point:

@@ -32,7 +32,8 @@ _ORACLE_SIDE = ("moe_ref.oracle", "moe_ref.verify.measure", "moe_ref.verify.boun
 class _NoOracle(importlib.abc.MetaPathFinder):
     """A subject that could ask the oracle would prove nothing."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Sequence[str] | None,
+                  target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname.startswith(_ORACLE_SIDE):
             raise ImportError(f"{fullname} may not be imported by an implementation under test")
         return None

@@ -1,0 +1,127 @@
+"""Protects the choice of cases: enough of them, every pair of axis values, the same on every machine."""
+
+import os
+import subprocess
+import sys
+from itertools import combinations
+
+import pytest
+
+from moe_ref.contract.case_id import parse_case
+from moe_ref.contract.errors import UsageValueError
+from moe_ref.contract.vocabulary import Dtype, Ranks
+from moe_ref.tiers.axes import AXES, PLAIN, SHAPES, row_case
+from moe_ref.tiers.cover import possible_pairs
+from moe_ref.tiers.tiers import MINIMUM_EXECUTED, tier, with_tp
+
+NAMES = ("smoke", "quick", "full", "nightly")
+
+
+@pytest.mark.parametrize(("name", "fewest"), [("smoke", 24), ("quick", 250), ("full", 280), ("nightly", 500)])
+def test_a_tier_has_enough_cases(name: str, fewest: int) -> None:
+    """More cases than must be executed, and the promise is not below the documented one."""
+    one = tier(name)
+    assert one.minimum_executed == MINIMUM_EXECUTED[name] >= fewest
+    assert len(one.cases) >= one.minimum_executed
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ids_are_unique_and_parse(name: str) -> None:
+    """The same id twice would judge one case and count two; every case says why it is there."""
+    cases = tier(name).cases
+    assert len({one.case_id for one in cases}) == len(cases)
+    for one in cases:
+        assert parse_case(one.case_id) == one.case
+        assert one.purpose.strip()
+
+
+def test_tiers_are_nested() -> None:
+    """What a pull request has run, a nightly run repeats."""
+    for small, large in zip(NAMES, NAMES[1:], strict=False):
+        assert {(one.case_id, one.ranks) for one in tier(small).cases} <= \
+               {(one.case_id, one.ranks) for one in tier(large).cases}
+
+
+def test_quick_covers_every_possible_pair() -> None:
+    """Most defects show in an interaction of two; counted from the cases themselves, not from what a tier says."""
+    assert tier("quick").pairs_covered == tier("quick").pairs_possible == len(possible_pairs())
+    seen: set[tuple] = set()
+    for one in tier("quick").cases:
+        if not one.case.problem.model:
+            values = case_values(one.case)
+            seen |= set(combinations(((name, values[name]) for name in AXES), 2))
+    assert possible_pairs() - seen == set()
+
+
+def case_values(case: object) -> dict[str, object]:
+    """The axis values of a case, read off the case alone."""
+    problem, spec, router = case.problem, case.problem.spec, case.problem.spec.router
+    experts = f".E{spec.num_experts}.K{spec.top_k}" if router else ""
+    kind = PLAIN["router"]
+    if router:
+        kind = router.score + ("-groups" if router.num_groups > 1 else "-norm" if router.renormalize else "")
+        kind += "-bias" if router.score == "sigmoid" and router.num_groups == 1 else ""
+    shared = "none" if spec.shared is None else "shared-gate" if spec.shared.gate == "sigmoid" else "shared"
+    return {"shape": f"T{problem.num_tokens}.H{spec.hidden_size}.I{spec.intermediate_size}{experts}",
+            "dtype": problem.dtype, "tp": case.parallel.tp, "pattern": problem.pattern, "router": kind,
+            "activation": spec.experts.activation, "shared": shared, "residual": problem.residual,
+            "data": problem.data}
+
+
+def test_impossible_pairs_are_impossible() -> None:
+    """Pairs left out: a dense layer with a router, groups of experts that cannot be formed, no expert to spare."""
+    everything = {((a, x), (b, y)) for a, b in combinations(AXES, 2) for x in AXES[a] for y in AXES[b]}
+    shapes = {shape.name: shape for shape in SHAPES}
+    for pair in everything - possible_pairs():
+        values = dict(pair)
+        assert "shape" in values, f"{pair} is possible for some shape"
+        shape = shapes[values["shape"]]
+        dense = shape.num_experts == 0 and ("router" in values or "pattern" in values)
+        no_groups = "groups" in str(values.get("router", "")) and not any(
+            shape.num_experts % n == 0 and shape.num_experts // n > 1 for n in (2, 3, 4))
+        no_spare = str(values.get("pattern")) == "empty" and shape.num_experts - shape.top_k < 2
+        assert dense or no_groups or no_spare, pair
+
+
+def test_smoke_sees_every_dtype_degree_and_both_kinds_of_ranks() -> None:
+    """Twenty seconds still touch each value of the axes that break most often."""
+    cases = tier("smoke").cases
+    assert {one.case.parallel.tp for one in cases} == set(AXES["tp"])
+    assert {one.case.problem.dtype for one in cases} == set(Dtype)
+    assert {one.case.problem.pattern for one in cases} == set(AXES["pattern"])
+    assert {one.ranks for one in cases} == {Ranks.LOCAL, Ranks.GLOO}
+    assert any(one.case.problem.num_tokens == 0 for one in tier("quick").cases)
+
+
+def test_every_axis_value_makes_a_case() -> None:
+    """A value that no case can have would be counted as covered by nothing."""
+    for name, values in AXES.items():
+        for value in values:
+            assert any(row_case(PLAIN | {"shape": shape.name, name: value}) for shape in SHAPES), (name, value)
+
+
+@pytest.mark.parametrize("hash_seed", ["0", "4711"])
+def test_the_same_cases_in_every_process(hash_seed: str) -> None:
+    """Sets iterate in an order that depends on PYTHONHASHSEED; the tiers must not, nor need torch."""
+    script = ("import sys; from moe_ref.tiers.tiers import tier\n"
+              "for n in ('smoke', 'quick', 'full', 'nightly'):\n"
+              "    for c in tier(n).cases: print(n, c.case_id, c.ranks.value, c.purpose)\n"
+              "assert 'torch' not in sys.modules")
+    output = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": hash_seed},
+                            capture_output=True, text=True, check=True).stdout
+    assert output.splitlines() == [f"{name} {one.case_id} {one.ranks.value} {one.purpose}"
+                                   for name in NAMES for one in tier(name).cases]
+
+
+def test_an_unknown_tier_lists_the_known_ones() -> None:
+    """Wrong use, with the way out in the message."""
+    with pytest.raises(UsageValueError, match="unknown tier 'fast'; known: smoke, quick, full, nightly"):
+        tier("fast")
+
+
+def test_the_degree_can_be_changed() -> None:
+    """`--tp 1,2,4` keeps problem, purpose and ranks."""
+    one = tier("smoke").cases[0]
+    other = with_tp(one, 5)
+    assert other.case.parallel.tp == 5
+    assert (other.case.problem, other.purpose, other.ranks) == (one.case.problem, one.purpose, one.ranks)
