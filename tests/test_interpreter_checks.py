@@ -138,9 +138,12 @@ class TestMemory:
                 StoreRaceError, match="two lanes of one store write byte 0 of argument y_N"):
             interpret(same_lane_kernel, (1,), {"y_N": y, "BLOCK": 8})
 
-    def test_races_are_off_by_default(self) -> None:
+    def test_races_are_looked_for_by_default_and_can_be_allowed(self) -> None:
         y = torch.zeros(16, dtype=torch.int32)
-        interpret(store_kernel, (2,), {"y_N": y, "stride": 3, "BLOCK": 4})
+        with pytest.raises(StoreRaceError):
+            interpret(store_kernel, (2,), {"y_N": y, "stride": 3, "BLOCK": 4})
+        with checking(bounds=True, races=False, overflow=True):
+            interpret(store_kernel, (2,), {"y_N": y, "stride": 3, "BLOCK": 4})
         assert y[:7].tolist() == [0, 0, 0, 1, 1, 1, 1]
 
     @pytest.mark.parametrize("view", [

@@ -13,7 +13,7 @@ class Checks:
     """bounds: pointers stay in the arguments; races: no byte is stored twice; overflow: integers, asserts."""
 
     bounds: bool = True
-    races: bool = False
+    races: bool = True
     overflow: bool = True
 
 

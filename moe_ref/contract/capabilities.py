@@ -30,6 +30,7 @@ class Capabilities:
 
     stages:                      the stages it records in `trace`, beyond the output
     deterministic:               the same bits whenever it is run again
+    equal_ranks:                 every rank returns the same bits
     lower_id_ties:               exact ties go to the lower expert id
     collectives_through_groups:  it communicates through `groups` only, so calls can be counted
     """
@@ -50,6 +51,7 @@ class Capabilities:
     ranks: tuple[Ranks, ...] = (Ranks.LOCAL,)
     devices: tuple[str, ...] = ("cpu", "cuda")
     deterministic: bool = False
+    equal_ranks: bool = False
     lower_id_ties: bool = False
     collectives_through_groups: bool = False
 

@@ -21,4 +21,4 @@ CAPABILITIES = Capabilities(
                               reduce=Format.FP64) for dtype in Dtype},
     stages=(*_STORED, Stage.IDS), activations=("silu", "gelu", "gelu_tanh"), scores=("softmax", "sigmoid"),
     grouped_routing=True, selection_bias=True, shared_expert=True, dense=True, residual=True, max_tp=64,
-    ranks=tuple(Ranks), deterministic=True, lower_id_ties=True, collectives_through_groups=True)
+    ranks=tuple(Ranks), deterministic=True, equal_ranks=True, lower_id_ties=True, collectives_through_groups=True)

@@ -20,6 +20,7 @@ from moe_ref.verify.child.messages import RankReport, Reply, Request
 from moe_ref.verify.children import Answer, ChildDied, ChildHung, ChildPool
 from moe_ref.verify.explain import explain
 from moe_ref.verify.judge import Calls, Judgement, RunFacts, judge
+from moe_ref.verify.last_words import cut_lines
 from moe_ref.verify.measure import measure
 from moe_ref.verify.measurement import Measurement
 from moe_ref.verify.tolerances import Tolerances
@@ -92,12 +93,14 @@ USAGE_PREFIX = "wrong use: "
 def _crash(failed: list[tuple[int, RankReport]], case: Case) -> Judgement:
     """One line for all ranks; wrong use is told apart, since then the caller is to blame, not a kernel."""
     rank, first = failed[0]
+    error = cut_lines(first.error.strip(), 1000).partition("\n")[0]
     same = [number for number, report in failed if report.error == first.error]
     where = f"on all {case.parallel.tp} ranks" if len(same) == case.parallel.tp else f"on rank {rank}"
-    if first.usage:
-        return Judgement(Verdict.CRASH, f"{USAGE_PREFIX}{first.error} [{where}]")
-    tail = "\n".join(first.traceback.rstrip().splitlines()[-6:])
-    return Judgement(Verdict.CRASH, f"{first.error} [{where}]\n{tail}")
+    if first.kind == "usage":
+        return Judgement(Verdict.CRASH, f"{USAGE_PREFIX}{error} [{where}]")
+    if first.kind == "struct":
+        return Judgement(Verdict.STRUCT, f"{error.removeprefix('StructError: ')} [{where}]")
+    return Judgement(Verdict.CRASH, f"{error} [{where}]\n{cut_lines(first.traceback, 6)}")
 
 
 def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> CaseLine:
@@ -122,7 +125,8 @@ def _facts(case: Case, settings: RunSettings, answer: Answer) -> RunFacts:
         calls=tuple(tuple((name, elements) for name, elements, _ in report.calls) for report in reply.ranks),
         allowed_calls=allowed_calls(case) if settings.capabilities.collectives_through_groups else (),
         same_bits=reply.same_bits, differing_stages=tuple(reply.differing_stages),
-        promised_deterministic=settings.capabilities.deterministic, changed_inputs=tuple(reply.changed_inputs))
+        promised_deterministic=settings.capabilities.deterministic,
+        promised_equal_ranks=settings.capabilities.equal_ranks, changed_inputs=tuple(reply.changed_inputs))
 
 
 def allowed_calls(case: Case) -> tuple[Calls, ...]:

@@ -18,10 +18,12 @@ import msgspec
 from moe_ref.contract.capabilities import Capabilities
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.verify.child.messages import Hello, Progress, RankTensors, Reply, Request, unpack_runs, write_frame
+from moe_ref.verify.last_words import cut_lines, describe_exit, innermost_frames
 
 START_LIMIT_SECONDS = 180.0
 STACK_DUMP_SECONDS = 1.0
-LOG_TAIL = 3000
+LOG_TAIL = 100_000
+DETAIL_LINES = 3
 
 
 class ChildDied(RuntimeError):
@@ -119,25 +121,28 @@ class Child:
     def _raise_died(self) -> NoReturn:
         assert self._process is not None
         try:
-            how = f"ended with code {self._process.wait(timeout=STACK_DUMP_SECONDS)}"
+            how = describe_exit(self._process.wait(timeout=STACK_DUMP_SECONDS))
         except subprocess.TimeoutExpired:
             how = "closed its pipe without ending"
-        text = self._log_tail()
+        text = self._log_text()
         self.close()
-        raise ChildDied(f"child {how}\n{text}")
+        details = "\n".join(innermost_frames(text)[:DETAIL_LINES]) or cut_lines(text, DETAIL_LINES)
+        raise ChildDied(f"child {how}\n{details}")
 
     def _raise_hung(self) -> NoReturn:
         assert self._process is not None
         os.killpg(self._process.pid, signal.SIGUSR1)
         time.sleep(STACK_DUMP_SECONDS)
-        text = self._log_tail()
+        text = self._log_text()
         self.close()
-        raise ChildHung(f"no answer within the time limit\n{text}")
+        frames = "\n".join(innermost_frames(text)[:DETAIL_LINES]) or "no stack could be dumped"
+        raise ChildHung(f"no answer within the time limit\n{frames}")
 
-    def _log_tail(self) -> str:
+    def _log_text(self) -> str:
         assert self._log is not None
-        self._log.seek(0)
-        return self._log.read().decode(errors="replace")[-LOG_TAIL:]
+        self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, self._log.tell() - LOG_TAIL))
+        return self._log.read().decode(errors="replace")
 
     def close(self) -> None:
         """End the child and every rank it forked."""

@@ -15,7 +15,7 @@ class RunFacts:
     """What is known of a run besides the numbers.
 
     calls: per rank, (operation, elements) in order. allowed_calls: the lists that a rank may have issued; none
-    are listed when calls are not judged. promised_deterministic: what the subject declares of itself.
+    are listed when calls are not judged. promised_*: what the subject declares of itself.
     """
 
     calls: tuple[Calls, ...]
@@ -23,6 +23,7 @@ class RunFacts:
     same_bits: bool | None
     differing_stages: tuple[str, ...]
     promised_deterministic: bool
+    promised_equal_ranks: bool
     changed_inputs: tuple[str, ...]
 
 
@@ -40,7 +41,7 @@ _ORDER = list(Stage)
 
 def failing(stages: tuple[StageResult, ...], limit: float) -> list[StageResult]:
     """Stages above the limit, in data order."""
-    bad = [stage for stage in stages if from_number(stage.ratio) > limit or "differs from rank 0" in stage.note]
+    bad = [stage for stage in stages if from_number(stage.ratio) > limit]
     return sorted(bad, key=lambda stage: _ORDER.index(Stage(stage.stage)))
 
 
@@ -52,6 +53,10 @@ def judge(measurement: Measurement, facts: RunFacts, ratio_limit: float, power_l
         return Judgement(Verdict.MISMATCH, describe(bad[0]) + _calls_note(facts), Stage(bad[0].stage))
     if facts.changed_inputs:
         return Judgement(Verdict.STRUCT, f"changed its inputs {', '.join(facts.changed_inputs)}, which must not change")
+    if measurement.differing_ranks and facts.promised_equal_ranks:
+        ranks = _list_numbers(list(measurement.differing_ranks))
+        return Judgement(Verdict.MISMATCH, "reduced: declared equal on all ranks, but the bits of "
+                                           f"rank {ranks} differ from those of rank 0", Stage.REDUCED)
     if wrong := wrong_calls(facts):
         return Judgement(Verdict.STRUCT, wrong, Stage.REDUCED)
     if facts.same_bits is False and facts.promised_deterministic:
@@ -89,10 +94,7 @@ def describe(stage: StageResult) -> str:
     if stage.exact:
         return f"{stage.stage}: {stage.num_bad} of {stage.num_checked} wrong; {stage.note}"
     ratio = from_number(stage.ratio)
-    if ratio > 1:
-        head = f"{stage.stage}: {f'{ratio:.3g}x' if math.isfinite(ratio) else 'infinitely'} over bound"
-    else:
-        head = f"{stage.stage}: {stage.note}"
+    head = f"{stage.stage}: {f'{ratio:.3g}x' if math.isfinite(ratio) else 'infinitely'} over bound"
     experts = f", expert {_list_numbers(stage.bad_experts)}" if stage.bad_experts else ""
     ranks = f", rank {_list_numbers(stage.bad_ranks)}" if stage.bad_ranks else ""
     tokens = f", {stage.num_bad_tokens} token{'s' * (stage.num_bad_tokens != 1)}" if stage.num_bad_tokens else ""

@@ -42,7 +42,13 @@ def struct_faults(case: Case, ranks: list[RankTensors], capabilities: Capabiliti
                           f"[rank {rank}]")
     for rank, tensors in enumerate(ranks):
         shapes = stage_shapes(case, rank)
+        if rows := [stage for stage in (Stage.WEIGHTS, Stage.GATE_UP, Stage.ACT, Stage.DOWN)
+                    if stage in tensors and Stage.IDS not in tensors]:
+            faults.append(f"{_names(rows)} shown without ids, so nobody can say which expert a row belongs to")
         for stage, tensor in tensors.items():
+            if stage not in shapes:
+                faults.append(f"{stage}: shown, but this stage is not compared, so it should not be [rank {rank}]")
+                continue
             if tuple(tensor.shape) != shapes[stage]:
                 faults.append(f"{stage}: shape {tuple(tensor.shape)}, but should be {shapes[stage]} [rank {rank}]")
             stored = numerics.storage.get(stage)

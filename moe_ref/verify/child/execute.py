@@ -54,8 +54,9 @@ class Job:
             output = self.subject.moe(handed["x_TH"], weights, self.case.problem.spec, self.case.parallel,
                                       Groups(tp=counting), logits_TE=handed["logits_TE"],
                                       residual_TH=handed["residual_TH"], trace=trace)
-        if not isinstance(output, torch.Tensor):
-            raise TypeError(f"moe returned {type(output).__name__}, but should return a tensor")
+        _check_tensor("output", output)
+        for stage, tensor in trace.tensors.items():
+            _check_tensor(stage, tensor)
         # A copy: a subject may hand out the same buffer again in its next call.
         output = output.detach().clone()
         if device.type == "cuda":
@@ -154,7 +155,9 @@ def _run_local(job: Job) -> list[Outcome] | Failed:
                 return job.run_rank(comm, device, run)
         except UsageError as error:
             # Wrong use is found before any communication, by every rank on its own: let each one say so.
-            return _report(error, usage=True)
+            return _report(error, "usage")
+        except StructError as error:
+            return _report(error, "struct")
         except BaseException:
             failed.append(comm.rank)
             raise
@@ -165,23 +168,36 @@ def _run_local(job: Job) -> list[Outcome] | Failed:
             results = run_virtual_ranks(size, lambda comm, run=run: body(comm, run))
         except BaseException as error:
             # SystemExit and the like too: whatever a subject raises is its own verdict, not the end of the child.
-            return Failed([_report(error, usage=False) if rank == failed[0] else RankReport() for rank in range(size)])
+            culprit = failed[0] if failed else 0
+            return Failed([_report(error, "") if rank == culprit else RankReport() for rank in range(size)])
         if any(isinstance(result, RankReport) for result in results):
             return Failed([result if isinstance(result, RankReport) else result[1] for result in results])
         outcomes.append(_outcome([result for result in results if not isinstance(result, RankReport)]))
     return outcomes
 
 
-def _report(error: BaseException, *, usage: bool) -> RankReport:
+class StructError(TypeError):
+    """What a subject gave back is not a plain tensor."""
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise StructError(f"{name}: {type(value).__name__}, but should be a torch.Tensor")
+    if value.layout is not torch.strided or value.device.type == "meta" or value.dtype.is_complex:
+        raise StructError(f"{name}: {value.layout}, {value.dtype} on {value.device}, but should be a real dense tensor")
+
+
+def _report(error: BaseException, kind: str) -> RankReport:
     text = "".join(traceback.format_exception(error))
-    return RankReport(error=f"{type(error).__name__}: {error}", usage=usage, traceback=text[-4000:])
+    return RankReport(error=f"{type(error).__name__}: {error}", kind=kind, traceback=text[-4000:])
 
 
 def _report_process_error(answer: bytes | Exception) -> RankReport:
     if not isinstance(answer, RankError):
         return RankReport()
-    usage = answer.kind.startswith("moe_ref.contract.errors.")
-    return RankReport(error=f"{answer.kind.rsplit('.', 1)[-1]}: {answer}", usage=usage, traceback=answer.trace[-4000:])
+    module, _, name = answer.kind.rpartition(".")
+    kind = "usage" if module == "moe_ref.contract.errors" else "struct" if name == "StructError" else ""
+    return RankReport(error=f"{name}: {answer}", kind=kind, traceback=answer.trace[-4000:])
 
 
 def _differing(first: list[RankTensors], other: list[RankTensors]) -> set[str]:

@@ -28,11 +28,15 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RankReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What one rank did: collectives as (operation, elements, bytes), or its error in one line and in full."""
+    """What one rank did: collectives as (operation, elements, bytes), or its error in one line and in full.
+
+    kind of error: "usage" (the contract's checks refused a call), "struct" (what came back is not what
+    it should be), or "" (anything else).
+    """
 
     calls: list[tuple[str, int, int]] = []
     error: str = ""
-    usage: bool = False
+    kind: str = ""
     traceback: str = ""
 
 

@@ -1,0 +1,123 @@
+"""Defects planted in a copy of moe_fast are reported at the right stage, expert and rank, and replay.
+
+The copy's sources are patched as text and run through the command line, as a user would meet them.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+import moe_fast
+
+CASE = "v1-T33.H96.I160.E8.K2-bf16-norm-res-tp3"
+
+
+@dataclass(frozen=True)
+class Defect:
+    """One replaced line of one file, and what the referee must say of it."""
+
+    file: str
+    right: str
+    wrong: str
+    stage: str
+    experts: list[int] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=lambda: [0, 1, 2])
+    case: str = CASE
+
+
+DEFECTS = {
+    # The tail of K is what a wrong loop bound loses; only one expert has it, the others acquit the kernel.
+    "last K block dropped for expert 3": Defect(
+        "kernels/gate_up.py", "range(0, hidden_size, BLOCK_H)",
+        "range(0, hidden_size - (expert == 3).to(tl.int32) * BLOCK_H, BLOCK_H)", "act", experts=[3]),
+    # 160 columns over 3 ranks are 54, 53 and 53: the defect sits on the widest shard alone.
+    "down loses a column on rank 0": Defect(
+        "kernels/down.py", "in_inner = start + i < intermediate_size",
+        "in_inner = start + i < intermediate_size - (intermediate_size == 54).to(tl.int32)", "down",
+        experts=list(range(8)), ranks=[0]),
+    "all-reduce left out": Defect(
+        "layer.py", "return groups.tp.all_reduce(merged_TH) if", "return merged_TH if", "reduced"),
+    "all-reduce done twice": Defect(
+        "layer.py", "return groups.tp.all_reduce(merged_TH) if",
+        "return groups.tp.all_reduce(groups.tp.all_reduce(merged_TH)) if", "reduced"),
+    "residual added by every rank": Defect(
+        "layer.py", "y_TH = y_TH + residual_TH", "y_TH = y_TH + parallel.tp * residual_TH", "reduced"),
+    "last slot not merged": Defect(
+        "kernels/combine.py", "tl.static_range(TOP_K)", "tl.static_range(TOP_K - 1)", "merged"),
+    "weights not renormalised": Defect(
+        "kernels/router.py", "    if RENORMALIZE:", "    if RENORMALIZE and TOP_K > 2:", "weights"),
+    "gate and up exchanged": Defect(
+        "kernels/gate_up.py", "activate(gate, ACTIVATION) * up", "activate(up, ACTIVATION) * gate", "act",
+        experts=list(range(8))),
+    "ties go to the higher id": Defect(
+        "kernels/router.py", "tl.min(tl.where(candidates & (ranked == largest[:, None]), index[None, :], NONE), axis=1)",
+        "tl.max(tl.where(candidates & (ranked == largest[:, None]), index[None, :], -1), axis=1)", "ids",
+        case="v1-T33.H96.I160.E8.K2-bf16-norm-ties-tp3"),
+}
+
+OVERRUN = Defect("kernels/gate_up.py", "in_rows = position < tl.load(block_row_end + block)",
+                 "in_rows = position < tl.load(block_row_end + block) + (expert == 2).to(tl.int32)", "")
+
+
+@pytest.fixture
+def broken_package(tmp_path: Path):
+    """A copy of moe_fast named moe_broken with one defect in it; yields the environment to run it in."""
+
+    def plant(defect: Defect) -> dict[str, str]:
+        copy = tmp_path / "moe_broken"
+        shutil.copytree(Path(moe_fast.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        for source in copy.rglob("*.py"):
+            source.write_text(re.sub(r"\bmoe_fast\.", "moe_broken.", source.read_text()))
+        target = copy / defect.file
+        assert target.read_text().count(defect.right) == 1, "the line to break is not there once"
+        target.write_text(target.read_text().replace(defect.right, defect.wrong))
+        path = os.pathsep.join([str(tmp_path), str(Path(moe_fast.__file__).parents[1])])
+        return {**os.environ, "PYTHONPATH": path, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+    return plant
+
+
+@pytest.mark.parametrize("name", DEFECTS)
+def test_defect_is_found_where_it_is(name: str, broken_package) -> None:
+    defect = DEFECTS[name]
+    environment = broken_package(defect)
+    command = [sys.executable, "-m", "moe_ref", "verify", "moe_broken", "--case", defect.case, "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1, done.stderr
+    [line] = json.loads(done.stdout)["cases"]
+    stage = next(stage for stage in line["stages"] if stage["stage"] == defect.stage)
+    assert (line["verdict"], line["first_stage"]) == ("mismatch", defect.stage), line["message"]
+    assert stage["bad_experts"] == defect.experts
+    assert stage["bad_ranks"] == defect.ranks
+    message = line["message"].splitlines()
+    assert len(message) <= 10
+    assert defect.stage in message[0]
+    replayed = subprocess.run(shlex.split(line["replay"]), env=environment, capture_output=True, text=True, timeout=120,
+                              check=False)
+    assert replayed.returncode == 1, replayed.stderr
+    assert replayed.stdout.splitlines()[0] == message[0]
+
+
+def test_a_race_is_found_where_the_numbers_are_right(broken_package) -> None:
+    """Expert 2 writes one row of expert 3, which then overwrites it: right in this order, a coin toss on a GPU."""
+    done = subprocess.run([sys.executable, "-m", "moe_ref", "replay", CASE, "--impl", "moe_broken"],
+                          env=broken_package(OVERRUN), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stdout.startswith("crash: StoreRaceError: kernel gate_up_kernel")
+
+
+def test_the_copy_itself_is_right(broken_package) -> None:
+    """Without a defect the same copy passes, so it is the defects that are found."""
+    environment = broken_package(Defect("layer.py", "DTYPES = (", "DTYPES = (", ""))
+    cases = sorted({CASE, *(defect.case for defect in DEFECTS.values())})
+    command = [sys.executable, "-m", "moe_ref", "verify", "moe_broken",
+               *(word for case in cases for word in ("--case", case))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
