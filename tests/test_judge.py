@@ -14,7 +14,7 @@ from moe_ref.verify.measurement import Measurement
 
 REDUCE = (("all_reduce", 40),)
 FACTS = RunFacts(calls=(REDUCE, REDUCE), allowed_calls=(REDUCE,), same_bits=True, differing_stages=(),
-                 promised_deterministic=True, changed_inputs=())
+                 promised_deterministic=True, promised_equal_ranks=True, changed_inputs=())
 
 
 def facts(**changes: object) -> RunFacts:
@@ -47,7 +47,6 @@ def verdict(measurement: Measurement, run: RunFacts = FACTS) -> tuple[Verdict, S
     ((stage(Stage.IDS, "inf", exact=True, num_bad=1),), (Verdict.MISMATCH, Stage.IDS)),
     # The first in data order counts, whatever the order in which stages were measured.
     ((stage(Stage.OUTPUT, 9.0), stage(Stage.MERGED, 2.0), BAD_ACT), (Verdict.MISMATCH, Stage.ACT)),
-    ((stage(Stage.REDUCED, 0.5, note="rank 1 differs from rank 0 in bits"),), (Verdict.MISMATCH, Stage.REDUCED)),
 ])
 def test_numbers_decide(stages: tuple[StageResult, ...], expected: tuple[Verdict, Stage | None]) -> None:
     """Ratio above the limit: mismatch, at the first such stage."""
@@ -70,6 +69,15 @@ def test_promises_decide_when_numbers_are_right(changes: dict, expected: Verdict
     judgement = judge(Measurement(GOOD), facts(**changes), 1.0, 2.0)
     assert judgement.verdict is expected
     assert words in judgement.reason
+
+
+def test_ranks_that_differ_count_where_equality_was_promised() -> None:
+    """Inside the bound, but not the same bits on every rank."""
+    measurement = Measurement(GOOD, differing_ranks=(1, 2))
+    judgement = judge(measurement, FACTS, 1.0, 2.0)
+    assert (judgement.verdict, judgement.first_stage) == (Verdict.MISMATCH, Stage.REDUCED)
+    assert "rank 1, 2 differ from those of rank 0" in judgement.reason
+    assert verdict(measurement, facts(promised_equal_ranks=False)) == (Verdict.PASS, None)
 
 
 def test_the_order_of_accusations() -> None:
@@ -127,8 +135,6 @@ MESSAGES = {
     "infinite": (stage(Stage.DOWN, "inf", **MANY),),
     "two ids": (stage(Stage.IDS, "inf", exact=True, num_bad=3, worst=WORST, note=ids_note(2)),),
     "eight ids": (stage(Stage.IDS, "inf", exact=True, num_bad=3, worst=WORST, note=ids_note(8)),),
-    "ranks differ": (stage(Stage.REDUCED, 0.1, note="; ".join(f"rank {r} differs from rank 0 in bits"
-                                                              for r in range(1, 8))),),
 }
 
 

@@ -308,11 +308,12 @@ def test_a_residual_not_added_once(times: int) -> None:
 
 
 def test_ranks_that_differ_in_one_bit() -> None:
-    """Both inside the bound, but tensor parallelism promises equal bits on every rank."""
-    measurement = measured(CASE, {Stage.REDUCED: element(
-        3, 4, lambda value: torch.nextafter(value, torch.tensor(torch.inf, dtype=value.dtype)), rank=1)})
-    assert wrong(measurement)[0] is Stage.REDUCED
-    assert "rank 1 differs from rank 0 in bits" in result(measurement, Stage.REDUCED).note
+    """Inside the bound, and yet reported: whether it was promised is for the judge to know."""
+    measurement = measured(CASE.replace("bf16", "fp32"), {Stage.REDUCED: element(
+        3, 4, lambda value: torch.nextafter(value, torch.tensor(torch.inf)), rank=1)})
+    assert wrong(measurement) == []
+    assert measurement.differing_ranks == (1,)
+    assert measured(CASE).differing_ranks == ()
 
 
 def test_a_shared_expert_at_fault() -> None:
@@ -408,7 +409,8 @@ def test_no_tokens() -> None:
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    (lambda tensors: tensors.update({Stage.ACT: tensors[Stage.ACT][:, 1:]}), "act: shape (66, 52), but should be (66, 53)"),
+    (lambda tensors: tensors.update({Stage.ACT: tensors[Stage.ACT][:, 1:]}),
+     "act: shape (66, 52), but should be (66, 53)"),
     (lambda tensors: tensors.update({Stage.DOWN: tensors[Stage.DOWN].float()}), "down: dtype torch.float32"),
     (lambda tensors: tensors.update({Stage.IDS: tensors[Stage.IDS].float()}), "ids: dtype torch.float32"),
     (lambda tensors: tensors.pop(Stage.DOWN), "stages shown: logits, ids, weights, act, merged, reduced"),

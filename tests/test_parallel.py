@@ -1,5 +1,7 @@
 """Protects the sharding of an axis: every element has exactly one owner, whatever the size, degree and shares."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +23,7 @@ def test_ranges_cover_without_gap_or_overlap(parallel: Parallel, size: int) -> N
     assert len(ranges) == parallel.tp
     assert ranges[0][0] == 0
     assert ranges[-1][1] == size
-    assert all(one[1] == two[0] for one, two in zip(ranges, ranges[1:], strict=False))
+    assert all(one[1] == two[0] for one, two in pairwise(ranges))
     assert all(start <= stop for start, stop in ranges)
 
 

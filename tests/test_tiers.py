@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 
@@ -37,7 +37,7 @@ def test_ids_are_unique_and_parse(name: str) -> None:
 
 def test_tiers_are_nested() -> None:
     """What a pull request has run, a nightly run repeats."""
-    for small, large in zip(NAMES, NAMES[1:], strict=False):
+    for small, large in pairwise(NAMES):
         assert {(one.case_id, one.ranks) for one in tier(small).cases} <= \
                {(one.case_id, one.ranks) for one in tier(large).cases}
 

@@ -59,7 +59,7 @@ def test_a_number_that_decides_nothing_is_refused(tmp_path: Path, old: str, new:
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     """As wrong use, not as a traceback."""
-    with pytest.raises(UsageValueError, match="nowhere.yaml"):
+    with pytest.raises(UsageValueError, match=r"nowhere\.yaml"):
         load_tolerances(tmp_path / "nowhere.yaml")
 
 

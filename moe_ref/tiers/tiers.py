@@ -56,8 +56,10 @@ def _smoke_rows() -> list[tuple[Row, str]]:
 
 def _quick_rows() -> list[tuple[Row, str]]:
     rows = _smoke_rows()
+    # A pattern needs tokens to show in and experts to spare.
+    shapes = [shape for shape in SHAPES if shape.num_tokens > 1 and shape.num_experts - shape.top_k > 1]
     for number, (tp, dtype, pattern) in enumerate(product(AXES["tp"], Dtype, Pattern)):
-        shape = [shape for shape in SHAPES if shape.num_experts - shape.top_k > 1][number % 8]
+        shape = shapes[number % len(shapes)]
         rows.append((PLAIN | {"tp": tp, "dtype": dtype, "pattern": pattern, "shape": shape.name},
                      f"{pattern} x {dtype} x tp {tp}; {shape.purpose}"))
     rows += [(PLAIN | {"tp": tp, "dtype": dtype, "shape": shape.name}, f"{dtype} x tp {tp}; {shape.purpose}")
