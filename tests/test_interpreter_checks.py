@@ -147,7 +147,8 @@ class TestMemory:
         assert y[:7].tolist() == [0, 0, 0, 1, 1, 1, 1]
 
     @pytest.mark.parametrize("view", [
-        lambda x: x[::2, 1:33:2], lambda x: x.T[:16, :16], lambda x: x[5, :16].expand(16, 16)], ids=str)
+        lambda x: x[::2, 1:33:2], lambda x: x.T[:16, :16], lambda x: x[5, :16].expand(16, 16)],
+        ids=["strided", "transposed", "expanded"])
     def test_views(self, view: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Strided, transposed and expanded arguments are used in place."""
         x = view(torch.arange(32.0 * 40).reshape(32, 40))

@@ -22,7 +22,8 @@ from moe_ref.records.schema import StageResult, from_number
 from moe_ref.verify.bounds import RoundingModel
 from moe_ref.verify.judge import failing
 from moe_ref.verify.measure import measure
-from moe_ref.verify.measurement import Measurement, Place, StageMeter
+from moe_ref.verify.measurement import Measurement
+from moe_ref.verify.stage_meter import Place, StageMeter
 from moe_ref.verify.tolerances import load_tolerances
 
 ROWS = (Stage.ACT, Stage.DOWN, Stage.SHARED, Stage.MERGED, Stage.REDUCED)

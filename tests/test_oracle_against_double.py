@@ -116,7 +116,8 @@ def check_layer(x_TH: np.ndarray, arrays: Arrays, spec: MoESpec, parallel: Paral
                                      residual_TH=residual_TH)
     y_TH = oracle_moe(x_TH, arrays, spec, parallel, residual_TH=residual_TH)
     expected_TH = double.layer(x_TH, ids_TK, weights_TK, arrays, spec, parallel, residual_TH)
-    assert y_TH.dtype == np.float64 and y_TH.shape == x_TH.shape
+    assert y_TH.dtype == np.float64
+    assert y_TH.shape == x_TH.shape
     assert (np.abs(y_TH - expected_TH) <= difference_TH).all()
     if parallel is None and residual_TH is None:
         experts_TH = moe_ref.experts(torch.from_numpy(x_TH), routing, to_weights(arrays), spec)

@@ -58,7 +58,8 @@ DEFECTS = {
         "kernels/gate_up.py", "activate(gate, ACTIVATION) * up", "activate(up, ACTIVATION) * gate", "act",
         experts=list(range(8))),
     "ties go to the higher id": Defect(
-        "kernels/router.py", "tl.min(tl.where(candidates & (ranked == largest[:, None]), index[None, :], NONE), axis=1)",
+        "kernels/router.py",
+        "tl.min(tl.where(candidates & (ranked == largest[:, None]), index[None, :], NONE), axis=1)",
         "tl.max(tl.where(candidates & (ranked == largest[:, None]), index[None, :], -1), axis=1)", "ids",
         case="v1-T33.H96.I160.E8.K2-bf16-norm-ties-tp3"),
 }
@@ -80,7 +81,8 @@ def broken_package(tmp_path: Path):
         assert target.read_text().count(defect.right) == 1, "the line to break is not there once"
         target.write_text(target.read_text().replace(defect.right, defect.wrong))
         path = os.pathsep.join([str(tmp_path), str(Path(moe_fast.__file__).parents[1])])
-        return {**os.environ, "PYTHONPATH": path, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+        programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        return {**os.environ, "PYTHONPATH": path, "PATH": programs}
     return plant
 
 

@@ -1,6 +1,7 @@
 """Protects TorchComm and process ranks: gloo collectives on forked processes, errors and hangs of single ranks."""
 
 import glob
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -11,6 +12,12 @@ import torch
 
 from moe_ref.contract.torch_comm import TorchComm
 from moe_ref.verify.child.process_ranks import RankError, RanksHung, run_process_ranks
+
+
+def met(comm: TorchComm) -> bytes:
+    """Returns once all ranks are connected: one that ends before makes the others fail in gloo's set-up."""
+    comm.all_reduce(torch.ones(1))
+    return b"done"
 
 
 def collectives(comm: TorchComm, device: torch.device) -> bytes:
@@ -72,8 +79,8 @@ def test_an_error_is_reported_on_its_rank() -> None:
 def test_a_killed_rank_is_told_from_a_failed_one() -> None:
     """A crash in native code leaves no Python error; the rank is still named, by its place."""
     def body(comm: TorchComm, device: torch.device) -> bytes:
+        met(comm)
         if comm.rank == 0:
-            import os
             os._exit(7)
         return b"done"
 
@@ -86,18 +93,19 @@ def test_a_killed_rank_is_told_from_a_failed_one() -> None:
 def test_a_hung_rank_raises() -> None:
     """Rank 1 never answers: after the limit the call raises, names it, and leaves no process behind."""
     def body(comm: TorchComm, device: torch.device) -> bytes:
+        met(comm)
         if comm.rank == 1:
             time.sleep(600)
         return b"done"
 
     started = time.monotonic()
-    with pytest.raises(RanksHung, match=r"ranks \[1\] of 2 did not answer within 2 s"):
-        run_process_ranks(2, "gloo", "cpu", 2.0, body)
+    with pytest.raises(RanksHung, match=r"ranks \[1\] of 2 did not answer within 4 s"):
+        run_process_ranks(2, "gloo", "cpu", 4.0, body)
     assert time.monotonic() - started < 20.0
 
 
 def test_no_rendezvous_file_stays_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A nightly run starts hundreds of groups; none may leave a file in the temporary folder."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    run_process_ranks(2, "gloo", "cpu", 30.0, lambda comm, device: b"done")
+    run_process_ranks(2, "gloo", "cpu", 30.0, lambda comm, device: met(comm))
     assert glob.glob(str(tmp_path / "*")) == []

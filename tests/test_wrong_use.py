@@ -13,10 +13,10 @@ from moe_ref.verify.run import EXIT_USAGE, Plan, run_plan, usage_errors
 CASE = "v1-T9.H64.I48.E4.K2-fp32-norm-tp2"
 
 MISTAKES = {
-    "k_mismatch": "weights: K mismatch: w13_EGIH makes an activation shard of 24 columns, but the w2_EHI shard takes 23",
+    "k_mismatch": "K mismatch: w13_EGIH makes an activation shard of 24 columns, but the w2_EHI shard takes 23",
     "ids_out_of_range": "ids_TK: values from 4 to 7, but should be in [0, 4)",
     "wrong_world_size": "world size: the tp group has 1 ranks, but parallel.tp is 2",
-    "fp64_input": "x_TH: dtype torch.float64, but should be one of torch.float32, torch.float16, torch.bfloat16 [moe_fast]",
+    "fp64_input": "x_TH: dtype torch.float64, but should be one of torch.float32, torch.float16, torch.bfloat16",
 }
 
 

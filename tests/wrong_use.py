@@ -1,4 +1,4 @@
-"""Subjects that call moe_fast wrongly, as an adapter with a mistake would; each is named on the command line by tests."""
+"""Subjects that call moe_fast wrongly, as an adapter with a mistake would."""
 
 from dataclasses import replace
 from types import SimpleNamespace

@@ -40,12 +40,19 @@ class Alignment:
 
 
 @triton.jit
+def load_ids(ids, row, num_rows, num_experts):
+    """Ids as int32 and which of them are experts; judged before the cast, so that no int64 wraps into range."""
+    wide = tl.load(ids + row, mask=row < num_rows, other=-1)
+    valid = (wide >= 0) & (wide < num_experts)
+    return tl.where(valid, wide, -1).to(tl.int32), valid
+
+
+@triton.jit
 def count_kernel(ids, counts, num_rows, num_experts, CHUNK: tl.constexpr, EXPERTS: tl.constexpr):
     """counts[chunk, e] = rows of chunk that go to e; ids outside [0, num_experts) are not counted."""
     chunk = tl.program_id(0)
     row = chunk * CHUNK + tl.arange(0, CHUNK)
-    expert = tl.load(ids + row, mask=row < num_rows, other=-1).to(tl.int32)
-    valid = (expert >= 0) & (expert < num_experts)
+    expert, valid = load_ids(ids, row, num_rows, num_experts)
     histogram = tl.histogram(tl.where(valid, expert, 0), EXPERTS, mask=valid)
     tl.store(counts + chunk * EXPERTS + tl.arange(0, EXPERTS), histogram)
 
@@ -89,8 +96,7 @@ def scatter_kernel(ids, bases, offsets, sorted_rows, num_rows, num_experts, CHUN
     chunk = tl.program_id(0)
     lane = tl.arange(0, CHUNK)
     row = chunk * CHUNK + lane
-    expert = tl.load(ids + row, mask=row < num_rows, other=-1).to(tl.int32)
-    valid = (expert >= 0) & (expert < num_experts)
+    expert, valid = load_ids(ids, row, num_rows, num_experts)
     earlier = (expert[None, :] == expert[:, None]) & (lane[None, :] < lane[:, None])
     rank = tl.sum(earlier.to(tl.int32), axis=1)
     start = tl.load(offsets + expert, mask=valid, other=0)

@@ -26,7 +26,8 @@ def down_kernel(act, w2, down, row_weights, sorted_rows, block_expert, block_row
     in_columns = h < hidden_size
     i = tl.arange(0, BLOCK_I)
     act_at = act + position.to(tl.int64)[:, None] * stride_act_R + i[None, :]
-    w_at = w2 + expert.to(tl.int64) * stride_w_E + h.to(tl.int64)[None, :] * stride_w_H + i[:, None] * stride_w_I
+    w_at = w2 + expert.to(tl.int64) * stride_w_E + h.to(tl.int64)[None, :] * stride_w_H
+    w_at += i.to(tl.int64)[:, None] * stride_w_I
     total = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
     for start in range(0, intermediate_size, BLOCK_I):
         in_inner = start + i < intermediate_size

@@ -49,9 +49,10 @@ def gate_up_kernel(x, w13, act, sorted_rows, block_expert, block_row, block_row_
     i = column * BLOCK_I + tl.arange(0, BLOCK_I)
     in_columns = i < intermediate_size
     h = tl.arange(0, BLOCK_H)
-    # Rows, experts and features times their strides can pass 2^31.
-    x_at = x + token.to(tl.int64)[:, None] * stride_x_T + h[None, :] * stride_x_H
-    w_at = w13 + expert.to(tl.int64) * stride_w_E + i.to(tl.int64)[None, :] * stride_w_I + h[:, None] * stride_w_H
+    # Rows, experts and features times their strides can pass 2^31, in whatever order a view has them.
+    wide_h = h.to(tl.int64)
+    x_at = x + token.to(tl.int64)[:, None] * stride_x_T + wide_h[None, :] * stride_x_H
+    w_at = w13 + expert.to(tl.int64) * stride_w_E + i.to(tl.int64)[None, :] * stride_w_I + wide_h[:, None] * stride_w_H
     gate = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
     up = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
     for start in range(0, hidden_size, BLOCK_H):

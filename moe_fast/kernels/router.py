@@ -16,8 +16,8 @@ def logits_kernel(x, router, logits, num_tokens, num_experts, hidden_size, strid
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     h = tl.arange(0, BLOCK_H)
-    x_at = x + t.to(tl.int64)[:, None] * stride_x_T + h[None, :] * stride_x_H
-    w_at = router + e.to(tl.int64)[None, :] * stride_w_E + h[:, None] * stride_w_H
+    x_at = x + t.to(tl.int64)[:, None] * stride_x_T + h.to(tl.int64)[None, :] * stride_x_H
+    w_at = router + e.to(tl.int64)[None, :] * stride_w_E + h.to(tl.int64)[:, None] * stride_w_H
     total = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     for start in range(0, hidden_size, BLOCK_H):
         in_hidden = start + h < hidden_size
@@ -87,7 +87,7 @@ def select_kernel(logits, selection_bias, ids, weights, num_tokens, num_experts,
     expert = tl.arange(0, EXPERTS)
     slot = tl.arange(0, SLOTS)
     in_range = (t < num_tokens)[:, None] & (expert < num_experts)[None, :]
-    logit = tl.load(logits + t.to(tl.int64)[:, None] * stride_logits_T + expert[None, :] * stride_logits_E,
+    logit = tl.load(logits + t.to(tl.int64)[:, None] * stride_logits_T + expert.to(tl.int64)[None, :] * stride_logits_E,
                     mask=in_range, other=-float("inf")).to(tl.float32)
     if SOFTMAX:
         safe = tl.where((t < num_tokens)[:, None], logit, 0.0)

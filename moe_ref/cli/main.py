@@ -42,6 +42,9 @@ def main() -> None:
     """Entry point; wrong use prints one line to standard error and ends with code 2."""
     # Read when torch first allocates: fp64 copies of whole experts otherwise spend their time in page faults.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # An installed script has its own folder on the path where `python -m` has the current one.
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.insert(0, os.getcwd())
     try:
         code = cli.main(standalone_mode=False)
     except UsageError as error:

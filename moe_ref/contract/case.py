@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from moe_ref.contract.errors import raise_faults
+from moe_ref.contract.errors import is_integer, raise_faults
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.vocabulary import Data, Direction, Dtype, Pattern
+from moe_ref.models.registry import cut_experts, find_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +28,14 @@ class Problem:
 
     def __post_init__(self) -> None:
         faults = []
-        if self.num_tokens < 0:
-            faults.append(f"num_tokens={self.num_tokens}, but should be at least 0")
-        if not 0 <= self.seed < 2**32:
-            faults.append(f"seed={self.seed}, but should be in [0, 2^32)")
+        if not is_integer(self.num_tokens) or self.num_tokens < 0:
+            faults.append(f"num_tokens={self.num_tokens!r}, but should be an integer of at least 0")
+        if not is_integer(self.seed) or not 0 <= self.seed < 2**32:
+            faults.append(f"seed={self.seed!r}, but should be an integer in [0, 2^32)")
+        if self.model:
+            published = find_model(self.model).spec
+            if self.spec not in (published, cut_experts(published, min(self.spec.num_experts, published.num_experts))):
+                faults.append(f"model {self.model!r}, but the spec is not that model's, nor that with fewer experts")
         if self.spec.router is None and self.pattern is not Pattern.UNIFORM:
             faults.append(f"pattern {self.pattern}, but a layer without a router has none to force")
         if self.pattern is Pattern.EMPTY and self.spec.num_experts - self.spec.top_k < 2:

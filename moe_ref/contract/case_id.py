@@ -2,13 +2,13 @@
 
 Grammar, sections joined by "-", defaults left out, order fixed:
 
-    v1 - SIZES - DTYPE [- router words] [- mlp words] [-res] [-PATTERN] [-DATA] [-sSEED] [-tpN] [-splitA.B]
+    v1 - SIZES - DTYPE [- router words] [- mlp words] [-res] [-PATTERN] [-DATA] [-sSEED] [-tpN] [-epN] [-splitA.B]
 
     SIZES   T33.H96.I160.E8.K2   tokens, hidden, intermediate, experts, top-k; without E and K: a dense MLP
             mixtral.8x7b.T32     a published model; .E4 cuts the number of experts, never a width
     router  sigmoid | norm | eps1em20 | bias | g8.4 (groups.kept) | top2sum | scale2.5
     mlp     gelu | gelutanh ; shared expert: sh256 | shgate | shgelu | shgelutanh
-    others  zipf | onehot | empty | allone | ties ; outlier ; s7 ; tp4 ; split60.40
+    others  zipf | onehot | empty | allone | ties ; outlier ; s7 ; tp4 ; ep2 ; split60.40
 
 Letters, digits, dot and hyphen only; "m" is minus, as in eps1em20. A later grammar gets another prefix;
 what an id means never changes.
@@ -22,12 +22,13 @@ from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.spec import MLP, MoESpec, Router, SharedExpert
 from moe_ref.contract.vocabulary import Data, Dtype, Pattern
-from moe_ref.models.registry import find_model
+from moe_ref.models.registry import cut_experts, find_model
 
 PREFIX = "v1"
 _ACTIVATION_WORDS = {"silu": "", "gelu": "gelu", "gelu_tanh": "gelutanh"}
-_SIZES = re.compile(r"T(\d+)\.H(\d+)\.I(\d+)(?:\.E(\d+)\.K(\d+))?")
-_MODEL = re.compile(r"([a-z][a-z0-9.]*?)\.T(\d+)(?:\.E(\d+))?")
+_COUNT = r"\d{1,9}"
+_SIZES = re.compile(rf"T({_COUNT})\.H({_COUNT})\.I({_COUNT})(?:\.E({_COUNT})\.K({_COUNT}))?")
+_MODEL = re.compile(rf"([a-z][a-z0-9.]*?)\.T({_COUNT})(?:\.E({_COUNT}))?")
 
 
 def _number_to_text(value: float) -> str:
@@ -43,6 +44,8 @@ def format_case(case: Case) -> str:
     words = [format_problem(case.problem)]
     if case.parallel.tp > 1:
         words.append(f"tp{case.parallel.tp}")
+    if case.parallel.ep > 1:
+        words.append(f"ep{case.parallel.ep}")
     if case.parallel.splits:
         words.append("split" + ".".join(str(share) for share in case.parallel.splits))
     return "-".join(words)
@@ -101,16 +104,17 @@ def parse_case(text: str) -> Case:
                       pattern=Pattern(options.get("pattern", Pattern.UNIFORM)),
                       data=Data(options.get("data", Data.UNIT)))
     splits = tuple(int(share) for share in options["split"].split(".")) if "split" in options else None
-    case = Case(problem=problem, parallel=Parallel(tp=int(options.get("tp", "1")), splits=splits))
+    case = Case(problem=problem, parallel=Parallel(tp=int(options.get("tp", "1")), ep=int(options.get("ep", "1")),
+                                                   splits=splits))
     if (canonical := format_case(case)) != text:
         raise UsageValueError(f"case id {text!r}: not in canonical form, which is {canonical!r}")
     return case
 
 
 _FLAGS = ("res", "sigmoid", "norm", "bias", "top2sum", "gelu", "gelutanh", "shgate", "shgelu", "shgelutanh")
-_NUMBER = r"\d+(?:\.\d+)?(?:em?\d+)?"
-_VALUED = {"eps": _NUMBER, "g": r"\d+\.\d+", "scale": _NUMBER, "sh": r"\d+", "s": r"\d+", "tp": r"\d+",
-           "split": r"\d+(?:\.\d+)*"}
+_NUMBER = r"\d{1,20}(?:\.\d{1,20})?(?:em?\d{1,3})?"
+_VALUED = {"eps": _NUMBER, "g": rf"{_COUNT}\.{_COUNT}", "scale": _NUMBER, "sh": _COUNT, "s": r"\d{1,10}",
+           "tp": _COUNT, "ep": _COUNT, "split": rf"{_COUNT}(?:\.{_COUNT})*"}
 
 
 def _read_options(text: str, words: list[str]) -> dict[str, str]:
@@ -145,15 +149,6 @@ def _read_sizes(text: str, word: str) -> tuple[MoESpec, int, str]:
         return (cut_experts(spec, int(experts)) if experts else spec), int(tokens), name
     raise UsageValueError(f"case id {text!r}: sizes {word!r}, but should be as T33.H96.I160.E8.K2, "
                           "T33.H96.I160 or mixtral.8x7b.T32")
-
-
-def cut_experts(spec: MoESpec, num_experts: int) -> MoESpec:
-    """The same layer with fewer experts; expert groups are dropped with them, widths never change."""
-    if spec.router is None or num_experts > spec.router.num_experts:
-        raise UsageValueError(f"experts cut to {num_experts}, but the layer has {spec.num_experts}")
-    router = replace(spec.router, num_experts=num_experts, top_k=min(spec.router.top_k, num_experts),
-                     num_groups=1, num_groups_kept=1, group_score="max")
-    return replace(spec, router=router)
 
 
 def _apply_spec_options(text: str, spec: MoESpec, options: dict[str, str]) -> MoESpec:

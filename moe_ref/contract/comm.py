@@ -10,13 +10,16 @@ import torch
 class Comm(Protocol):
     """One process group as a rank sees it. Every call returns a new tensor; arguments stay unchanged.
 
-    Sums run in the tensor's own dtype. all_gather and all_to_all work along dimension 0 and accept uneven parts.
+    Sums run in the tensor's own dtype. all_gather and all_to_all work along dimension 0 and accept uneven
+    parts. device is where small messages of the host should live.
     """
 
     @property
     def rank(self) -> int: ...
     @property
     def size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor: ...
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]: ...
     def reduce_scatter(self, tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor: ...
@@ -28,6 +31,7 @@ class SoloComm:
 
     rank = 0
     size = 1
+    device = torch.device("cpu")
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.clone()
@@ -65,6 +69,10 @@ class CountingComm:
     @property
     def size(self) -> int:
         return self.inner.size
+
+    @property
+    def device(self) -> torch.device:
+        return self.inner.device
 
     def _count(self, operation: str, tensors: Sequence[torch.Tensor]) -> None:
         elements = sum(tensor.numel() for tensor in tensors)

@@ -13,6 +13,11 @@ class UsageTypeError(UsageError, TypeError):
     """A type or dtype is not what it should be; the message holds both."""
 
 
+def is_integer(value: object) -> bool:
+    """An int that is no bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def raise_faults(subject: str, faults: list[str]) -> None:
     """Raise UsageValueError that lists every fault of `subject` at once; do nothing without faults."""
     if faults:

@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import torch
 
+from moe_ref.contract.errors import UsageValueError
+
 Result = TypeVar("Result")
 
 
@@ -97,6 +99,10 @@ class LocalComm:
     def size(self) -> int:
         return self._baton.size
 
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
     def _exchange(self, operation: str, signature: tuple, payload: object) -> list:
         # Payloads are copies: a rank that resumes first may overwrite its buffer before the others read it.
         requests = self._baton.exchange(self.rank, _Request(operation, signature, payload))
@@ -111,12 +117,17 @@ class LocalComm:
         return [part.clone() for part in parts]
 
     def reduce_scatter(self, tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        if len(rows) != self.size or sum(rows) != tensor.shape[0]:
+            raise UsageValueError(f"reduce_scatter: rows {tuple(rows)}, but should be {self.size} numbers that sum to "
+                                  f"{tensor.shape[0]}")
         signature = (tuple(tensor.shape), str(tensor.dtype), tuple(rows))
         parts = self._exchange("reduce_scatter", signature, tensor.clone())
         start = sum(rows[:self.rank])
         return _sum_in_rank_order([part[start:start + rows[self.rank]] for part in parts])
 
     def all_to_all(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        if len(tensors) != self.size:
+            raise UsageValueError(f"all_to_all: {len(tensors)} parts, but should be one per rank, {self.size}")
         parts = self._exchange("all_to_all", (str(tensors[0].dtype),), [tensor.clone() for tensor in tensors])
         return [part[self.rank].clone() for part in parts]
 

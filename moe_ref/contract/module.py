@@ -57,8 +57,8 @@ class LayerModule(torch.nn.Module):
 def _check_agreement(comm: Comm, description: str) -> None:
     if comm.size == 1:
         return
-    mine = torch.tensor(list(description.encode()), dtype=torch.uint8)
+    mine = torch.tensor(list(description.encode()), dtype=torch.uint8, device=comm.device)
     for rank, other in enumerate(comm.all_gather(mine)):
-        if bytes(other.tolist()) != mine.numpy().tobytes():
+        if other.tolist() != mine.tolist():
             raise UsageValueError(f"rank {comm.rank} builds {description}, but rank {rank} builds "
                                   f"{bytes(other.tolist()).decode()}")

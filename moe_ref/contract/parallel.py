@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Literal
 
-from moe_ref.contract.errors import raise_faults
+from moe_ref.contract.errors import is_integer, raise_faults
 from moe_ref.contract.vocabulary import Schedule
 
 
@@ -24,13 +24,13 @@ class Parallel:
 
     def __post_init__(self) -> None:
         faults = [f"{name}={value!r}, but should be an integer of at least 1"
-                  for name, value in (("tp", self.tp), ("ep", self.ep)) if not isinstance(value, int) or value < 1]
+                  for name, value in (("tp", self.tp), ("ep", self.ep)) if not is_integer(value) or value < 1]
         if self.schedule not in tuple(Schedule):
             faults.append(f"schedule={self.schedule!r}, but should be one of {', '.join(Schedule)}")
         if self.splits is not None:
             if len(self.splits) != self.tp:
                 faults.append(f"splits has {len(self.splits)} shares, but should have one per rank, tp={self.tp}")
-            if not all(isinstance(share, int) and share > 0 for share in self.splits):
+            if not all(is_integer(share) and share > 0 for share in self.splits):
                 faults.append(f"splits={self.splits}, but shares should be positive integers")
         raise_faults("Parallel", faults)
 

@@ -8,7 +8,7 @@ option of its own: `Router(score="softmax", renormalize=True)`.
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from moe_ref.contract.errors import raise_faults
+from moe_ref.contract.errors import is_integer, raise_faults
 
 Score = Literal["softmax", "sigmoid"]
 GroupScore = Literal["max", "top2_sum"]
@@ -19,7 +19,7 @@ SharedGate = Literal["none", "sigmoid"]
 def _positive(**sizes: int) -> list[str]:
     return [f"{name}={value!r}, but should be an integer of at least 1"
             for name, value in sizes.items()
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1]
+            if not is_integer(value) or value < 1]
 
 
 def _one_of(name: str, value: object, choices: object) -> list[str]:
@@ -72,8 +72,8 @@ class Router:
                           f"{self.num_groups_kept * (self.num_experts // self.num_groups)} experts")
         if self.group_score == "top2_sum" and self.num_groups > 1 and self.num_experts // self.num_groups < 2:
             faults.append("group_score='top2_sum', but groups hold a single expert")
-        if not self.renormalize_epsilon >= 0.0:
-            faults.append(f"renormalize_epsilon={self.renormalize_epsilon}, but should be at least 0")
+        if not 0.0 <= self.renormalize_epsilon < float("inf"):
+            faults.append(f"renormalize_epsilon={self.renormalize_epsilon}, but should be finite and at least 0")
         if not 0.0 < self.scaling_factor < float("inf"):
             faults.append(f"scaling_factor={self.scaling_factor}, but should be positive and finite")
         return faults

@@ -16,6 +16,9 @@ class TorchComm:
         self.group = group
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+        # NCCL moves nothing but device memory.
+        on_device = dist.get_backend(group) == "nccl"
+        self.device = torch.device("cuda", torch.cuda.current_device()) if on_device else torch.device("cpu")
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         result = tensor.clone(memory_format=torch.contiguous_format)

@@ -1,6 +1,6 @@
 """Named models: dimensions and mathematics of their MoE layers, read from registry.yaml. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 
@@ -54,3 +54,12 @@ def find_model(name: str) -> Model:
     if name not in models():
         raise UsageValueError(f"unknown model {name!r}; known: {', '.join(models())}")
     return models()[name]
+
+
+def cut_experts(spec: MoESpec, num_experts: int) -> MoESpec:
+    """The same layer with fewer experts; expert groups are dropped with them, widths never change."""
+    if spec.router is None or num_experts > spec.router.num_experts:
+        raise UsageValueError(f"experts cut to {num_experts}, but the layer has {spec.num_experts}")
+    router = replace(spec.router, num_experts=num_experts, top_k=min(spec.router.top_k, num_experts),
+                     num_groups=1, num_groups_kept=1, group_score="max")
+    return replace(spec, router=router)

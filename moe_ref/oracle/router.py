@@ -11,10 +11,10 @@ import torch
 from moe_ref.contract.checks import check_logits, check_router
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec, Router
-from moe_ref.contract.weights import WeightSource
+from moe_ref.contract.weights import MoEWeights
 
 
-def route(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, *,
+def route(x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, *,
           logits_TE: torch.Tensor | None = None) -> Routing:
     """Ids (int64), weights, logits and shared gate, all in fp64 whatever the dtype of x_TH.
 
@@ -36,7 +36,7 @@ def route(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, *,
     return Routing(ids_TK, weigh(score_TE.gather(1, ids_TK), spec.router), logits_TE, shared_TS)
 
 
-def shared_gate(x_TH: torch.Tensor, weights: WeightSource) -> torch.Tensor | None:
+def shared_gate(x_TH: torch.Tensor, weights: MoEWeights) -> torch.Tensor | None:
     """sigmoid(x @ shared_gate^T), (T, 1), the shared expert's weight; None where the layer has no such gate."""
     if weights.shared_gate_SH is None:
         return None

@@ -75,6 +75,8 @@ def read_run(path: Path) -> Run:
             if run and run.header.run != line.run:
                 raise UsageValueError(f"{path}:{number}: run {line.run}, but the file holds run {run.header.run}")
             run = run or Run(line)
+        elif run is not None and line.run != run.header.run:
+            raise UsageValueError(f"{path}:{number}: a line of run {line.run}, but the file holds run {run.header.run}")
         elif run is None:
             raise UsageValueError(f"{path}:{number}: a {type(line).__name__} before the run line")
         elif isinstance(line, CaseLine):

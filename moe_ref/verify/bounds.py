@@ -44,7 +44,10 @@ class RoundingModel:
         return (gamma(terms, self.unit) + gamma(terms, ORACLE_UNIT)) * gauge + terms * FLUSH
 
     def rounded(self, magnitude: torch.Tensor, stored: Format | None) -> torch.Tensor:
-        """Half an ulp of `stored` at `magnitude`, the largest value that may be rounded; 0 if kept in registers."""
+        """Half an ulp of `stored` at `magnitude`, the largest value that may be rounded; 0 if kept in registers.
+
+        Infinite where the magnitude passes the format's largest finite value.
+        """
         if stored is None:
             return torch.zeros_like(magnitude)
         entry = self.tolerances.file.formats[stored]
@@ -52,7 +55,8 @@ class RoundingModel:
         floor = entry.min_exponent + 1
         exponent = torch.where(magnitude == 0, floor, torch.frexp(magnitude).exponent.clamp(min=floor))
         half = torch.ldexp(torch.ones_like(magnitude), exponent - entry.significand_bits - 1) + FLUSH
-        return torch.where(torch.isfinite(magnitude), half, torch.inf)
+        # Beyond the largest finite value an infinity is right too, so nothing bounds the error.
+        return torch.where(magnitude < entry.max, half, torch.inf)
 
     def largest(self, stored: Format | None) -> float:
         """Largest finite value of a stored format."""
@@ -71,7 +75,9 @@ class RoundingModel:
         activation = torch.where(up == 0, gate.abs(), (act / up).abs())
         propagated = slope * gate_bound * (up.abs() + up_bound) + activation * up_bound
         units = self.tolerances.file.evaluations.activation.units + gate.abs()
-        return propagated + units * self.evaluation_unit * (value + propagated) + FLUSH
+        # The sigmoid of a large negative gate is flushed, or its exponential overflows: it may be 0 below 2^-126.
+        flushed = FLUSH * (1 + gate.abs()) * (1 + up.abs())
+        return propagated + units * self.evaluation_unit * (value + propagated) + flushed
 
     def score_units(self, logits_TE: torch.Tensor, router: Router) -> torch.Tensor:
         """Relative evaluation error of every score, in absolute terms of the unit, (T, E)."""

@@ -63,6 +63,9 @@ def run_case(planned: PlannedCase, settings: RunSettings, pool: ChildPool) -> Ca
         return _line(planned, settings, _crash(failed, planned.case), answer)
     try:
         return _judged(planned, settings, answer)
+    except OverflowError as error:
+        # gamma_n has no value: the declared accumulation format is too coarse for a sum this long.
+        return _line(planned, settings, Judgement(Verdict.UNSUPPORTED, f"no bound exists: {error}"), answer)
     except Exception as error:
         return _line(planned, settings, _harness_error(error), answer)
 

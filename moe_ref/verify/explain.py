@@ -5,26 +5,31 @@ from moe_ref.contract.vocabulary import Stage, Verdict
 from moe_ref.records.schema import CaseLine, StageResult, from_number
 
 _DETAIL_LINES = 3
+_LINE_LIMIT = 120
 
 
 def explain(line: CaseLine, case: Case) -> str:
     """Words for a record line; one line for a pass."""
     head = f"{line.verdict}: {line.reason}" if line.reason else line.verdict
+    first, *details = [_cut(text) for text in head.split("\n")]
     if line.verdict in (Verdict.PASS, Verdict.UNSUPPORTED, Verdict.NOT_RUN):
-        return head
-    first, *details = head.split("\n")
-    lines = [first, *(f"  | {detail}" for detail in details[-_DETAIL_LINES:])]
+        return first
+    culprit = next((stage for stage in line.stages if stage.stage == line.first_stage), None)
+    lines = [first, *(f"  | {detail}" for detail in details[:1 if culprit else _DETAIL_LINES])]
     lines.append(f"  case    {line.case}   impl {line.implementation.name} {line.implementation.version}, "
                  f"{line.ranks} ranks, {line.device}")
     if line.stages:
         lines.append("  stages  " + " | ".join(_stage(stage, line.first_stage) for stage in line.stages))
-        culprit = next((stage for stage in line.stages if stage.stage == line.first_stage), None)
-        if culprit is not None:
-            lines += _where(culprit, case)
+    if culprit is not None:
+        lines += _where(culprit, case)
     if line.same_bits is not None:
         lines.append(f"  again   {line.runs} runs, {'same bits' if line.same_bits else 'different bits'}")
     lines.append(f"  replay  {line.replay}")
     return "\n".join(lines)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) < _LINE_LIMIT else text[:_LINE_LIMIT - 4] + "..."
 
 
 def _stage(stage: StageResult, first_stage: str | None) -> str:
@@ -45,7 +50,9 @@ def _where(stage: StageResult, case: Case) -> list[str]:
     lines = ["  where   " + ", ".join(parts) + f"; best-fit scale {from_number(stage.scale):.4g}, "
              f"bias {from_number(stage.bias):+.2g}"]
     worst = stage.worst
-    if worst is not None and not stage.exact:
+    if stage.exact:
+        lines.append(f"  note    {_cut(stage.note)}")
+    elif worst is not None:
         place = ", ".join(f"{name} {value}" for name, value in (
             ("token", worst.token), ("slot", worst.slot), ("expert", worst.expert), ("rank", worst.rank),
             ("column", worst.column)) if value is not None)

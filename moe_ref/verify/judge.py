@@ -48,7 +48,7 @@ def failing(stages: tuple[StageResult, ...], limit: float) -> list[StageResult]:
 def judge(measurement: Measurement, facts: RunFacts, ratio_limit: float, power_limit: float) -> Judgement:
     """Structure first, then numbers, then promises; a case without power is the harness's own error."""
     if measurement.struct_faults:
-        return Judgement(Verdict.STRUCT, "; ".join(measurement.struct_faults[:4]))
+        return Judgement(Verdict.STRUCT, "\n".join(measurement.struct_faults))
     if bad := failing(measurement.stages, ratio_limit):
         return Judgement(Verdict.MISMATCH, describe(bad[0]) + _calls_note(facts), Stage(bad[0].stage))
     if facts.changed_inputs:
@@ -73,7 +73,7 @@ def judge(measurement: Measurement, facts: RunFacts, ratio_limit: float, power_l
 
 def _calls_note(facts: RunFacts) -> str:
     wrong = wrong_calls(facts)
-    return f"; {wrong}" if wrong else ""
+    return f"\n{wrong}" if wrong else ""
 
 
 def wrong_calls(facts: RunFacts) -> str:
@@ -92,7 +92,7 @@ def _list_calls(calls: Calls) -> str:
 def describe(stage: StageResult) -> str:
     """One line: stage, how far over the bound, and where in the words of the layer."""
     if stage.exact:
-        return f"{stage.stage}: {stage.num_bad} of {stage.num_checked} wrong; {stage.note}"
+        return f"{stage.stage}: {stage.num_bad} of {stage.num_checked} wrong, rank {_list_numbers(stage.bad_ranks)}"
     ratio = from_number(stage.ratio)
     head = f"{stage.stage}: {f'{ratio:.3g}x' if math.isfinite(ratio) else 'infinitely'} over bound"
     experts = f", expert {_list_numbers(stage.bad_experts)}" if stage.bad_experts else ""

@@ -21,7 +21,8 @@ from moe_ref.oracle import expert as formula
 from moe_ref.records.schema import from_number
 from moe_ref.verify.bounds import RoundingModel
 from moe_ref.verify.measure_routing import FollowedRouting, RankTensors, measure_routing
-from moe_ref.verify.measurement import Measurement, Place, StageMeter
+from moe_ref.verify.measurement import Measurement
+from moe_ref.verify.stage_meter import Place, StageMeter
 from moe_ref.verify.structure import struct_faults
 
 
@@ -82,7 +83,8 @@ class Comparison:
         self.truth_TH = torch.zeros(shape, dtype=torch.float64)
         self.differing_ranks: list[int] = []
         widths = {Stage.GATE_UP: 2 * self.spec.intermediate_size, Stage.ACT: self.spec.intermediate_size}
-        self.meters = {stage: StageMeter(stage, widths.get(stage, shape[1]), model.largest(numerics.storage.get(stage)))
+        stored = {**numerics.storage, Stage.OUTPUT: numerics.storage.get(Stage.REDUCED)}
+        self.meters = {stage: StageMeter(stage, widths.get(stage, shape[1]), model.largest(stored.get(stage)))
                        for stage in Stage}
 
     def shows(self, stage: Stage) -> bool:

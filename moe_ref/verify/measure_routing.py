@@ -12,8 +12,8 @@ from moe_ref.oracle.router import score, top_ids, weigh
 from moe_ref.oracle.router import selection_score as grouped_selection_score
 from moe_ref.records.schema import StageResult, Worst
 from moe_ref.verify.bounds import FLUSH, RoundingModel
-from moe_ref.verify.measurement import Place, StageMeter
 from moe_ref.verify.selection import AllowedChoice, allowed_choice, broken_ties
+from moe_ref.verify.stage_meter import Place, StageMeter
 
 RankTensors = dict[Stage, torch.Tensor]
 

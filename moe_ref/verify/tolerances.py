@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 from ruamel.yaml import YAML
@@ -12,10 +13,16 @@ from ruamel.yaml.error import YAMLError
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import Format
 
+Text = Annotated[str, msgspec.Meta(min_length=1)]
+Positive = Annotated[float, msgspec.Meta(gt=0.0, le=1e308)]
+"""Finite: a limit of infinity, or of NaN, would let everything pass."""
+
+DEVICES = ("cpu", "cuda")
+
 
 class _Entry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    reason: str
-    source: str
+    reason: Text
+    source: Text
 
 
 class FormatEntry(_Entry, frozen=True):
@@ -29,25 +36,25 @@ class FormatEntry(_Entry, frozen=True):
 class AccumulatorEntry(_Entry, frozen=True):
     """factor multiplies the unit roundoff of a long sum on one device class."""
 
-    factor: float
+    factor: Annotated[float, msgspec.Meta(ge=0.5, le=16.0)]
 
 
 class EvaluationEntry(_Entry, frozen=True):
     """units of 2^-24 that evaluating a function may cost."""
 
-    units: float
+    units: Positive
 
 
 class MaximumEntry(_Entry, frozen=True):
     """An upper limit."""
 
-    max: float
+    max: Positive
 
 
 class MinimumEntry(_Entry, frozen=True):
     """A lower limit."""
 
-    min: float
+    min: Positive
 
 
 class _Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -94,7 +101,8 @@ def load_tolerances(path: Path | None = None) -> Tolerances:
         parsed = msgspec.convert(YAML(typ="safe", pure=True).load(content), TolerancesFile)
     except (OSError, YAMLError, msgspec.ValidationError) as error:
         raise UsageValueError(f"{path}: {' '.join(str(error).split())}") from error
-    missing = [name for name in Format if name not in parsed.formats]
+    missing = [f"format {name}" for name in Format if name not in parsed.formats]
+    missing += [f"accumulator {name}" for name in DEVICES if name not in parsed.accumulators]
     if parsed.schema != 1 or missing:
-        raise UsageValueError(f"{path}: schema {parsed.schema}, but should be 1; missing formats: {missing}")
+        raise UsageValueError(f"{path}: schema {parsed.schema}, but should be 1; missing: {', '.join(missing)}")
     return Tolerances(parsed, hashlib.sha256(content).hexdigest()[:16])

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -49,7 +50,7 @@ def ranked(values: dict[int, float]) -> list[int]:
 def gap(values: dict[int, float], count: int) -> float:
     """The smallest difference between neighbours among the first `count` + 1 of the ranking."""
     top = [values[key] for key in ranked(values)[:count + 1]]
-    return min((a - b for a, b in zip(top, top[1:], strict=False)), default=math.inf)
+    return min((a - b for a, b in pairwise(top)), default=math.inf)
 
 
 def choose(logits: list[float], bias: list[float] | None, router: Router) -> Choice:

@@ -32,12 +32,12 @@ def run_process_ranks(size: int, backend: str, device: str, time_limit: float,
     Ranks that are still running some seconds after another one failed are ended and reported as waiting.
     """
     context = multiprocessing.get_context("fork")
-    with tempfile.NamedTemporaryFile() as rendezvous:
-        receivers, processes = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        rendezvous, receivers, processes = f"{folder}/store", [], []
         for rank in range(size):
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(target=_rank_main, daemon=True,
-                                      args=(rank, size, backend, device, time_limit, rendezvous.name, sender, body))
+                                      args=(rank, size, backend, device, time_limit, rendezvous, sender, body))
             process.start()
             sender.close()
             receivers.append(receiver)
@@ -58,8 +58,10 @@ def _rank_main(rank: int, size: int, backend: str, device: str, time_limit: floa
         if where.type == "cuda":
             torch.cuda.set_device(where)
         torch.distributed.init_process_group(
-            backend, store=torch.distributed.FileStore(rendezvous + ".store", size), rank=rank, world_size=size,
+            backend, store=torch.distributed.FileStore(rendezvous, size), rank=rank, world_size=size,
             timeout=timedelta(seconds=time_limit))
+        # A rank that ends before the others have connected would break their connections, not its own.
+        torch.distributed.barrier()
         sender.send_bytes(b"\0" + body(TorchComm(), where))
     except BaseException as error:
         lines = (type(error).__module__ + "." + type(error).__qualname__, str(error), traceback.format_exc())

@@ -1,0 +1,107 @@
+"""Collects the comparison of one stage, block by block, into plain numbers."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from moe_ref.contract.vocabulary import Stage
+from moe_ref.records.schema import StageResult, Worst, to_number
+
+TILE = 64
+"""Columns per localisation tile."""
+NAMED_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a block of compared elements sits: R rows of one expert and rank, columns from `column`."""
+
+    rank: int
+    token_R: torch.Tensor
+    slot_R: torch.Tensor | None = None
+    expert: int | None = None
+    column: int = 0
+
+
+@dataclass
+class StageMeter:
+    """Collects one stage block by block; holds tensors only while a block is added."""
+
+    stage: Stage
+    num_columns: int = 0
+    largest: float = math.inf
+    ratio: float = 0.0
+    power: float = 0.0
+    worst: Worst | None = None
+    num_checked: int = 0
+    num_bad: int = 0
+    tokens: set[int] = field(default_factory=set)
+    experts: set[int] = field(default_factory=set)
+    ranks: set[int] = field(default_factory=set)
+    tiles: set[int] = field(default_factory=set)
+    bias_sum: float = 0.0
+    got_want: float = 0.0
+    want_want: float = 0.0
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, got: torch.Tensor, want: torch.Tensor, allowed: torch.Tensor, place: Place) -> None:
+        """Compare R x C elements; NaN where a number is wanted, or an infinity, counts as infinitely wrong.
+
+        Where want + allowed passes the largest finite value of the stored format, an infinity of the right
+        sign is right. Where the wanted value itself is not finite (a fault upstream), nothing is said.
+        """
+        got = got.double()
+        if got.numel() == 0:
+            return
+        # An infinite bound times a zero weight is NaN: still no bound. Nothing is said of such elements.
+        allowed = torch.nan_to_num(allowed, nan=math.inf, posinf=math.inf)
+        ratio = self._ratios(got, want, allowed)
+        self.num_checked += ratio.numel()
+        finite = torch.isfinite(got) & torch.isfinite(want) & torch.isfinite(allowed) & (allowed > 0)
+        signed = torch.where(finite, (got - want) * want.sign() / allowed.clamp(min=1e-300), 0.0)
+        self.bias_sum += float(signed.sum())
+        self.got_want += float(torch.where(finite, got * want, 0.0).sum())
+        self.want_want += float(torch.where(finite, want * want, 0.0).sum())
+        wanted = torch.where(torch.isfinite(want) & (want != 0), want.abs() / allowed, 0.0)
+        self.power = max(self.power, float(wanted.max()))
+        top = float(ratio.max())
+        if top > self.ratio or self.worst is None:
+            self.ratio = max(self.ratio, top)
+            self._keep_worst(int(ratio.argmax()), got, want, allowed, place)
+        if top > 1.0:
+            self._locate(ratio > 1.0, place)
+
+    def _ratios(self, got: torch.Tensor, want: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+        error = (got - want).abs()
+        ratio = torch.where(error == 0, 0.0, error / allowed)
+        ratio = torch.where(torch.isfinite(got), ratio, math.inf)
+        overflow = torch.isinf(got) & (got.sign() == want.sign()) & (want.abs() + allowed >= self.largest)
+        return torch.where(overflow | ~torch.isfinite(want) | torch.isinf(allowed), 0.0, ratio)
+
+    def _keep_worst(self, flat: int, got: torch.Tensor, want: torch.Tensor, allowed: torch.Tensor,
+                    place: Place) -> None:
+        row, column = divmod(flat, got.shape[1])
+        slot = None if place.slot_R is None else int(place.slot_R[row])
+        self.worst = Worst(rank=place.rank, token=int(place.token_R[row]), slot=slot, expert=place.expert,
+                           column=place.column + column, got=to_number(float(got[row, column])),
+                           want=to_number(float(want[row, column])), allowed=to_number(float(allowed[row, column])))
+
+    def _locate(self, bad: torch.Tensor, place: Place) -> None:
+        self.num_bad += int(bad.sum())
+        self.tokens.update(place.token_R[bad.any(1)].tolist())
+        columns = torch.nonzero(bad.any(0)).flatten() + place.column
+        self.tiles.update((columns // TILE).tolist())
+        self.ranks.add(place.rank)
+        if place.expert is not None:
+            self.experts.add(place.expert)
+
+    def result(self) -> StageResult:
+        """The numbers of the stage."""
+        tiles = -(-self.num_columns // TILE)
+        return StageResult(
+            stage=self.stage, ratio=to_number(self.ratio), num_checked=self.num_checked, num_bad=self.num_bad,
+            worst=self.worst, num_bad_tokens=len(self.tokens), bad_tokens=sorted(self.tokens)[:NAMED_TOKENS],
+            bad_experts=sorted(self.experts), bad_ranks=sorted(self.ranks), bad_tiles=sorted(self.tiles),
+            num_tiles=tiles, bias=to_number(self.bias_sum / max(1, self.num_checked)),
+            scale=to_number(self.got_want / self.want_want if self.want_want else 1.0), note="; ".join(self.notes))
