@@ -46,7 +46,7 @@ def failing(stages: tuple[StageResult, ...], limit: float) -> list[StageResult]:
 
 
 def judge(measurement: Measurement, facts: RunFacts, ratio_limit: float, power_limit: float) -> Judgement:
-    """Structure first, then numbers, then promises; a case without power is the harness's own error."""
+    """Structure first, then numbers, then promises; a pass without power says nothing and counts as not run."""
     if measurement.struct_faults:
         return Judgement(Verdict.STRUCT, "\n".join(measurement.struct_faults))
     if bad := failing(measurement.stages, ratio_limit):
@@ -66,8 +66,8 @@ def judge(measurement: Measurement, facts: RunFacts, ratio_limit: float, power_l
         return Judgement(Verdict.NOT_RUN, "the ids are hidden and the choice of experts is ambiguous for "
                                           f"{measurement.unjudged_tokens} tokens, so nothing can be said")
     if measurement.power < power_limit:
-        return Judgement(Verdict.HARNESS_ERROR, f"case has no power: an all-zero output would be off by at most "
-                                                f"{measurement.power:.3g} times the bound, should be {power_limit:g}")
+        return Judgement(Verdict.NOT_RUN, "no power under the declared rounding: an all-zero result would be off by "
+                                          f"{measurement.power:.3g} times the bound, should be {power_limit:g}")
     return Judgement(Verdict.PASS)
 
 

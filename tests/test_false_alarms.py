@@ -1,0 +1,55 @@
+"""Right implementations that are nothing like moe_fast must pass; an accusation here is a defect of the harness."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from moe_ref.contract.case_id import parse_case
+from moe_ref.contract.vocabulary import Verdict
+from moe_ref.tiers.tiers import PlannedCase
+from moe_ref.verify.session import Session
+
+RIGHT = ("round_each_stage", "gate_up_stored", "fp32_partials", "bf16_weights", "hidden_bf16_weights", "bf16_router",
+         "black_box", "topk_reversed", "split_k", "batched", "residual_on_rank_zero")
+
+CASES = (
+    # Every dtype, on one rank and on several, with shares that are even and uneven.
+    "v1-T33.H96.I160.E8.K2-fp32-norm", "v1-T33.H96.I160.E8.K2-fp16-norm-tp2", "v1-T33.H96.I160.E8.K2-bf16-norm-tp3",
+    "v1-T17.H80.I72.E5.K3-fp32-norm-tp3", "v1-T17.H80.I72.E5.K3-bf16-tp2-split60.40",
+    # Routing that rounding can move: ties, near certainty, no tokens for an expert, all of them for one.
+    "v1-T33.H96.I160.E8.K2-fp32-norm-ties-tp2", "v1-T21.H130.I50.E16.K4-bf16-norm-ties",
+    "v1-T33.H96.I160.E8.K2-bf16-norm-onehot", "v1-T33.H96.I160.E8.K2-fp16-norm-empty-tp2",
+    "v1-T33.H96.I160.E8.K2-fp32-norm-allone-tp2", "v1-T64.H64.I128.E4.K2-bf16-norm-zipf-tp4",
+    # Router options together with a shared expert and a residual.
+    "v1-T33.H96.I160.E8.K2-fp16-sigmoid-norm-eps1em20-bias-g4.2-top2sum-scale2.5-sh83-shgate-res-tp3",
+    "v1-T21.H130.I50.E16.K4-fp32-norm-gelu-sh28-shgelu-res-tp2", "v1-T17.H80.I72.E5.K3-bf16-gelutanh-outlier",
+    "v1-T19.H48.I33.E64.K8-bf16-norm-tp8",
+    # The edges: no token, one token, a dense layer, a residual larger than the sum it is added to.
+    "v1-T0.H64.I96.E4.K2-bf16-norm-tp2", "v1-T1.H64.I96.E4.K2-fp32-norm-tp4", "v1-T40.H72.I90-bf16-tp2",
+    "v1-T40.H72.I90-fp32-res-tp4", "v1-T12.H128.I64.E4.K2-fp16-norm-outlier-tp2",
+)
+
+
+@pytest.fixture(scope="module", params=RIGHT)
+def session(request: pytest.FixtureRequest) -> Iterator[Session]:
+    """One child for all cases of an implementation."""
+    session = Session.start(f"tests.subjects.right:{request.param}", "cpu")
+    yield session
+    session.close()
+
+
+@pytest.mark.parametrize("case_id", CASES)
+def test_a_right_implementation_passes(session: Session, case_id: str) -> None:
+    line = session.run(PlannedCase(case=parse_case(case_id), purpose="false alarms"))
+    assert line.verdict == Verdict.PASS, line.message
+
+
+def test_grouped_gemm_passes_where_it_keeps_its_own_contract() -> None:
+    """torch's grouped GEMM rounds the unweighted rows; its error stays within a contract that says so, or says nothing."""
+    session = Session.start("tests.subjects.right:grouped_mm", "cpu")
+    try:
+        for case_id in ("v1-T33.H96.I160.E8.K2-bf16-norm", "v1-T33.H96.I160.E8.K2-bf16-norm-tp2"):
+            line = session.run(PlannedCase(case=parse_case(case_id), purpose="false alarms"))
+            assert line.verdict == Verdict.PASS, line.message
+    finally:
+        session.close()
