@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -19,11 +20,21 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+def _commit() -> str:
+    """The commit checked out in the current folder, marked if files differ from it; "" outside a repository."""
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10"], capture_output=True, text=True,
+                              timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
 def environment(device: str) -> dict[str, str]:
-    """Versions and device; `device` names the class that baselines are kept for."""
+    """Versions, commit and device; `device` names the class that baselines are kept for."""
     facts = {"python": platform.python_version(), "torch": str(torch.__version__), "triton": _version("triton"),
              "numpy": _version("numpy"), "system": f"{platform.system()} {platform.machine()}",
-             "cpu_count": str(os.cpu_count()), "device": "cpu", "kernels": "Triton interpreter"}
+             "cpu_count": str(os.cpu_count()), "commit": _commit(), "device": "cpu", "kernels": "Triton interpreter"}
     if device == "cuda":
         facts |= {"device": torch.cuda.get_device_name(0), "device_count": str(torch.cuda.device_count()),
                   "capability": "sm_" + "".join(map(str, torch.cuda.get_device_capability(0))),

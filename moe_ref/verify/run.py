@@ -137,8 +137,13 @@ def _resumed(plan: Plan, fresh: RunLine) -> tuple[RunLine, dict[str, CaseLine]]:
     if other := [line.case for line in run.cases.values() if line.ranks != wanted.get(line.case, line.ranks)]:
         raise UsageValueError(f"{path}: {len(other)} recorded cases ran on other ranks, such as {other[0]}; "
                               "cannot resume")
-    same = ("implementation", "cases", "environment", "tolerances_digest", "oracle_version")
-    if differing := [name for name in same if getattr(run.header, name) != getattr(fresh, name)]:
+    same = ("implementation", "cases", "tolerances_digest", "oracle_version")
+    differing = [name for name in same if getattr(run.header, name) != getattr(fresh, name)]
+    # The source digest in `implementation` says more than the commit, which may only have gained a document.
+    old, new = ({name: value for name, value in header.environment.items() if name != "commit"}
+                for header in (run.header, fresh))
+    differing += [f"environment.{name}" for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    if differing:
         raise UsageValueError(f"{path}: {', '.join(differing)} of the recorded run differ from this one; cannot resume")
     return run.header, run.cases
 
