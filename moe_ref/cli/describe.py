@@ -8,7 +8,6 @@ from moe_ref.contract.vocabulary import Dtype
 from moe_ref.models.registry import Model
 
 _BYTES = {Dtype.FP32: 4, Dtype.FP16: 2, Dtype.BF16: 2}
-_SIGNIFICANT_BITS = {Dtype.FP32: 24, Dtype.FP16: 11, Dtype.BF16: 8}
 
 Lines = list[tuple[str, str]]
 
@@ -66,7 +65,10 @@ def describe_case(case: Case) -> Lines:
                                       f"{width}); "
                                       f"act ({rows}, {width}), down ({rows}, {spec.hidden_size}), "
                                       f"merged ({tokens}, {spec.hidden_size})"))
-    lines.append(("placements", ", ".join(f"{name} {placement.kind}" for name, placement in PLACEMENTS.items())))
+    absent = () if spec.shared else ("shared_w13_GIH", "shared_w2_HI", "shared_gate_SH")
+    absent += () if spec.router else ("router_EH", "selection_bias_E")
+    lines.append(("placements", ", ".join(f"{name} {placement.kind}" for name, placement in PLACEMENTS.items()
+                                          if name not in absent)))
     elements = tokens * spec.hidden_size
     lines.append(("communication", "none" if parallel.tp == 1 else
                   f"one all_reduce of {elements} elements, {elements * _BYTES[problem.dtype]} bytes per rank"))
@@ -74,13 +76,13 @@ def describe_case(case: Case) -> Lines:
 
 
 def _bounds(case: Case) -> Lines:
-    spec, bits = case.problem.spec, _SIGNIFICANT_BITS[case.problem.dtype]
+    spec, dtype = case.problem.spec, case.problem.dtype
     inner = max(stop - start for start, stop in case.parallel.ranges(spec.intermediate_size))
     return [
         ("bound act", f"from x: gamma(K={spec.hidden_size}) = {spec.hidden_size * 2.0**-24:.2e} of the sum of absolute "
-                      f"products of gate and up, through the activation, plus half a unit of 2^-{bits - 1}"),
+                      f"products of gate and up, through the activation, plus one store in {dtype}"),
         ("bound down", f"from act: gamma(K={inner}) = {inner * 2.0**-24:.2e} of the sum of absolute products, times "
-                       f"the weight, plus half a unit of 2^-{bits - 1}"),
+                       f"the weight, plus one store in {dtype}"),
         ("bound merged", f"from down: {spec.top_k + (spec.shared is not None)} rows summed in fp32, one store"),
         ("bound reduced", f"from merged: {case.parallel.tp - 1} additions between ranks, each rounded"),
         ("bound output", "all of these propagated, against the unsharded fp64 oracle; derivation in docs/bounds.md"),

@@ -21,12 +21,20 @@ from moe_ref.verify.run import EXIT_USAGE, Plan, RunResult, end_on_terminate, ru
 
 _SHOWN_FAILURES = 10
 
+
+def _positive(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    if not 0 < value < math.inf:
+        raise click.BadParameter(f"{value}, but should be positive and finite")
+    return value
+
+
 _RUN_OPTIONS = [
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
     click.option("--runs", type=click.IntRange(1), default=2, show_default=True,
                  help="Runs per case; memory is poisoned differently in each."),
-    click.option("--time-limit", type=float, default=300.0, show_default=True, help="Seconds per case."),
-    click.option("--memory-gib", type=float, default=0.0, show_default=True,
+    click.option("--time-limit", type=float, default=300.0, show_default=True, callback=_positive,
+                 help="Seconds per case."),
+    click.option("--memory-gib", type=click.FloatRange(0.0, 1e6), default=0.0, show_default=True,
                  help="Private memory a child may take; 0 is no limit."),
     click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output."),
 ]
@@ -79,6 +87,8 @@ def verify_command(implementation: str, tier_name: str | None, case_ids: tuple[s
     """Judge IMPLEMENTATION (a registered name, a module, or module:attr) on a matrix of cases."""
     plan = _plan_cases(tier_name, case_ids, tp)
     cases = plan.cases[shard[0] - 1::shard[1]]
+    if not cases:
+        raise UsageValueError(f"shard {shard[0]}/{shard[1]} holds none of the {len(plan.cases)} cases")
     if ranks:
         cases = [replace(one, ranks=Ranks(ranks)) for one in cases]
     whole = not tp and not case_ids

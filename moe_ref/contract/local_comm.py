@@ -142,7 +142,7 @@ def _sum_in_rank_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 def run_virtual_ranks(size: int, body: Callable[[LocalComm], Result]) -> list[Result]:
     """Run `body(comm)` once per rank and return the results in rank order.
 
-    Raises the first rank's own exception, with a note that names the rank; the other ranks are unwound.
+    Raises the failing rank's own exception, with a note and an attribute `rank` that name it; the others are unwound.
     """
     baton = _Baton(size)
     results: dict[int, Result] = {}
@@ -168,5 +168,6 @@ def run_virtual_ranks(size: int, body: Callable[[LocalComm], Result]) -> list[Re
     if errors:
         rank = min(errors)
         errors[rank].add_note(f"on rank {rank} of {size}")
+        errors[rank].rank = rank  # type: ignore[attr-defined]
         raise errors[rank]
     return [results[rank] for rank in range(size)]

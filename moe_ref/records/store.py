@@ -17,10 +17,13 @@ class RecordWriter:
     """Appends lines to DIR/records.jsonl; each is on disk when `append` returns."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / FILE_NAME
-        _drop_torn_line(self.path)
-        self._file = self.path.open("ab")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _drop_torn_line(self.path)
+            self._file = self.path.open("ab")
+        except OSError as error:
+            raise UsageValueError(f"{self.path}: cannot be written: {error}") from error
 
     def append(self, line: Line) -> None:
         self._file.write(msgspec.json.encode(line) + b"\n")

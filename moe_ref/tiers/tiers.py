@@ -48,8 +48,11 @@ def _smoke_rows() -> list[tuple[Row, str]]:
     rows += [(PLAIN | {"pattern": pattern, "tp": 2}, f"routing pattern {pattern}") for pattern in Pattern]
     rows += [(PLAIN | {"shape": SHAPES[n].name, "tp": tp, "dtype": Dtype.BF16}, SHAPES[n].purpose)
              for n, tp in ((5, 2), (6, 3), (9, 8), (11, 2))]
-    rows.append((PLAIN | {"router": "sigmoid-groups", "shared": "shared-gate", "residual": True, "tp": 3,
-                          "dtype": Dtype.FP16}, "DeepSeek-V3 routing, gated shared expert and residual"))
+    rich = PLAIN | {"router": "sigmoid-groups", "shared": "shared-gate", "residual": True}
+    rows += [(rich | {"tp": tp, "dtype": dtype}, "DeepSeek-V3 routing, gated shared expert and residual")
+             for tp, dtype in ((3, Dtype.FP16), (2, Dtype.BF16))]
+    rows += [(PLAIN | {"activation": activation, "shared": "shared", "tp": 2}, f"{activation}, in the shared expert too")
+             for activation in ("gelu", "gelu_tanh")]
     rows.append((PLAIN | {"shape": SHAPES[11].name, "residual": True, "tp": 4}, "residual added once, not tp times"))
     return rows
 

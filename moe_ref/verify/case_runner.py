@@ -91,12 +91,15 @@ def missing_devices(planned: PlannedCase, device: str) -> str:
 
 
 USAGE_PREFIX = "wrong use: "
+_SECONDARY = ("closed by peer", "reset by peer", "was waiting for a rank that failed", "Broken pipe")
+_ERROR_LIMIT = 140
 
 
 def _crash(failed: list[tuple[int, RankReport]], case: Case) -> Judgement:
     """One line for all ranks; wrong use is told apart, since then the caller is to blame, not a kernel."""
-    rank, first = failed[0]
-    error = cut_lines(first.error.strip(), 1000).partition("\n")[0]
+    # A rank that only lost its connection to another one is not where the trouble began.
+    rank, first = min(failed, key=lambda pair: (any(text in pair[1].error for text in _SECONDARY), pair[0]))
+    error = cut_lines(first.error.strip(), 1000).partition("\n")[0][:_ERROR_LIMIT]
     same = [number for number, report in failed if report.error == first.error]
     where = f"on all {case.parallel.tp} ranks" if len(same) == case.parallel.tp else f"on rank {rank}"
     if first.kind == "usage":

@@ -56,9 +56,9 @@ class Child:
         try:
             hello = self._start()
         except (ChildDied, ChildHung) as error:
-            reason = str(error).rstrip().splitlines()
-            raise UsageValueError(f"implementation {self.subject!r} cannot be loaded: {reason[0]}; its last words: "
-                                  f"{reason[-1]}") from error
+            how, *words = str(error).rstrip().splitlines()
+            last = f"; its last words: {words[-1]}" if words else ""
+            raise UsageValueError(f"implementation {self.subject!r} cannot be loaded: {how}{last}") from error
         if hello.usage_error:
             self.close()
             raise UsageValueError(hello.usage_error)

@@ -32,8 +32,8 @@ def load_subject(name: str) -> ModuleType:
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageValueError(f"unknown implementation {name!r} ({type(error).__name__}: {error}); "
                               f"known: {', '.join(known_names())}, or module:attr") from error
-    faults = [attr for attr, kind in (("moe", object), ("CAPABILITIES", Capabilities))
-              if not isinstance(getattr(subject, attr, None), kind) or getattr(subject, attr, None) is None]
+    faults = ["moe"] * (not callable(getattr(subject, "moe", None)))
+    faults += ["CAPABILITIES"] * (not isinstance(getattr(subject, "CAPABILITIES", None), Capabilities))
     if faults:
         raise UsageValueError(f"implementation {name!r} lacks {' and '.join(faults)}; it should export the "
                               "function moe and CAPABILITIES, a moe_ref.Capabilities")

@@ -146,7 +146,6 @@ def _run_processes(job: Job) -> list[Outcome] | Failed:
 
 def _run_local(job: Job) -> list[Outcome] | Failed:
     device, size = torch.device(job.request.device), job.case.parallel.tp
-    failed: list[int] = []
 
     def body(comm: LocalComm, run: int) -> RankResult | RankReport:
         try:
@@ -158,9 +157,6 @@ def _run_local(job: Job) -> list[Outcome] | Failed:
             return _report(error, "usage")
         except StructError as error:
             return _report(error, "struct")
-        except BaseException:
-            failed.append(comm.rank)
-            raise
 
     outcomes = []
     for run in range(job.request.runs):
@@ -168,7 +164,7 @@ def _run_local(job: Job) -> list[Outcome] | Failed:
             results = run_virtual_ranks(size, lambda comm, run=run: body(comm, run))
         except BaseException as error:
             # SystemExit and the like too: whatever a subject raises is its own verdict, not the end of the child.
-            culprit = failed[0] if failed else 0
+            culprit = getattr(error, "rank", 0)
             return Failed([_report(error, "") if rank == culprit else RankReport() for rank in range(size)])
         if any(isinstance(result, RankReport) for result in results):
             return Failed([result if isinstance(result, RankReport) else result[1] for result in results])

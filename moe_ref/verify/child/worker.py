@@ -77,7 +77,8 @@ def main(name: str, memory_gib: float) -> None:
         write_frame(frames_out, Hello(usage_error=str(error)))
         return
     except BaseException as error:
-        text = " ".join(f"implementation {name!r} cannot be loaded: {type(error).__name__}: {error}".split())
+        why = str(error) or (f"limit {memory_gib:g} GiB" if isinstance(error, MemoryError) else "no message")
+        text = " ".join(f"implementation {name!r} cannot be loaded: {type(error).__name__}: {why}".split())
         write_frame(frames_out, Hello(usage_error=text))
         return
     write_frame(frames_out, Hello(capabilities=declared.decode(), source_digest=source_digest(subject)))
