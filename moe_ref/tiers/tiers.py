@@ -51,7 +51,7 @@ def _smoke_rows() -> list[tuple[Row, str]]:
     rich = PLAIN | {"router": "sigmoid-groups", "shared": "shared-gate", "residual": True}
     rows += [(rich | {"tp": tp, "dtype": dtype}, "DeepSeek-V3 routing, gated shared expert and residual")
              for tp, dtype in ((3, Dtype.FP16), (2, Dtype.BF16))]
-    rows += [(PLAIN | {"activation": activation, "shared": "shared", "tp": 2}, f"{activation}, in the shared expert too")
+    rows += [(PLAIN | {"activation": activation, "shared": "shared", "tp": 2}, f"{activation}, shared expert too")
              for activation in ("gelu", "gelu_tanh")]
     rows.append((PLAIN | {"shape": SHAPES[11].name, "residual": True, "tp": 4}, "residual added once, not tp times"))
     return rows

@@ -37,9 +37,10 @@ def struct_faults(case: Case, ranks: list[RankTensors], capabilities: Capabiliti
     numerics, faults = capabilities.numerics[case.problem.dtype], []
     expected = expected_stages(case, capabilities)
     for rank, tensors in enumerate(ranks):
-        if expected != tensors.keys():
-            faults.append(f"stages shown: {_names(tensors.keys())}, but should be {_names(expected)} as declared "
-                          f"[rank {rank}]")
+        if missing := expected - tensors.keys():
+            faults.append(f"rank {rank} does not show {_names(missing)}, but should, as declared")
+        if extra := tensors.keys() - expected:
+            faults.append(f"rank {rank} shows {_names(extra)}, but should not, since it is not declared for this layer")
     for rank, tensors in enumerate(ranks):
         shapes = stage_shapes(case, rank)
         if rows := [stage for stage in (Stage.WEIGHTS, Stage.GATE_UP, Stage.ACT, Stage.DOWN)

@@ -6,6 +6,7 @@ one step; `moe-ref verify tests.subjects.wrong:some_name` judges an instance.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +24,12 @@ MODEL = None
 """In a table of storage formats: the dtype of the case."""
 
 ROUND_EACH_STAGE: Mapping[Stage, Format | None] = {
-    Stage.LOGITS: Format.FP32, Stage.WEIGHTS: Format.FP32, Stage.ACT: MODEL, Stage.DOWN: MODEL, Stage.SHARED: MODEL,
-    Stage.MERGED: MODEL, Stage.REDUCED: MODEL}
+    Stage.LOGITS: Format.FP32, Stage.WEIGHTS: Format.FP32, Stage.ACT: MODEL, Stage.DOWN: MODEL,
+    Stage.SHARED: MODEL, Stage.MERGED: MODEL, Stage.REDUCED: MODEL}
 """The most usual contract: router in fp32, every row and partial sum in the dtype of the model."""
 
-ALL_STAGES = (Stage.LOGITS, Stage.IDS, Stage.WEIGHTS, Stage.ACT, Stage.DOWN, Stage.SHARED, Stage.MERGED, Stage.REDUCED)
+ALL_STAGES = (Stage.LOGITS, Stage.IDS, Stage.WEIGHTS, Stage.ACT, Stage.DOWN, Stage.SHARED, Stage.MERGED,
+              Stage.REDUCED)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Call:
         return self.groups.tp.size
 
     def store(self, stage: Stage, tensor: torch.Tensor) -> torch.Tensor:
-        """Round to the stage's storage format, show the result, go on with it; fp32 where it is not stored."""
+        """Round to the stage's storage format, show the result and return it."""
         stored = self.round(stage, tensor)
         if self.trace is not None and stage in self.shows:
             self.trace.record(stage, stored)
@@ -69,19 +71,21 @@ class TorchMoE:
     stored = ROUND_EACH_STAGE
     reduce_in: Format | None = MODEL
     shows: tuple[Stage, ...] = ALL_STAGES
-    promises: Mapping[str, object] = {"deterministic": True, "lower_id_ties": True, "collectives_through_groups": True}
+    weight_at: Literal["down", "merge"] = "down"
+    promises: Mapping[str, object] = {"deterministic": True, "equal_ranks": True, "lower_id_ties": True,
+                                      "collectives_through_groups": True}
 
     def __init__(self) -> None:
         def numerics(dtype: Dtype) -> Numerics:
             of_model = Format(dtype.value)
             return Numerics(storage={stage: stored or of_model for stage, stored in self.stored.items()},
-                            reduce=self.reduce_in or of_model)
+                            reduce=self.reduce_in or of_model, weight_at=self.weight_at)
 
         self.CAPABILITIES = Capabilities(
             name=type(self).__name__, version="1", numerics={dtype: numerics(dtype) for dtype in Dtype},
             stages=self.shows, activations=("silu", "gelu", "gelu_tanh"), scores=("softmax", "sigmoid"),
-            grouped_routing=True, selection_bias=True, shared_expert=True, dense=True, residual=True, max_tp=64,
-            ranks=(Ranks.LOCAL, Ranks.GLOO), devices=("cpu",), **self.promises)  # pyrefly: ignore
+            grouped_routing=True, selection_bias=True, shared_expert=True, dense=True, residual=True,
+            max_tp=64, ranks=(Ranks.LOCAL, Ranks.GLOO), devices=("cpu",), **self.promises)  # pyrefly: ignore
 
     def moe(self, x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, parallel: Parallel | None = None,
             groups: Groups | None = None, *, routing: None = None, logits_TE: torch.Tensor | None = None,
@@ -118,15 +122,16 @@ class TorchMoE:
         # 1 / (1 + exp(-l)) instead of torch.sigmoid, which rounds equal logits differently by position.
         return torch.softmax(logits_TE, -1) if router.score == "softmax" else 1 / (1 + torch.exp(-logits_TE))
 
-    def selection_score(self, score_TE: torch.Tensor, bias_E: torch.Tensor | None, router: Router) -> torch.Tensor:
+    def selection_score(self, score_TE: torch.Tensor, bias_E: torch.Tensor | None,
+                        router: Router) -> torch.Tensor:
         if bias_E is not None:
             score_TE = score_TE + bias_E
         if router.num_groups == 1:
             return score_TE
         score_TGE = score_TE.unflatten(1, (router.num_groups, -1))
-        two = score_TGE.topk(2, -1).values if router.group_score == "top2_sum" else score_TGE.amax(-1, keepdim=True)
-        kept_TG = torch.zeros(two.shape[:2], dtype=torch.bool)
-        kept_TG.scatter_(1, self.top(two.sum(-1), router.num_groups_kept), True)
+        group_TG = score_TGE.topk(2 if router.group_score == "top2_sum" else 1, -1).values.sum(-1)
+        kept_TG = torch.zeros_like(group_TG, dtype=torch.bool)
+        kept_TG.scatter_(1, self.top(group_TG, router.num_groups_kept), True)
         return score_TGE.masked_fill(~kept_TG[..., None], -torch.inf).flatten(1)
 
     def top(self, values_TN: torch.Tensor, count: int) -> torch.Tensor:
@@ -141,8 +146,10 @@ class TorchMoE:
     # Experts: from tokens to a partial sum of this rank.
 
     def merge(self, call: Call, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        rows_RH = self.routed_rows(call, ids_TK, weights_TK.float())
-        merged_TH = self.sum_of_slots(rows_RH.float().unflatten(0, ids_TK.shape))
+        rows_TKH = self.routed_rows(call, ids_TK, weights_TK.float()).float().unflatten(0, ids_TK.shape)
+        if self.weight_at == "merge":
+            rows_TKH = rows_TKH * weights_TK.float()[..., None]
+        merged_TH = self.sum_of_slots(rows_TKH)
         if call.spec.shared is not None:
             merged_TH = merged_TH + self.shared_rows(call).float()
         return call.store(Stage.MERGED, merged_TH)
@@ -151,7 +158,7 @@ class TorchMoE:
         return rows_TKH.sum(1)
 
     def routed_rows(self, call: Call, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        """Weighted expert outputs in (token, slot) order, (T*K, H)."""
+        """Expert outputs in (token, slot) order, weighted here or at the merge, (T*K, H)."""
         num_rows, intermediate = ids_TK.numel(), call.weights.w13_EGIH.shape[2]
         gate_up_RGI = torch.zeros(num_rows, 2, intermediate)
         act_RI, down_RH = torch.zeros(num_rows, intermediate), torch.zeros(num_rows, call.spec.hidden_size)
@@ -159,10 +166,13 @@ class TorchMoE:
             token_R, slot_R = (ids_TK == expert).nonzero(as_tuple=True)
             row_R = token_R * ids_TK.shape[1] + slot_R
             w13_GIH, w2_HI = call.weights.expert(expert)
-            gate_up_RGI[row_R] = call.round(Stage.GATE_UP, self.gate_up(call, call.x_TH[token_R], w13_GIH, expert)).float()
+            gate_up = self.gate_up(call, call.x_TH[token_R], w13_GIH, expert)
+            gate_up_RGI[row_R] = call.round(Stage.GATE_UP, gate_up).float()
             act = self.activate(*gate_up_RGI[row_R].unbind(1), call.spec.experts)
             act_RI[row_R] = call.round(Stage.ACT, act).float()
-            down_RH[row_R] = self.down(call, act_RI[row_R], w2_HI, expert) * weights_TK[token_R, slot_R, None]
+            down_RH[row_R] = self.down(call, act_RI[row_R], w2_HI, expert)
+            if self.weight_at == "down":
+                down_RH[row_R] *= weights_TK[token_R, slot_R, None]
         call.store(Stage.GATE_UP, gate_up_RGI)
         call.store(Stage.ACT, act_RI)
         return call.store(Stage.DOWN, down_RH)

@@ -1,4 +1,4 @@
-"""Right implementations that differ from moe_fast: another rounding contract, another order, another algorithm."""
+"""Right implementations unlike moe_fast: another rounding contract, another order, another algorithm."""
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,7 @@ class GateUpStored(TorchMoE):
 class FP32Partials(TorchMoE):
     """Nothing rounded on the way: fp32 rows, fp32 partial sums, fp32 all-reduce, one rounding at the end."""
 
-    stored = {**dict.fromkeys((Stage.LOGITS, Stage.WEIGHTS, Stage.ACT, Stage.DOWN, Stage.SHARED, Stage.MERGED),
-                              Format.FP32), Stage.REDUCED: MODEL}
+    stored = {**dict.fromkeys(ROUND_EACH_STAGE, Format.FP32), Stage.REDUCED: MODEL}
     reduce_in = Format.FP32
 
 
@@ -82,7 +81,7 @@ class SplitK(TorchMoE):
 
 
 class Batched(TorchMoE):
-    """Every expert applied to every token by bmm, then masked: no gather, no permutation. Natural order of slots."""
+    """Every expert applied to every token by bmm, then the chosen ones picked: no permutation of tokens."""
 
     stored = {Stage.LOGITS: Format.FP32, Stage.WEIGHTS: Format.FP32, Stage.ACT: MODEL, Stage.MERGED: MODEL,
               Stage.REDUCED: MODEL}
@@ -98,31 +97,86 @@ class Batched(TorchMoE):
         return (all_ETH[ids_TK, token_T1] * weights_TK[..., None]).flatten(0, 1)
 
 
-class GroupedMM(TorchMoE):
-    """Rows sorted by expert and torch's own grouped GEMM; it wants bf16 and sizes of 16 bytes, else plain products."""
+class WeightAtMerge(TorchMoE):
+    """Rows of the down projection stored without the routing weight, which joins when they are summed."""
+
+    weight_at = "merge"
+
+
+class GroupedMM(WeightAtMerge):
+    """The down projection by torch's own grouped GEMM, which takes bf16 and widths of 16 bytes."""
 
     def routed_rows(self, call: Call, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
-        inner = call.weights.w2_EHI.shape[2]
-        if call.x_TH.dtype is not torch.bfloat16 or inner % 8 or call.spec.hidden_size % 8 or not ids_TK.numel():
+        w13_EGIH, w2_EHI = call.weights.w13_EGIH, call.weights.w2_EHI
+        aligned = not any(size % 8 for size in w2_EHI.shape[1:])
+        if call.x_TH.dtype is not torch.bfloat16 or not aligned or not ids_TK.numel():
             return super().routed_rows(call, ids_TK, weights_TK)
-        row_R = ids_TK.flatten().sort(stable=True).indices
-        counts = ids_TK.flatten().bincount(minlength=call.spec.num_experts)
-        offsets = counts.cumsum(0).to(torch.int32)
-        x_RH = call.x_TH[row_R // ids_TK.shape[1]]
-        # grouped_mm returns bf16 only, so the gate and up rows are rounded once more than the contract says here:
-        # the act is therefore computed from fp32 products, and only the down projection is a grouped GEMM.
-        gate, up = torch.einsum("rh,rgih->gri", x_RH.float(),
-                                call.weights.w13_EGIH[ids_TK.flatten()[row_R]].float())
-        act = call.round(Stage.ACT, self.activate(gate, up, call.spec.experts))
-        down = F.grouped_mm(act, call.weights.w2_EHI.mT, offs=offsets)
-        ordered = torch.zeros_like(act).index_copy(0, row_R, act)
-        call.store(Stage.ACT, ordered)
-        weighted = down.float() * weights_TK.flatten()[row_R, None]
-        return torch.zeros(weighted.shape).index_copy(0, row_R, weighted)
+        expert_R, row_R = ids_TK.flatten().sort(stable=True)
+        ends_E = expert_R.bincount(minlength=len(w2_EHI)).cumsum(0).to(torch.int32)
+        gate_RI, up_RI = torch.einsum("rh,rgih->gri", call.x_TH[row_R // ids_TK.shape[1]].float(),
+                                      w13_EGIH[expert_R].float())
+        act_RI = call.round(Stage.ACT, self.activate(gate_RI, up_RI, call.spec.experts))
+        down_RH = F.grouped_mm(act_RI, w2_EHI.mT, offs=ends_E)
+        call.store(Stage.ACT, torch.zeros_like(act_RI).index_copy(0, row_R, act_RI))
+        return call.store(Stage.DOWN, torch.zeros_like(down_RH).index_copy(0, row_R, down_RH))
+
+
+class HiddenEagerLoop(WeightAtMerge):
+    """The usual eager loop: all in the model's dtype, single additions of slots too; shows its output."""
+
+    stored = {**ROUND_EACH_STAGE, Stage.GATE_UP: MODEL, Stage.WEIGHTS: MODEL}
+    shows = (Stage.IDS, Stage.REDUCED)
+
+    def merge(self, call: Call, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+        rows_TKH = self.routed_rows(call, ids_TK, weights_TK.float()).unflatten(0, ids_TK.shape)
+        total_TH = torch.zeros_like(call.x_TH)
+        for slot in range(ids_TK.shape[1]):
+            total_TH = total_TH + rows_TKH[:, slot] * weights_TK[:, slot, None].to(call.x_TH.dtype)
+        return total_TH if call.spec.shared is None else total_TH + self.shared_rows(call)
+
+
+class OwnPartFirst(TorchMoE):
+    """Partial sums gathered and added from the own one on: ranks differ in bits, and promise nothing."""
+
+    stored = {**ROUND_EACH_STAGE, Stage.MERGED: Format.FP32, Stage.REDUCED: Format.FP32}
+    reduce_in = Format.FP32
+    promises = NO_PROMISES
+
+    def all_reduce(self, call: Call, merged_TH: torch.Tensor) -> torch.Tensor:
+        parts = call.groups.tp.all_gather(merged_TH)
+        total = parts[call.rank]
+        for step in range(1, call.size):
+            total = total + parts[(call.rank + step) % call.size]
+        return total
+
+
+class CollectiveOnlyWhereNeeded(TorchMoE):
+    """No collective when there is no token."""
+
+    def all_reduce(self, call: Call, merged_TH: torch.Tensor) -> torch.Tensor:
+        return super().all_reduce(call, merged_TH) if len(merged_TH) else merged_TH
+
+
+class CollectiveAlways(TorchMoE):
+    """The all-reduce is called on a single rank too, where it changes nothing."""
+
+    def all_reduce(self, call: Call, merged_TH: torch.Tensor) -> torch.Tensor:
+        return call.groups.tp.all_reduce(merged_TH)
+
+
+class PartialsOnlyInReduce(TorchMoE):
+    """Rounds its partial sums to the format that `reduce` names; no stage but the output is declared."""
+
+    stored = {Stage.REDUCED: MODEL}
+    shows = ()
+    promises = NO_PROMISES
+
+    def all_reduce(self, call: Call, merged_TH: torch.Tensor) -> torch.Tensor:
+        return super().all_reduce(call, merged_TH.to(call.x_TH.dtype))
 
 
 class ResidualOnRankZero(TorchMoE):
-    """The residual enters rank 0's partial sum, so that the all-reduce finishes the layer; partial sums in fp32."""
+    """The residual enters rank 0's fp32 partial sum, so that the all-reduce finishes the layer."""
 
     stored = {Stage.ACT: MODEL, Stage.DOWN: MODEL, Stage.SHARED: MODEL, Stage.REDUCED: MODEL}
     reduce_in = Format.FP32
@@ -144,5 +198,11 @@ black_box = BlackBox()
 topk_reversed = TopkReversed()
 split_k = SplitK()
 batched = Batched()
+weight_at_merge = WeightAtMerge()
 grouped_mm = GroupedMM()
+hidden_eager_loop = HiddenEagerLoop()
+own_part_first = OwnPartFirst()
+collective_only_where_needed = CollectiveOnlyWhereNeeded()
+collective_always = CollectiveAlways()
+partials_only_in_reduce = PartialsOnlyInReduce()
 residual_on_rank_zero = ResidualOnRankZero()

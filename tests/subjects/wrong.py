@@ -1,4 +1,4 @@
-"""Wrong implementations, each one step away from right; the classes are those of defects that shipped elsewhere."""
+"""Wrong implementations, each one step from right, after defects that shipped elsewhere."""
 
 import torch
 
@@ -60,7 +60,8 @@ class BiasInWeights(TorchMoE):
 class GroupLimitIgnored(TorchMoE):
     """Experts of every group compete."""
 
-    def selection_score(self, score_TE: torch.Tensor, bias_E: torch.Tensor | None, router: Router) -> torch.Tensor:
+    def selection_score(self, score_TE: torch.Tensor, bias_E: torch.Tensor | None,
+                        router: Router) -> torch.Tensor:
         return score_TE if bias_E is None else score_TE + bias_E
 
 
@@ -104,7 +105,7 @@ class SharedPerRank(TorchMoE):
 
 
 class NeighbourExpert(TorchMoE):
-    """The last row of expert 2 is multiplied by expert 3's down projection: a block that ends one row too early."""
+    """The last row of expert 2 meets expert 3's down projection: a block that ends one row too early."""
 
     def down(self, call: Call, act_RI: torch.Tensor, w2_HI: torch.Tensor, expert: int) -> torch.Tensor:
         rows = super().down(call, act_RI, w2_HI, expert)
@@ -149,11 +150,11 @@ class TruncatingStore(TorchMoE):
 
 
 class EvenSplitAssumed(TorchMoE):
-    """Every rank uses as many columns as the smallest share, so uneven shares lose some."""
+    """Every rank uses I / tp columns, rounded down, so uneven shares lose some."""
 
     def down(self, call: Call, act_RI: torch.Tensor, w2_HI: torch.Tensor, expert: int) -> torch.Tensor:
-        widths = [int(part) for part in torch.cat(call.groups.tp.all_gather(torch.tensor([w2_HI.shape[1]])))]
-        return super().down(call, act_RI[:, :min(widths)], w2_HI[:, :min(widths)], expert)
+        width = call.spec.intermediate_size // call.size
+        return super().down(call, act_RI[:, :width], w2_HI[:, :width], expert)
 
 
 class UninitialisedTail(TorchMoE):
@@ -166,7 +167,7 @@ class UninitialisedTail(TorchMoE):
 
 
 class SecondRunOnly(TorchMoE):
-    """Uninitialised memory that a NaN hides: only memory with large numbers in it shows; determinism not promised."""
+    """Uninitialised memory that a NaN hides and large numbers show; determinism is not promised."""
 
     promises: dict[str, object] = {}
 
