@@ -97,7 +97,9 @@ def _router(kind: object, shape: Shape) -> Router | None:
     groups = next((n for n in (4, 3, 2) if shape.num_experts % n == 0 and shape.num_experts // n > 1), None)
     if groups is None:
         raise UsageValueError(f"{shape.num_experts} experts form no groups")
-    grouped = replace(plain, num_groups=groups, num_groups_kept=-(-groups // 2))
+    # Fewer groups than experts are kept: the K best would always lie in the K best groups.
+    kept = max(-(-shape.top_k * groups // shape.num_experts), min(-(-groups // 2), shape.top_k - 1))
+    grouped = replace(plain, num_groups=groups, num_groups_kept=kept)
     if kind == "softmax-groups":
         return replace(grouped, scaling_factor=16.0)
     return replace(grouped, score="sigmoid", selection_bias=True, group_score="top2_sum", renormalize=True,

@@ -197,7 +197,10 @@ class Comparison:
         if self.numerics.weight_at == "merge":
             stored = self._stored(Rows(value, bound), stage)
             weighted = self._weigh(stored, weight)
-            return DownRows(stored if stage is Stage.DOWN else weighted, weighted)
+            if stage is Stage.SHARED:
+                # Whether the gate comes before or after the store, or between two, is not declared: allow for all.
+                weighted = stored = self._stored(weighted, stage)
+            return DownRows(stored, weighted)
         stored = self._stored(self._weigh(Rows(value, bound), weight), stage)
         return DownRows(stored, stored)
 

@@ -56,6 +56,8 @@ class Job:
                                       residual_TH=handed["residual_TH"], trace=trace)
         _check_tensor("output", output)
         for stage, tensor in trace.tensors.items():
+            if not isinstance(stage, Stage):
+                raise StructError(f"trace holds {stage!r}, but should hold stages only")
             _check_tensor(stage, tensor)
         # A copy: a subject may hand out the same buffer again in its next call.
         output = output.detach().clone()
