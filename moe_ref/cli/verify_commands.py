@@ -94,7 +94,8 @@ def verify_command(implementation: str, tier_name: str | None, case_ids: tuple[s
     whole = not tp and not case_ids
     share = plan.minimum_executed // shard[1] if whole else min(1, len(cases))
     least = minimum if minimum is not None else share
-    plan = replace(plan, implementation=implementation, cases=cases, minimum_executed=least, lanes=lanes,
+    pairs = plan.pairs if whole and shard[1] == 1 else (0, 0)
+    plan = replace(plan, implementation=implementation, cases=cases, pairs=pairs, minimum_executed=least, lanes=lanes,
                    device=default_device() if device == "auto" else device, runs=runs, time_limit=time_limit,
                    memory_gib=memory_gib, deadline=deadline, record=record, resume=resume)
     return _run(plan, as_json)
