@@ -33,6 +33,7 @@ CASES = {
     "v1-T512.H256.I128.E4.K2-bf16-sigmoid-norm-eps1em20-bias-g2.1-top2sum-sh64-shgate": "prefill, DeepSeek-V3 routing",
     "v1-T512.H256.I128.E4.K2-fp16-gelu": "prefill, fp16, gelu",
     "v1-T64.H256.I128.E8.K2-fp32-gelutanh-sh64": "fp32 on the plain units",
+    "v1-T1.H256.I1.E2.K1-bf16": "every size that can be 1",
 }
 
 
@@ -46,13 +47,18 @@ class Launch:
         return self.kernel.fn.__name__
 
     def compile(self, capability: int) -> triton.compiler.CompiledKernel:
-        constants = {parameter.name: self.arguments[parameter.name]
-                     for parameter in self.kernel.params if parameter.is_constexpr}
-        signature = {parameter.name: "constexpr" if parameter.is_constexpr else
+        # A launch makes a constant of every integer that is 1, which a kernel must survive as well.
+        constants = {parameter.name: self.arguments[parameter.name] for parameter in self.kernel.params
+                     if parameter.is_constexpr or _is_one(self.arguments[parameter.name])}
+        signature = {parameter.name: "constexpr" if parameter.name in constants else
                      _type(self.arguments[parameter.name]) for parameter in self.kernel.params}
         options = {name: self.arguments[name] for name in ("num_warps", "num_stages") if name in self.arguments}
         return triton.compile(ASTSource(self.kernel, signature, constants),
                               target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _is_one(value: object) -> bool:
+    return isinstance(value, int) and value == 1
 
 
 def _type(value: object) -> str:
