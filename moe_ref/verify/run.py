@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 
 import torch
 
@@ -220,4 +221,8 @@ def usage_errors(lines: list[CaseLine]) -> list[str]:
 
 def end_on_terminate() -> None:
     """Turn SIGTERM into an interrupt, so that children end with us."""
-    signal.signal(signal.SIGTERM, lambda number, frame: (_ for _ in ()).throw(KeyboardInterrupt()))
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
