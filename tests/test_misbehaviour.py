@@ -61,6 +61,7 @@ def _run(name: str, ranks: Ranks) -> RunResult:
 @pytest.fixture(scope="module")
 def ended() -> Iterator[dict[tuple[str, Ranks], Future[RunResult]]]:
     """The run of every misbehaving implementation, two at a time."""
+    os.environ[MARKER] = str(os.getpid())
     with ThreadPoolExecutor(2) as lanes:
         yield {key: lanes.submit(_run, *key) for key in ENDS}
         lanes.shutdown(cancel_futures=True)
@@ -80,20 +81,24 @@ def test_misbehaviour_ends_in_a_verdict(ended: dict[tuple[str, Ranks], Future[Ru
 
 
 def test_no_process_is_left_over(ended: dict[tuple[str, Ranks], Future[RunResult]]) -> None:
-    """Children and forked ranks all carry the implementation's name in their command line."""
+    """Children and forked ranks all inherit the marker of this process; those of a test worker beside it do not."""
     for future in ended.values():
         future.result()
-    assert _processes_with(IMPLEMENTATION) == []
+    assert _processes_marked(os.getpid()) == []
 
 
-def _processes_with(text: str) -> list[str]:
+MARKER = "MOE_REF_TEST_PROCESS"
+
+
+def _processes_marked(process: int) -> list[str]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
+            variables = (folder / "environ").read_bytes().split(b"\0")
             command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
-        if text in command and "child.worker" in command:
+        if f"{MARKER}={process}".encode() in variables and IMPLEMENTATION in command:
             found.append(f"{folder.name} {command}")
     return found
 
