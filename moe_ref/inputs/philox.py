@@ -37,9 +37,6 @@ def _lanes(problem_id: str, tensor: str, index: int, count: int, width: int) -> 
 SHIFTS = 4
 """Exponents an element may have: 0, -1, -2, -3."""
 
-STANDARD_DEVIATION = 0.3327
-"""Of a grid tensor of amplitude 1: 1/sqrt(3) of the uniform integer times the root mean square of the shifts."""
-
 
 def grid_tensor(problem_id: str, tensor: str, shape: tuple[int, ...], dtype: Dtype, amplitude: float,
                 index: int = 0) -> torch.Tensor:

@@ -1,8 +1,7 @@
-"""Real process ranks: forked from a child that has loaded the subject but never touched a device or a thread.
+"""Real process ranks: forked from a child that has loaded the subject, never touched a device and has no thread left.
 
-Fork instead of spawn: starting eight fresh interpreters with torch takes half a minute on two cores, a
-fork a tenth of a second. It is safe because the child runs with one OpenMP thread and has not initialised
-CUDA; each rank initialises its own device.
+Fork instead of spawn: a fork does not import torch and the subject again for every rank. It is safe because the
+child runs with one OpenMP thread and has not initialised CUDA; each rank initialises its own device.
 """
 
 import multiprocessing
