@@ -4,7 +4,8 @@ On CUDA tensors the kernels are compiled; on CPU tensors the same sources run in
 switched per launch by the package.
 """
 
+from moe_fast.capabilities import CAPABILITIES
 from moe_fast.layer import experts, moe, route
-from moe_fast.module import CAPABILITIES, MoELayer
+from moe_fast.module import MoELayer
 
 __all__ = ["CAPABILITIES", "MoELayer", "experts", "moe", "route"]

@@ -2,6 +2,7 @@
 
 import torch
 
+from moe_fast.capabilities import check_supported
 from moe_fast.kernels.align import align
 from moe_fast.kernels.combine import combine
 from moe_fast.kernels.down import down
@@ -18,23 +19,25 @@ from moe_ref.contract.checks import (
     check_tokens,
 )
 from moe_ref.contract.comm import Groups
+from moe_ref.contract.errors import UsageTypeError
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec, Router
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Stage
-from moe_ref.contract.weights import ExpertWeights, MoEWeights, check_weights
+from moe_ref.contract.weights import ExpertWeights, MoEWeights, WeightSource, check_weights
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def route(x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, *,
+def route(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, *,
           logits_TE: torch.Tensor | None = None) -> Routing:
     """Ids (int32), weights, logits and shared gate, computed and stored in fp32.
 
     logits_TE, if given, replaces x @ router^T. Raises UsageValueError / UsageTypeError on wrong metadata.
     """
     check_tokens(x_TH, spec, DTYPES, "moe_fast")
+    check_supported(spec)
     check_router(weights, spec)
     shared_TS = _shared_gate(x_TH, weights)
     if spec.router is None:
@@ -49,7 +52,7 @@ def route(x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, *,
     return Routing(ids_TK, weights_TK, logits_TE, shared_TS)
 
 
-def _shared_gate(x_TH: torch.Tensor, weights: MoEWeights) -> torch.Tensor | None:
+def _shared_gate(x_TH: torch.Tensor, weights: WeightSource) -> torch.Tensor | None:
     """The gate is a sigmoid router with one expert, so the router's kernels compute it."""
     if weights.shared_gate_SH is None:
         return None
@@ -57,7 +60,7 @@ def _shared_gate(x_TH: torch.Tensor, weights: MoEWeights) -> torch.Tensor | None
     return select(gate_logits, None, Router(num_experts=1, top_k=1, score="sigmoid"))[1]
 
 
-def experts(x_TH: torch.Tensor, routing: Routing, weights: MoEWeights, spec: MoESpec,
+def experts(x_TH: torch.Tensor, routing: Routing, weights: WeightSource, spec: MoESpec,
             parallel: Parallel | None = None, groups: Groups | None = None, *, reduce: bool = True,
             trace: Trace | None = None, check: str = "metadata") -> torch.Tensor:
     """Experts, shared expert and weighted merge, (T, H) in x's dtype; reduce=False returns the partial sum.
@@ -66,16 +69,26 @@ def experts(x_TH: torch.Tensor, routing: Routing, weights: MoEWeights, spec: MoE
     [0, E) contributes nothing; with check="values" it raises. Raises before any kernel starts.
     """
     check_tokens(x_TH, spec, DTYPES, "moe_fast")
+    check_supported(spec)
     parallel, groups = check_groups(parallel, groups)
     check_weights(weights, spec, parallel, groups.tp.rank)
+    stacked = _in_memory(weights)
     check_routing(routing, spec, len(x_TH), check)
     record_routing(trace, routing)
-    routed = ExpertWeights(weights.w13_EGIH, weights.w2_EHI)
+    routed = ExpertWeights(stacked.w13_EGIH, stacked.w2_EHI)
     down_RH = _mlp_rows(x_TH, routing.ids_TK, routing.weights_TK, routed, spec.experts.activation, trace)
     merged_TH = combine(down_RH, _shared_rows(x_TH, routing, weights, spec, trace), routing.ids_TK, spec.num_experts)
     if trace is not None:
         trace.record(Stage.MERGED, merged_TH)
     return groups.tp.all_reduce(merged_TH) if reduce and groups.tp.size > 1 else merged_TH
+
+
+def _in_memory(weights: WeightSource) -> MoEWeights:
+    """Kernels read all experts of a rank from one tensor."""
+    if not isinstance(weights, MoEWeights):
+        raise UsageTypeError(f"weights: {type(weights).__name__}, but should be MoEWeights, all experts in memory "
+                             "[moe_fast]")
+    return weights
 
 
 def _mlp_rows(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, stacked: ExpertWeights,
@@ -93,7 +106,7 @@ def _mlp_rows(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor
     return down_RH
 
 
-def _shared_rows(x_TH: torch.Tensor, routing: Routing, weights: MoEWeights, spec: MoESpec,
+def _shared_rows(x_TH: torch.Tensor, routing: Routing, weights: WeightSource, spec: MoESpec,
                  trace: Trace | None) -> torch.Tensor | None:
     """The shared expert is a layer of one expert that every token visits, weighted by its gate."""
     shared = weights.shared_expert()
@@ -110,7 +123,7 @@ def _shared_rows(x_TH: torch.Tensor, routing: Routing, weights: MoEWeights, spec
     return shared_TH
 
 
-def moe(x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, parallel: Parallel | None = None,
+def moe(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, parallel: Parallel | None = None,
         groups: Groups | None = None, *, routing: Routing | None = None, logits_TE: torch.Tensor | None = None,
         residual_TH: torch.Tensor | None = None, trace: Trace | None = None,
         check: str = "metadata") -> torch.Tensor:
@@ -119,6 +132,7 @@ def moe(x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, parallel: Parall
     Raises UsageValueError / UsageTypeError on wrong shapes, dtypes or world size before any kernel starts.
     """
     check_tokens(x_TH, spec, DTYPES, "moe_fast")
+    check_supported(spec)
     parallel, groups = check_groups(parallel, groups)
     check_weights(weights, spec, parallel, groups.tp.rank)
     if residual_TH is not None:

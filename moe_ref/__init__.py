@@ -10,14 +10,16 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "route": "oracle.router", "experts": "oracle.layer", "moe": "oracle.layer", "MoELayer": "oracle.module",
-    "MoESpec": "contract.spec", "Router": "contract.spec", "MLP": "contract.spec", "SharedExpert": "contract.spec",
+    "MoESpec": "contract.spec", "Router": "contract.router_spec", "Capacity": "contract.router_spec",
+    "MLP": "contract.spec", "SharedExpert": "contract.spec",
     "MoEWeights": "contract.weights", "ExpertWeights": "contract.weights", "Routing": "contract.routing",
     "Parallel": "contract.parallel", "Groups": "contract.comm", "Comm": "contract.comm",
     "CountingComm": "contract.comm", "SoloComm": "contract.comm", "TorchComm": "contract.torch_comm",
     "LocalComm": "contract.local_comm", "run_virtual_ranks": "contract.local_comm",
     "Trace": "contract.trace", "Stage": "contract.vocabulary", "Verdict": "contract.vocabulary",
     "Dtype": "contract.vocabulary", "Schedule": "contract.vocabulary",
-    "Capabilities": "contract.capabilities", "Numerics": "contract.capabilities",
+    "Capabilities": "contract.capabilities", "Feature": "contract.features", "WeightSource": "contract.weights",
+    "Numerics": "contract.capabilities",
     "Problem": "contract.case", "Case": "contract.case",
     "format_case": "contract.case_id", "parse_case": "contract.case_id",
     "UsageError": "contract.errors", "CAPABILITIES": "oracle.module",
@@ -26,11 +28,13 @@ __all__ = [
     "CAPABILITIES",
     "MLP",
     "Capabilities",
+    "Capacity",
     "Case",
     "Comm",
     "CountingComm",
     "Dtype",
     "ExpertWeights",
+    "Feature",
     "Groups",
     "LocalComm",
     "MoELayer",
@@ -49,6 +53,7 @@ __all__ = [
     "Trace",
     "UsageError",
     "Verdict",
+    "WeightSource",
     "__version__",
     "experts",
     "format_case",
@@ -64,14 +69,16 @@ if TYPE_CHECKING:
     from moe_ref.contract.case_id import format_case, parse_case
     from moe_ref.contract.comm import Comm, CountingComm, Groups, SoloComm
     from moe_ref.contract.errors import UsageError
+    from moe_ref.contract.features import Feature
     from moe_ref.contract.local_comm import LocalComm, run_virtual_ranks
     from moe_ref.contract.parallel import Parallel
+    from moe_ref.contract.router_spec import Capacity, Router
     from moe_ref.contract.routing import Routing
-    from moe_ref.contract.spec import MLP, MoESpec, Router, SharedExpert
+    from moe_ref.contract.spec import MLP, MoESpec, SharedExpert
     from moe_ref.contract.torch_comm import TorchComm
     from moe_ref.contract.trace import Trace
     from moe_ref.contract.vocabulary import Dtype, Schedule, Stage, Verdict
-    from moe_ref.contract.weights import ExpertWeights, MoEWeights
+    from moe_ref.contract.weights import ExpertWeights, MoEWeights, WeightSource
     from moe_ref.oracle.layer import experts, moe
     from moe_ref.oracle.module import CAPABILITIES, MoELayer
     from moe_ref.oracle.router import route

@@ -149,7 +149,7 @@ class PositiveWeights(GeneratedWeights):
     """All weights positive: no cancellation, sums as large as the gauge."""
 
     def expert(self, e: int) -> ExpertWeights:
-        return ExpertWeights(*(tensor.abs() for tensor in super().expert(e)))
+        return ExpertWeights(*(tensor.abs() for tensor in super().expert(e)[:2]))
 
 
 def layer(size: int, axis: str, dtype: Dtype, data: str = "unit", seed: int = 1) -> tuple[Case, Inputs]:

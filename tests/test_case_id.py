@@ -29,7 +29,7 @@ STORED = {
     "v1-T9.H64.I64.E16.K4-bf16-sigmoid-norm-eps1em20-bias-g4.2-top2sum-scale2.5-gelu-sh35-shgate-shgelu-ties-outlier":
         Problem(spec=MoESpec(hidden_size=64, intermediate_size=64,
                              router=Router(num_experts=16, top_k=4, score="sigmoid", renormalize=True,
-                                           renormalize_epsilon=1e-20, selection_bias=True, num_groups=4,
+                                           renormalize_epsilon=1e-20, selection_bias="score", num_groups=4,
                                            num_groups_kept=2, group_score="top2_sum", scaling_factor=2.5),
                              experts=MLP(activation="gelu"),
                              shared=SharedExpert(intermediate_size=35, gate="sigmoid", mlp=MLP(activation="gelu"))),
@@ -49,7 +49,8 @@ def routers(draw: st.DrawFn) -> Router:
     num_groups, group_size = draw(st.integers(1, 8)), draw(st.integers(2, 16))
     kept = draw(st.integers(1, num_groups))
     return Router(num_experts=num_groups * group_size, top_k=draw(st.integers(1, kept * group_size)),
-                  score=draw(st.sampled_from(["softmax", "sigmoid"])), selection_bias=draw(st.booleans()),
+                  score=draw(st.sampled_from(["softmax", "sigmoid"])),
+                  selection_bias=draw(st.sampled_from([None, "score"])),
                   num_groups=num_groups, num_groups_kept=kept,
                   group_score=draw(st.sampled_from(["max", "top2_sum"])), renormalize=draw(st.booleans()),
                   renormalize_epsilon=draw(st.just(0.0) | numbers), scaling_factor=draw(st.just(1.0) | numbers))

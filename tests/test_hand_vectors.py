@@ -105,7 +105,7 @@ def test_selection_bias_changes_the_choice_but_not_the_weight(moe: Layer) -> Non
     """Scores 3/4, 1/2; with bias 0, 1/2 they compete as 3/4 < 1. Expert 1 wins with weight 1/2: 1/2 * 2 v."""
     arrays = scaling_arrays((math.log(3.0), 0.0), (1.0, 2.0))
     arrays["selection_bias_E"] = np.array([0.0, 0.5])
-    spec = scaling_spec(num_experts=2, top_k=1, score="sigmoid", selection_bias=True)
+    spec = scaling_spec(num_experts=2, top_k=1, score="sigmoid", selection_bias="score")
     assert moe(token(5.0), arrays, spec).tolist() == [[5.0, 0.0]]
 
 
@@ -119,7 +119,7 @@ def test_best_expert_in_a_dropped_group(moe: Layer, group_score: str, expected: 
     """All scores are 1/2; biases 3/8, -1/2 | 1/4, 1/4 make expert 0 the best, its group may be dropped."""
     arrays = scaling_arrays((0.0,) * 4)
     arrays["selection_bias_E"] = np.array([0.375, -0.5, 0.25, 0.25])
-    spec = scaling_spec(top_k=1, score="sigmoid", selection_bias=True, num_groups=2, num_groups_kept=1,
+    spec = scaling_spec(top_k=1, score="sigmoid", selection_bias="score", num_groups=2, num_groups_kept=1,
                         group_score=group_score)
     assert moe(token(1.0), arrays, spec).tolist() == [[expected, 0.0]]
 
@@ -131,7 +131,7 @@ def test_dropped_groups_lose_even_to_negative_scores(moe: Layer) -> None:
     """
     arrays = scaling_arrays((0.0,) * 4)
     arrays["selection_bias_E"] = np.array([0.5, -2.0, -0.25, -0.25])
-    spec = scaling_spec(top_k=2, score="sigmoid", selection_bias=True, num_groups=2, num_groups_kept=1)
+    spec = scaling_spec(top_k=2, score="sigmoid", selection_bias="score", num_groups=2, num_groups_kept=1)
     assert moe(token(1.0), arrays, spec).tolist() == [[1.5, 0.0]]
 
 

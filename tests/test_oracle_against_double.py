@@ -34,7 +34,7 @@ FAMILIES = {
         router=Router(num_experts=8, top_k=3, num_groups=4, num_groups_kept=2, scaling_factor=16.0)),
     "deepseek_v3": MoESpec(
         hidden_size=6, intermediate_size=4, shared=SharedExpert(intermediate_size=4),
-        router=Router(num_experts=12, top_k=4, score="sigmoid", selection_bias=True, num_groups=4,
+        router=Router(num_experts=12, top_k=4, score="sigmoid", selection_bias="score", num_groups=4,
                       num_groups_kept=2, group_score="top2_sum", renormalize=True,
                       renormalize_epsilon=1e-20, scaling_factor=2.5)),
     "llama4": MoESpec(hidden_size=6, intermediate_size=8,
@@ -60,7 +60,8 @@ def routers(draw: st.DrawFn) -> Router:
     kept = draw(st.integers(1, num_groups))
     scores = ["max"] if group_size == 1 else ["max", "top2_sum"]
     return Router(num_experts=num_groups * group_size, top_k=draw(st.integers(1, kept * group_size)),
-                  score=draw(st.sampled_from(["softmax", "sigmoid"])), selection_bias=draw(st.booleans()),
+                  score=draw(st.sampled_from(["softmax", "sigmoid"])),
+                  selection_bias=draw(st.sampled_from([None, "score"])),
                   num_groups=num_groups, num_groups_kept=kept, group_score=draw(st.sampled_from(scores)),
                   renormalize=draw(st.booleans()),
                   renormalize_epsilon=draw(st.sampled_from([0.0, 1e-20, 0.5])),

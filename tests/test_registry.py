@@ -53,7 +53,7 @@ def test_known_dimensions() -> None:
     assert numbers("olmoe.1b.7b") == (2048, 1024, 64, 8)
     router = models()["deepseek.v3"].spec.router
     assert (router.num_groups, router.num_groups_kept, router.group_score) == (8, 4, "top2_sum")
-    assert (router.score, router.selection_bias, router.scaling_factor) == ("sigmoid", True, 2.5)
+    assert (router.score, router.selection_bias, router.scaling_factor) == ("sigmoid", "score", 2.5)
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:

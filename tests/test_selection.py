@@ -42,7 +42,7 @@ def perturbed(score_E: list[float], error_E: list[float]) -> torch.Tensor:
 def choices(values_PE: torch.Tensor, router: Router) -> torch.Tensor:
     """What routers with these very scores choose, ties to either side of the expert order."""
     def chosen(values_PE: torch.Tensor) -> torch.Tensor:
-        return select(selection_score(values_PE, None, router), router)
+        return select(selection_score(values_PE, values_PE, None, router), router)
 
     # Turned round, ties go to the higher id and the higher group: right as well, where no rule is declared.
     other = router.num_experts - 1 - chosen(values_PE.flip(1))

@@ -50,7 +50,7 @@ def test_router_that_cannot_be_computed(options: dict, fault: str) -> None:
 
 def test_other_parts_check_themselves() -> None:
     """Widths and names of the MLP, the shared expert and the layer."""
-    assert "activation='relu'" in message(lambda: MLP(activation="relu"))
+    assert "activation='tanh'" in message(lambda: MLP(activation="tanh"))
     text = message(lambda: SharedExpert(intermediate_size=0, gate="softmax"))
     assert "intermediate_size=0" in text
     assert "gate='softmax'" in text

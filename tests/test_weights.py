@@ -13,7 +13,7 @@ from moe_ref.contract.spec import MoESpec, Router, SharedExpert
 from moe_ref.contract.weights import MoEWeights, check_weights, parameter_shapes
 
 SPEC = MoESpec(hidden_size=6, intermediate_size=10,
-               router=Router(num_experts=3, top_k=2, score="sigmoid", selection_bias=True),
+               router=Router(num_experts=3, top_k=2, score="sigmoid", selection_bias="score"),
                shared=SharedExpert(intermediate_size=7, gate="sigmoid"))
 
 

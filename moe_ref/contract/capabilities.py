@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe_ref.contract.case import Case
+from moe_ref.contract.features import Feature, features_of
+from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Schedule, Stage
 
 
@@ -29,6 +31,7 @@ class Capabilities:
     """Declared by a subject; what is not declared here is `unsupported`, never guessed.
 
     stages:                      the stages it records in `trace`, beyond the output
+    features:                    options of the mathematics, beyond the activations and scores named
     deterministic:               the same bits whenever it is run again
     equal_ranks:                 every rank returns the same bits
     lower_id_ties:               exact ties go to the lower expert id
@@ -41,11 +44,7 @@ class Capabilities:
     stages: tuple[Stage, ...] = ()
     activations: tuple[str, ...] = ("silu",)
     scores: tuple[str, ...] = ("softmax",)
-    grouped_routing: bool = False
-    selection_bias: bool = False
-    shared_expert: bool = False
-    dense: bool = False
-    residual: bool = False
+    features: tuple[Feature, ...] = ()
     max_tp: int = 1
     schedules: tuple[Schedule, ...] = (Schedule.ALL_REDUCE,)
     ranks: tuple[Ranks, ...] = (Ranks.LOCAL,)
@@ -57,8 +56,6 @@ class Capabilities:
 
     def refusal(self, case: Case, ranks: Ranks, device: str) -> str | None:
         """Why `case` is not supported, or None when it is."""
-        spec, router = case.problem.spec, case.problem.spec.router
-        activations = [spec.experts.activation] + ([spec.shared.mlp.activation] if spec.shared else [])
         refused = [
             (case.problem.dtype not in self.numerics, f"dtype {case.problem.dtype}"),
             (case.parallel.tp > self.max_tp, f"tp {case.parallel.tp} above {self.max_tp}"),
@@ -66,13 +63,15 @@ class Capabilities:
             (case.parallel.schedule not in self.schedules, f"schedule {case.parallel.schedule}"),
             (ranks not in self.ranks, f"{ranks} ranks"),
             (device not in self.devices, f"device {device}"),
-            (router is None and not self.dense, "a layer without a router"),
-            (router is not None and router.score not in self.scores, f"score {router and router.score}"),
-            (router is not None and router.num_groups > 1 and not self.grouped_routing, "expert groups"),
-            (router is not None and router.selection_bias and not self.selection_bias, "a selection bias"),
-            (spec.shared is not None and not self.shared_expert, "a shared expert"),
-            (case.problem.residual and not self.residual, "a residual"),
-            *((activation not in self.activations, f"activation {activation}") for activation in activations),
+            (case.problem.residual and Feature.RESIDUAL not in self.features, str(Feature.RESIDUAL)),
         ]
-        reasons = [reason for refuses, reason in refused if refuses]
+        reasons = [reason for refuses, reason in refused if refuses] + self.refused_mathematics(case.problem.spec)
         return "not declared: " + ", ".join(reasons) if reasons else None
+
+    def refused_mathematics(self, spec: MoESpec) -> list[str]:
+        """What of a spec is not declared, in words."""
+        activations = [spec.experts.activation] + ([spec.shared.mlp.activation] if spec.shared else [])
+        reasons = [f"activation {name}" for name in dict.fromkeys(activations) if name not in self.activations]
+        if spec.router and spec.router.score not in self.scores:
+            reasons.append(f"score {spec.router.score}")
+        return reasons + sorted(str(feature) for feature in features_of(spec) - set(self.features))

@@ -75,7 +75,7 @@ def _spec_words(spec: MoESpec) -> list[str]:
     if router:
         words += ["sigmoid"] * (router.score == "sigmoid") + ["norm"] * router.renormalize
         words += [f"eps{_number_to_text(router.renormalize_epsilon)}"] * (router.renormalize_epsilon != 0)
-        words += ["bias"] * router.selection_bias
+        words += ["bias"] * (router.selection_bias == "score")
         words += [f"g{router.num_groups}.{router.num_groups_kept}"] * (router.num_groups > 1)
         words += ["top2sum"] * (router.group_score == "top2_sum")
         words += [f"scale{_number_to_text(router.scaling_factor)}"] * (router.scaling_factor != 1)
@@ -160,7 +160,7 @@ def _apply_spec_options(text: str, spec: MoESpec, options: dict[str, str]) -> Mo
         groups, kept = (int(n) for n in options.get("g", "1.1").split("."))
         router = Router(num_experts=router.num_experts, top_k=router.top_k,
                         score="sigmoid" if "sigmoid" in options else "softmax",
-                        renormalize="norm" in options, selection_bias="bias" in options,
+                        renormalize="norm" in options, selection_bias="score" if "bias" in options else None,
                         renormalize_epsilon=_text_to_number(options.get("eps", "0")),
                         num_groups=groups, num_groups_kept=kept,
                         group_score="top2_sum" if "top2sum" in options else "max",

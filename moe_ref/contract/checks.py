@@ -34,7 +34,7 @@ def check_groups(parallel: Parallel | None, groups: Groups | None) -> tuple[Para
 
 
 def check_routing(routing: Routing, spec: MoESpec, num_tokens: int, check: str) -> None:
-    """Shapes and kinds of a routing; with check="values" also that every id is inside [0, E)."""
+    """Shapes and kinds of a routing; with check="values" also that every id is -1 or inside [0, E + Z)."""
     if check not in CHECKS:
         raise UsageValueError(f"check={check!r}, but should be one of {', '.join(CHECKS)}")
     shape = (num_tokens, spec.top_k)
@@ -48,22 +48,26 @@ def check_routing(routing: Routing, spec: MoESpec, num_tokens: int, check: str) 
         raise UsageTypeError(f"weights_TK: dtype {routing.weights_TK.dtype}, but should be floating point")
     if check == "values" and num_tokens:
         low, high = int(routing.ids_TK.min()), int(routing.ids_TK.max())
-        if low < 0 or high >= spec.num_experts:
-            raise UsageValueError(f"ids_TK: values from {low} to {high}, but should be in [0, {spec.num_experts})")
+        if low < -1 or high >= spec.num_choices:
+            raise UsageValueError(f"ids_TK: values from {low} to {high}, but should be in "
+                                  f"[0, {spec.num_choices}), or -1 for none")
 
 
 def check_router(weights: WeightSource, spec: MoESpec) -> None:
     """Whatever the spec's routing reads must be there."""
-    needed = {"router_EH": spec.router is not None,
-              "selection_bias_E": spec.router is not None and spec.router.selection_bias,
-              "shared_gate_SH": spec.shared is not None and spec.shared.gate == "sigmoid"}
+    router = spec.router
+    needed = {"router_EH": router is not None,
+              "router_bias_E": router is not None and router.logit_bias,
+              "selection_bias_E": router is not None and router.selection_bias is not None,
+              "weight_scale_E": router is not None and router.learned_scale is not None,
+              "shared_gate_SH": spec.shared is not None and spec.shared.num_gates > 0}
     raise_faults("weights", [f"{name} is missing, but the spec needs it"
                              for name, is_needed in needed.items() if is_needed and getattr(weights, name) is None])
 
 
 def check_logits(logits_TE: torch.Tensor, spec: MoESpec, num_tokens: int) -> None:
-    """Injected logits must be floating point and (T, E)."""
-    shape = (num_tokens, spec.num_experts)
+    """Injected logits must be floating point and (T, E + Z)."""
+    shape = (num_tokens, spec.num_choices)
     if tuple(logits_TE.shape) != shape:
         raise UsageValueError(f"logits_TE: shape {tuple(logits_TE.shape)}, but should be {shape}")
     if not logits_TE.dtype.is_floating_point:

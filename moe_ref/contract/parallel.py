@@ -63,11 +63,19 @@ class Placement:
 PLACEMENTS = {
     "w13_EGIH": Placement("colwise", input_dim=3, output_dim=2),
     "w2_EHI": Placement("rowwise", input_dim=2, output_dim=1),
+    "w13_bias_EGI": Placement("colwise", input_dim=None, output_dim=2),
+    "w2_bias_EH": Placement("rowwise", input_dim=None, output_dim=1),
     "router_EH": Placement("replicated", input_dim=1, output_dim=0),
+    "router_bias_E": Placement("replicated", input_dim=None, output_dim=0),
     "selection_bias_E": Placement("replicated", input_dim=None, output_dim=0),
+    "weight_scale_E": Placement("replicated", input_dim=None, output_dim=0),
     "shared_w13_GIH": Placement("colwise", input_dim=2, output_dim=1),
     "shared_w2_HI": Placement("rowwise", input_dim=1, output_dim=0),
+    "shared_w13_bias_GI": Placement("colwise", input_dim=None, output_dim=1),
+    "shared_w2_bias_H": Placement("rowwise", input_dim=None, output_dim=0),
     "shared_gate_SH": Placement("replicated", input_dim=1, output_dim=0),
+    "output_bias_H": Placement("replicated", input_dim=None, output_dim=0),
 }
 """Every parameter of MoEWeights. w13 is cut along I inside each half G: a cut of a merged 2I axis
-would give rank 0 nothing but gate rows."""
+would give rank 0 nothing but gate rows. A rowwise bias has no input features to cut: every rank holds it, and
+rank 0 alone adds it, since the partial sums of all ranks are added up."""

@@ -9,8 +9,9 @@ import torch
 class Routing:
     """Expert ids and weights per token and slot; a whole one can always be injected.
 
-    ids_TK: integer; an id outside [0, E) contributes nothing. weights_TK: floating point.
-    logits_TE: the scores the choice came from, if known. shared_TS: gate of the shared expert, S = 1.
+    ids_TK: integer; [0, E) are experts, [E, E + Z) identity experts; any other id, by convention -1 (dropped or
+    not local), contributes nothing and gets no gradient. weights_TK: floating point. logits_TE: x @ router^T plus
+    its bias, (T, E + Z), if known. shared_TS: weights of the shared expert's gates, if it has any.
     """
 
     ids_TK: torch.Tensor

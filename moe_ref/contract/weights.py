@@ -11,10 +11,12 @@ from moe_ref.contract.spec import MoESpec
 
 
 class ExpertWeights(NamedTuple):
-    """One expert's w13_GIH, G = (gate, up), and w2_HI."""
+    """One expert's w13_GIH, G = (gate, up) or (one projection), w2_HI, and their biases where it has them."""
 
     w13_GIH: torch.Tensor
     w2_HI: torch.Tensor
+    w13_bias_GI: torch.Tensor | None = None
+    w2_bias_H: torch.Tensor | None = None
 
 
 class WeightSource(Protocol):
@@ -23,39 +25,56 @@ class WeightSource(Protocol):
     @property
     def router_EH(self) -> torch.Tensor | None: ...
     @property
+    def router_bias_E(self) -> torch.Tensor | None: ...
+    @property
     def selection_bias_E(self) -> torch.Tensor | None: ...
     @property
+    def weight_scale_E(self) -> torch.Tensor | None: ...
+    @property
     def shared_gate_SH(self) -> torch.Tensor | None: ...
+    @property
+    def output_bias_H(self) -> torch.Tensor | None: ...
     def expert(self, e: int) -> ExpertWeights: ...
     def shared_expert(self) -> ExpertWeights | None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class MoEWeights:
-    """The tensors of one rank, canonical layout (E, out, in).
+    """The tensors of one rank, canonical layout (E, out, in); any strides.
 
-    w13_EGIH (E, 2, I, H); w2_EHI (E, H, I); router_EH (E, H); selection_bias_E (E,) fp32;
-    shared_w13_GIH (2, I_shared, H); shared_w2_HI (H, I_shared); shared_gate_SH (1, H).
-    With tensor parallelism I is the rank's own share.
+    w13_EGIH (E, G, I, H), G = 2 (gate, up) or 1; w2_EHI (E, H, I); w13_bias_EGI; w2_bias_EH;
+    router_EH (E + Z, H); router_bias_E and selection_bias_E (E + Z,); weight_scale_E (E,) or (1,);
+    shared_w13_GIH (G, I_shared, H); shared_w2_HI (H, I_shared); shared_w13_bias_GI; shared_w2_bias_H;
+    shared_gate_SH (S, H); output_bias_H (H,). With tensor parallelism I is the rank's own share. w2_bias_EH,
+    shared_w2_bias_H and output_bias_H are the same on every rank and are added by rank 0 alone.
     """
 
     w13_EGIH: torch.Tensor
     w2_EHI: torch.Tensor
+    w13_bias_EGI: torch.Tensor | None = None
+    w2_bias_EH: torch.Tensor | None = None
     router_EH: torch.Tensor | None = None
+    router_bias_E: torch.Tensor | None = None
     selection_bias_E: torch.Tensor | None = None
+    weight_scale_E: torch.Tensor | None = None
     shared_w13_GIH: torch.Tensor | None = None
     shared_w2_HI: torch.Tensor | None = None
+    shared_w13_bias_GI: torch.Tensor | None = None
+    shared_w2_bias_H: torch.Tensor | None = None
     shared_gate_SH: torch.Tensor | None = None
+    output_bias_H: torch.Tensor | None = None
 
     def expert(self, e: int) -> ExpertWeights:
         """Views of expert e."""
-        return ExpertWeights(self.w13_EGIH[e], self.w2_EHI[e])
+        return ExpertWeights(self.w13_EGIH[e], self.w2_EHI[e],
+                             None if self.w13_bias_EGI is None else self.w13_bias_EGI[e],
+                             None if self.w2_bias_EH is None else self.w2_bias_EH[e])
 
     def shared_expert(self) -> ExpertWeights | None:
         """Views of the shared expert, or None."""
         if self.shared_w13_GIH is None or self.shared_w2_HI is None:
             return None
-        return ExpertWeights(self.shared_w13_GIH, self.shared_w2_HI)
+        return ExpertWeights(self.shared_w13_GIH, self.shared_w2_HI, self.shared_w13_bias_GI, self.shared_w2_bias_H)
 
     def shard(self, parallel: Parallel, rank: int) -> "MoEWeights":
         """Contiguous copies of this rank's part of an unsharded set, by placement; replicated ones are shared."""
@@ -73,49 +92,99 @@ class MoEWeights:
         return [(name, tensor) for name, tensor in pairs if tensor is not None]
 
 
+WHOLE_PARAMETERS = ("router_EH", "router_bias_E", "selection_bias_E", "weight_scale_E", "shared_gate_SH",
+                    "output_bias_H")
+"""Parameters that belong to no expert and are the same on every rank."""
+
+KEPT_PRECISE = frozenset({"router_EH", "router_bias_E", "selection_bias_E", "weight_scale_E", "shared_gate_SH"})
+"""Parameters that may be in fp32 beside weights of another dtype, as released checkpoints keep them."""
+
+
 def parameter_shapes(spec: MoESpec, parallel: Parallel | None = None, rank: int = 0) -> dict[str, tuple[int, ...]]:
     """Shapes of every parameter of `spec` as `rank` holds it; unsharded without `parallel`."""
-    experts, hidden = spec.num_experts, spec.hidden_size
+    experts, hidden, router = spec.num_experts, spec.hidden_size, spec.router
     shapes: dict[str, tuple[int, ...]] = {
-        "w13_EGIH": (experts, 2, spec.intermediate_size, hidden),
-        "w2_EHI": (experts, hidden, spec.intermediate_size),
-    }
-    if spec.router:
-        shapes["router_EH"] = (experts, hidden)
-        if spec.router.selection_bias:
-            shapes["selection_bias_E"] = (experts,)
-    if spec.shared:
-        shapes["shared_w13_GIH"] = (2, spec.shared.intermediate_size, hidden)
-        shapes["shared_w2_HI"] = (hidden, spec.shared.intermediate_size)
-        if spec.shared.gate == "sigmoid":
-            shapes["shared_gate_SH"] = (1, hidden)
-    if parallel is None:
-        return shapes
-    sharded = {}
-    for name, shape in shapes.items():
-        dim = PLACEMENTS[name].shard_dim
-        if dim is not None:
-            start, stop = parallel.ranges(shape[dim])[rank]
-            shape = (*shape[:dim], stop - start, *shape[dim + 1:])
-        sharded[name] = shape
-    return sharded
+        f"{name[0]}_E{name[1]}": (experts, *shape)
+        for name, shape in _mlp_shapes(spec.experts.num_projections, spec.intermediate_size, hidden,
+                                       spec.experts.bias).items()}
+    if router:
+        shapes["router_EH"] = (router.num_choices, hidden)
+        if router.logit_bias:
+            shapes["router_bias_E"] = (router.num_choices,)
+        if router.selection_bias:
+            shapes["selection_bias_E"] = (router.num_choices,)
+        if router.learned_scale:
+            shapes["weight_scale_E"] = (experts if router.learned_scale == "expert" else 1,)
+    if shared := spec.shared:
+        shapes |= {f"shared_{name[0]}_{name[1]}": shape
+                   for name, shape in _mlp_shapes(shared.mlp.num_projections, shared.intermediate_size, hidden,
+                                                  shared.mlp.bias).items()}
+        if shared.num_gates:
+            shapes["shared_gate_SH"] = (shared.num_gates, hidden)
+    if spec.output_bias:
+        shapes["output_bias_H"] = (hidden,)
+    return shapes if parallel is None else {name: _cut(name, shape, parallel, rank) for name, shape in shapes.items()}
 
 
-def check_weights(weights: MoEWeights, spec: MoESpec, parallel: Parallel | None, rank: int) -> None:
-    """Raise with both numbers unless every tensor has the shape of this rank's shard and one dtype and device."""
-    held = dict(weights.named_tensors())
-    if (inner := held["w13_EGIH"].shape[2]) != (outer := held["w2_EHI"].shape[2]):
-        raise_faults("weights", [f"K mismatch: w13_EGIH makes an activation shard of {inner} columns, "
-                                 f"but the w2_EHI shard takes {outer}"])
+def _mlp_shapes(projections: int, intermediate: int, hidden: int,
+                bias: bool) -> dict[tuple[str, str], tuple[int, ...]]:
+    shapes: dict[tuple[str, str], tuple[int, ...]] = {("w13", "GIH"): (projections, intermediate, hidden),
+                                                      ("w2", "HI"): (hidden, intermediate)}
+    if bias:
+        shapes |= {("w13_bias", "GI"): (projections, intermediate), ("w2_bias", "H"): (hidden,)}
+    return shapes
+
+
+def _cut(name: str, shape: tuple[int, ...], parallel: Parallel, rank: int) -> tuple[int, ...]:
+    dim = PLACEMENTS[name].shard_dim
+    if dim is None:
+        return shape
+    start, stop = parallel.ranges(shape[dim])[rank]
+    return (*shape[:dim], stop - start, *shape[dim + 1:])
+
+
+def check_weights(weights: WeightSource, spec: MoESpec, parallel: Parallel | None, rank: int) -> None:
+    """Raise with both numbers unless every tensor has the shape of this rank's shard, its dtype and its device.
+
+    A source that yields experts one at a time is checked for what it holds beside them; its experts are
+    checked by check_expert when they are read.
+    """
     shapes = parameter_shapes(spec, parallel or Parallel(), rank)
+    if isinstance(weights, MoEWeights):
+        held = dict(weights.named_tensors())
+        if (inner := held["w13_EGIH"].shape[2]) != (outer := held["w2_EHI"].shape[2]):
+            raise_faults("weights", [f"K mismatch: w13_EGIH makes an activation shard of {inner} columns, "
+                                     f"but the w2_EHI shard takes {outer}"])
+    else:
+        held = {name: tensor for name in WHOLE_PARAMETERS if (tensor := getattr(weights, name)) is not None}
+        shapes = {name: shape for name, shape in shapes.items() if name in WHOLE_PARAMETERS}
     faults = [f"{name} is missing, but the spec needs {shape}" for name, shape in shapes.items() if name not in held]
     faults += [f"{name} is given, but the spec has no such parameter" for name in held if name not in shapes]
     faults += [f"{name}: shape {tuple(tensor.shape)}, but should be {shapes[name]}"
                for name, tensor in held.items() if name in shapes and tuple(tensor.shape) != shapes[name]]
     raise_faults(f"weights of rank {rank}", faults)
+    if isinstance(weights, MoEWeights):
+        _check_kinds(held)
+
+
+def _check_kinds(held: dict[str, torch.Tensor]) -> None:
     reference = held["w13_EGIH"]
     for name, tensor in held.items():
-        if name != "selection_bias_E" and tensor.dtype != reference.dtype:
-            raise UsageTypeError(f"{name}: dtype {tensor.dtype}, but should be {reference.dtype} as w13_EGIH")
+        allowed = {reference.dtype, torch.float32} if name in KEPT_PRECISE else {reference.dtype}
+        if tensor.dtype not in allowed:
+            also = " or torch.float32" if len(allowed) > 1 else ""
+            raise UsageTypeError(f"{name}: dtype {tensor.dtype}, but should be {reference.dtype}{also} as w13_EGIH")
         if tensor.device != reference.device:
             raise UsageTypeError(f"{name}: device {tensor.device}, but should be {reference.device} as w13_EGIH")
+
+
+def check_expert(expert: ExpertWeights, spec: MoESpec, parallel: Parallel, rank: int, e: int) -> ExpertWeights:
+    """The expert itself, after comparing its shapes with those of this rank's shard; for sources of single experts."""
+    shapes = parameter_shapes(spec, parallel, rank)
+    names = ("w13_EGIH", "w2_EHI", "w13_bias_EGI", "w2_bias_EH")
+    faults = [f"{name.replace('_E', '_', 1)}: shape {None if tensor is None else tuple(tensor.shape)}, "
+              f"but should be {shapes[name][1:] if name in shapes else None}"
+              for name, tensor in zip(names, expert, strict=True)
+              if (None if tensor is None else tuple(tensor.shape)) != (shapes[name][1:] if name in shapes else None)]
+    raise_faults(f"expert {e} of rank {rank}", faults)
+    return expert

@@ -11,12 +11,14 @@ from moe_ref.contract.case import Problem
 from moe_ref.contract.case_id import format_problem
 from moe_ref.contract.dtypes import TORCH_DTYPES
 from moe_ref.contract.parallel import PLACEMENTS, Parallel
+from moe_ref.contract.spec import MLP
 from moe_ref.contract.vocabulary import Data, Dtype
-from moe_ref.contract.weights import ExpertWeights, MoEWeights, parameter_shapes
+from moe_ref.contract.weights import WHOLE_PARAMETERS, ExpertWeights, MoEWeights, parameter_shapes
 from moe_ref.inputs.patterns import pattern_logits, pattern_selection_bias
 from moe_ref.inputs.philox import grid_tensor
 
 TOKEN_AMPLITUDE = WEIGHT_AMPLITUDE = 4.0
+BIAS_AMPLITUDE = 1.0
 OUTLIER_EVERY, OUTLIER_FACTOR, OUTLIER_DAMPING = 64, 64.0, 0.125
 
 
@@ -45,42 +47,70 @@ class GeneratedWeights:
             amplitude *= OUTLIER_DAMPING
         return grid_tensor(format_problem(self.problem), name, shape, self.problem.dtype, amplitude, index)
 
-    def _mlp(self, prefix: str, intermediate_size: int, index: int) -> ExpertWeights:
-        hidden = self.problem.spec.hidden_size
-        return ExpertWeights(self._draw(prefix + "w13", (2, intermediate_size, hidden), index, damped=True),
-                             self._draw(prefix + "w2", (hidden, intermediate_size), index))
+    def _small(self, name: str, amplitude: float, dtype: Dtype | None = None) -> torch.Tensor | None:
+        """A parameter that is no matrix, in [-amplitude, amplitude); None where the layer has none of that name."""
+        shape = parameter_shapes(self.problem.spec).get(name)
+        if shape is None:
+            return None
+        return grid_tensor(format_problem(self.problem), name.rpartition("_")[0], shape, dtype or self.problem.dtype,
+                           amplitude)
+
+    def _mlp(self, prefix: str, mlp: MLP, intermediate_size: int, index: int) -> ExpertWeights:
+        problem, hidden = self.problem, self.problem.spec.hidden_size
+        projections = mlp.num_projections
+        matrices = (self._draw(prefix + "w13", (projections, intermediate_size, hidden), index, damped=True),
+                    self._draw(prefix + "w2", (hidden, intermediate_size), index))
+        if not mlp.bias:
+            return ExpertWeights(*matrices)
+        name = format_problem(problem)
+        return ExpertWeights(
+            *matrices,
+            grid_tensor(name, prefix + "w13_bias", (projections, intermediate_size), problem.dtype, BIAS_AMPLITUDE,
+                        index),
+            grid_tensor(name, prefix + "w2_bias", (hidden,), problem.dtype, BIAS_AMPLITUDE, index))
 
     def expert(self, e: int) -> ExpertWeights:
         """Expert e, drawn anew at every call."""
-        return self._mlp("", self.problem.spec.intermediate_size, e)
+        return self._mlp("", self.problem.spec.experts, self.problem.spec.intermediate_size, e)
 
     def shared_expert(self) -> ExpertWeights | None:
         """The shared expert, or None."""
         shared = self.problem.spec.shared
-        return self._mlp("shared_", shared.intermediate_size, 0) if shared else None
+        return self._mlp("shared_", shared.mlp, shared.intermediate_size, 0) if shared else None
 
     @cached_property
     def router_EH(self) -> torch.Tensor | None:
         spec = self.problem.spec
         if spec.router is None:
             return None
-        return self._draw("router", (spec.num_experts, spec.hidden_size), damped=True)
+        return self._draw("router", (spec.num_choices, spec.hidden_size), damped=True)
+
+    @cached_property
+    def router_bias_E(self) -> torch.Tensor | None:
+        return self._small("router_bias_E", BIAS_AMPLITUDE)
 
     @cached_property
     def selection_bias_E(self) -> torch.Tensor | None:
         """fp32, in [-0.5, 0.5): negative selection scores occur."""
-        router = self.problem.spec.router
-        if router is None or not router.selection_bias:
-            return None
-        drawn = grid_tensor(format_problem(self.problem), "selection_bias", (router.num_experts,), Dtype.FP32, 0.5)
-        return pattern_selection_bias(self.problem, drawn)
+        drawn = self._small("selection_bias_E", 0.5, Dtype.FP32)
+        return None if drawn is None else pattern_selection_bias(self.problem, drawn)
+
+    @cached_property
+    def weight_scale_E(self) -> torch.Tensor | None:
+        """fp32, in [0.5, 1.5)."""
+        drawn = self._small("weight_scale_E", 0.5, Dtype.FP32)
+        return None if drawn is None else 1.0 + drawn
 
     @cached_property
     def shared_gate_SH(self) -> torch.Tensor | None:
         spec = self.problem.spec
-        if spec.shared is None or spec.shared.gate == "none":
+        if spec.shared is None or spec.shared.num_gates == 0:
             return None
-        return self._draw("shared_gate", (1, spec.hidden_size), damped=True)
+        return self._draw("shared_gate", (spec.shared.num_gates, spec.hidden_size), damped=True)
+
+    @cached_property
+    def output_bias_H(self) -> torch.Tensor | None:
+        return self._small("output_bias_H", BIAS_AMPLITUDE)
 
 
 @dataclass(frozen=True)
@@ -120,26 +150,32 @@ def build_shards(problem: Problem, parallel: Parallel, device: torch.device | st
     shards: list[dict[str, torch.Tensor]] = [
         {name: torch.empty(shape, **options) for name, shape in parameter_shapes(problem.spec, parallel, rank).items()}
         for rank in range(parallel.tp)]
-    for name in ("router_EH", "selection_bias_E", "shared_gate_SH"):
+    for name in WHOLE_PARAMETERS:
         tensor = getattr(weights, name)
         if tensor is not None:
             tensor = tensor.to(device)
             for shard in shards:
                 shard[name] = tensor
     if shared := weights.shared_expert():
-        _cut(shared, ("shared_w13_GIH", "shared_w2_HI"), shards, parallel, None)
+        names = ("shared_w13_GIH", "shared_w2_HI", "shared_w13_bias_GI", "shared_w2_bias_H")
+        _cut(shared, names, shards, parallel, None)
     for e in range(problem.spec.num_experts):
-        _cut(weights.expert(e), ("w13_EGIH", "w2_EHI"), shards, parallel, e)
+        _cut(weights.expert(e), ("w13_EGIH", "w2_EHI", "w13_bias_EGI", "w2_bias_EH"), shards, parallel, e)
         progress(e)
     return [MoEWeights(**shard) for shard in shards]
 
 
-def _cut(expert: ExpertWeights, names: tuple[str, str], shards: list[dict[str, torch.Tensor]], parallel: Parallel,
+def _cut(expert: ExpertWeights, names: tuple[str, ...], shards: list[dict[str, torch.Tensor]], parallel: Parallel,
          e: int | None) -> None:
     for name, tensor in zip(names, expert, strict=True):
+        if tensor is None:
+            continue
         dim = PLACEMENTS[name].shard_dim
-        assert dim is not None
-        dim -= e is not None
-        for shard, (start, stop) in zip(shards, parallel.ranges(tensor.shape[dim]), strict=True):
+        for rank, shard in enumerate(shards):
             target = shard[name] if e is None else shard[name][e]
-            target.copy_(tensor.narrow(dim, start, stop - start))
+            if dim is None:
+                target.copy_(tensor)
+                continue
+            expert_dim = dim - (e is not None)
+            start, stop = parallel.ranges(tensor.shape[expert_dim])[rank]
+            target.copy_(tensor.narrow(expert_dim, start, stop - start))

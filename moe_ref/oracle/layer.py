@@ -2,30 +2,35 @@
 
     for each expert e:
         rows = the (token, slot) pairs with ids[token, slot] == e
-        y[token] += weights[token, slot] * expert_e(x[token])
-    y += shared_gate * shared_expert(x)
+        y[token] += weights[token, slot] * expert_e(x[token])         (or expert_e(weights * x), Llama 4)
+    y += weights * x for identity experts;  y += shared_gate * shared_expert(x);  y += bias
     with tensor parallelism: w1, w3 are cut by output (colwise), w2 by input (rowwise), so y is a partial
-    sum on every rank, and one all-reduce completes it
+    sum on every rank, and one all-reduce completes it. What is not cut (identity experts, the biases of w2 and of
+    the output) is added by rank 0 alone.
     y += residual
+
+Everything is differentiable; moe_ref.oracle.backward has the same gradients written out.
 """
 
 import torch
 
 from moe_ref.contract.checks import check_groups, check_residual, check_routing, check_tokens
-from moe_ref.contract.comm import Groups
+from moe_ref.contract.comm import Comm, Groups
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Stage
-from moe_ref.contract.weights import MoEWeights, check_weights
+from moe_ref.contract.weights import WeightSource, check_expert, check_weights
 from moe_ref.oracle import expert as formula
-from moe_ref.oracle.router import route, shared_gate
+from moe_ref.oracle.collectives import enter, leave
+from moe_ref.oracle.router import route, shared_gates
+from moe_ref.oracle.rows import RoutedRows
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def moe(x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, parallel: Parallel | None = None,
+def moe(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, parallel: Parallel | None = None,
         groups: Groups | None = None, *, routing: Routing | None = None, logits_TE: torch.Tensor | None = None,
         residual_TH: torch.Tensor | None = None, trace: Trace | None = None,
         check: str = "metadata") -> torch.Tensor:
@@ -49,73 +54,77 @@ def moe(x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, parallel: Parall
     return y_TH
 
 
-def experts(x_TH: torch.Tensor, routing: Routing, weights: MoEWeights, spec: MoESpec,
+def experts(x_TH: torch.Tensor, routing: Routing, weights: WeightSource, spec: MoESpec,
             parallel: Parallel | None = None, groups: Groups | None = None, *, reduce: bool = True,
             trace: Trace | None = None, check: str = "metadata") -> torch.Tensor:
     """Experts, shared expert and weighted merge, (T, H) in fp64; reduce=False returns this rank's partial sum.
 
-    An id outside [0, E) contributes nothing; with check="values" it raises. The trace gets logits, ids,
-    weights, gate_up (T*K, 2, I), act (T*K, I), down (T*K, H), shared and merged (T, H).
+    An id outside [0, E + Z) contributes nothing; with check="values" one other than -1 raises. The trace gets
+    logits, ids, weights, gate_up (T*K, G, I), act (T*K, I), down (T*K, H), shared and merged (T, H).
     """
     check_tokens(x_TH, spec, DTYPES, "moe_ref")
     parallel, groups = check_groups(parallel, groups)
-    check_weights(weights, spec, parallel, groups.tp.rank)
+    rank = groups.tp.rank
+    check_weights(weights, spec, parallel, rank)
     check_routing(routing, spec, len(x_TH), check)
-    rows = _RoutedRows(x_TH, spec, weights.w13_EGIH.shape[2])
+    start, stop = parallel.ranges(spec.intermediate_size)[rank]
+    rows = RoutedRows(x_TH, spec, stop - start)
+    x64_TH, weights_TK = enter(x_TH.double(), groups.tp), enter(routing.weights_TK.double(), groups.tp)
     y_TH = torch.zeros(x_TH.shape, dtype=torch.float64, device=x_TH.device)
-    for e in range(spec.num_experts):
+    for e in range(spec.num_choices):
         token_R, slot_R = (routing.ids_TK == e).nonzero(as_tuple=True)
-        w13_GIH, w2_HI = weights.expert(e)
-        gate_up_RGI = formula.gate_up(x_TH[token_R], w13_GIH)
-        act_RI = formula.activate(gate_up_RGI, spec.experts)
-        down_RH = routing.weights_TK[token_R, slot_R, None].double() * formula.down(act_RI, w2_HI)
+        if len(token_R) == 0:
+            continue
+        w_R1 = weights_TK[token_R, slot_R, None]
+        if e >= spec.num_experts:  # an identity expert
+            down_RH = w_R1 * x64_TH[token_R] * (rank == 0)
+            stages: tuple[torch.Tensor, ...] = ()
+        else:
+            stages = _expert_rows(x64_TH[token_R], w_R1, weights, spec, parallel, groups.tp, e)
+            down_RH = stages[-1]
         y_TH.index_add_(0, token_R, down_RH)
-        rows.keep(trace, token_R * spec.top_k + slot_R, gate_up_RGI, act_RI, down_RH)
-    y_TH += _shared(x_TH, routing, weights, spec, trace)
+        rows.keep(trace, token_R * spec.top_k + slot_R, *(stages or (None, None, down_RH)))
+    y_TH = _merge_shared(y_TH, x_TH, x64_TH, routing, weights, spec, parallel, groups.tp, trace)
+    if weights.output_bias_H is not None:
+        y_TH = y_TH + enter(weights.output_bias_H.double(), groups.tp) * (rank == 0)
     rows.record(trace, routing, y_TH)
-    if reduce and groups.tp.size > 1:
-        y_TH = groups.tp.all_reduce(y_TH)
-    return y_TH
+    return leave(y_TH, groups.tp) if reduce else y_TH
 
 
-def _shared(x_TH: torch.Tensor, routing: Routing, weights: MoEWeights, spec: MoESpec,
-            trace: Trace | None) -> torch.Tensor:
-    shared = weights.shared_expert()
-    if spec.shared is None or shared is None:
-        return torch.zeros(x_TH.shape, dtype=torch.float64, device=x_TH.device)
-    act_TI = formula.activate(formula.gate_up(x_TH, shared.w13_GIH), spec.shared.mlp)
-    y_TH = formula.down(act_TI, shared.w2_HI)
-    gate_TS = routing.shared_TS if routing.shared_TS is not None else shared_gate(x_TH, weights)
-    if gate_TS is not None:
-        y_TH = y_TH * gate_TS.double()
+def _expert_rows(x_RH: torch.Tensor, w_R1: torch.Tensor, weights: WeightSource, spec: MoESpec, parallel: Parallel,
+                 tp: Comm, e: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """gate_up, act and weighted down rows of expert e."""
+    w13_GIH, w2_HI, w13_bias_GI, w2_bias_H = check_expert(weights.expert(e), spec, parallel, tp.rank, e)
+    on_input = spec.weight_on == "input"
+    gate_up_RGI = formula.gate_up(x_RH * w_R1 if on_input else x_RH, w13_GIH, w13_bias_GI)
+    act_RI = formula.activate(gate_up_RGI, spec.experts)
+    down_RH = formula.down(act_RI, w2_HI)
+    if w2_bias_H is not None:
+        down_RH = down_RH + enter(w2_bias_H.double(), tp) * (tp.rank == 0)
+    return gate_up_RGI, act_RI, down_RH if on_input else w_R1 * down_RH
+
+
+def _merge_shared(y_TH: torch.Tensor, x_TH: torch.Tensor, x64_TH: torch.Tensor, routing: Routing,
+                  weights: WeightSource, spec: MoESpec, parallel: Parallel, tp: Comm,
+                  trace: Trace | None) -> torch.Tensor:
+    """The routed sum plus the shared expert, or their mean."""
+    expert = weights.shared_expert()
+    if spec.shared is None or expert is None:
+        return y_TH
+    act_TI = formula.activate(formula.gate_up(x64_TH, expert.w13_GIH, expert.w13_bias_GI), spec.shared.mlp)
+    gate_TS = routing.shared_TS if routing.shared_TS is not None else shared_gates(x_TH, weights, spec)
+    gate_TS = None if gate_TS is None else enter(gate_TS.double(), tp)
+    if spec.shared.gate == "router":
+        assert gate_TS is not None
+        start, stop = parallel.ranges(spec.shared.intermediate_size)[tp.rank]
+        width = spec.shared.intermediate_size // spec.shared.num_experts
+        act_TI = act_TI * gate_TS.repeat_interleave(width, dim=1)[:, start:stop]
+    shared_TH = formula.down(act_TI, expert.w2_HI)
+    if expert.w2_bias_H is not None:
+        shared_TH = shared_TH + enter(expert.w2_bias_H.double(), tp) * (tp.rank == 0)
+    if spec.shared.gate == "sigmoid":
+        assert gate_TS is not None
+        shared_TH = shared_TH * gate_TS
     if trace is not None:
-        trace.record(Stage.SHARED, y_TH)
-    return y_TH
-
-
-class _RoutedRows:
-    """Routed rows in (token, slot) order for the trace; costs nothing without one."""
-
-    def __init__(self, x_TH: torch.Tensor, spec: MoESpec, intermediate: int) -> None:
-        self.num_rows, self.options = len(x_TH) * spec.top_k, {"dtype": torch.float64, "device": x_TH.device}
-        self.widths = {Stage.GATE_UP: (2, intermediate), Stage.ACT: (intermediate,), Stage.DOWN: (spec.hidden_size,)}
-        self.rows: dict[Stage, torch.Tensor] = {}
-
-    def keep(self, trace: Trace | None, index_R: torch.Tensor, *tensors: torch.Tensor) -> None:
-        if trace is None:
-            return
-        for (stage, width), tensor in zip(self.widths.items(), tensors, strict=True):
-            if stage not in self.rows:
-                self.rows[stage] = torch.zeros(self.num_rows, *width, **self.options)
-            self.rows[stage][index_R] = tensor
-
-    def record(self, trace: Trace | None, routing: Routing, merged_TH: torch.Tensor) -> None:
-        if trace is None:
-            return
-        if routing.logits_TE is not None:
-            trace.record(Stage.LOGITS, routing.logits_TE)
-        trace.record(Stage.IDS, routing.ids_TK)
-        trace.record(Stage.WEIGHTS, routing.weights_TK)
-        for stage, tensor in self.rows.items():
-            trace.record(stage, tensor)
-        trace.record(Stage.MERGED, merged_TH)
+        trace.record(Stage.SHARED, shared_TH)
+    return (y_TH + shared_TH) / 2 if spec.shared.merge == "mean" else y_TH + shared_TH

@@ -1,7 +1,12 @@
 """The oracle as an nn.Module, and what it declares of itself as a subject."""
 
+from typing import get_args
+
 from moe_ref.contract.capabilities import Capabilities, Numerics
+from moe_ref.contract.features import Feature
 from moe_ref.contract.module import LayerModule
+from moe_ref.contract.router_spec import Score
+from moe_ref.contract.spec import Activation
 from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Stage
 from moe_ref.oracle.layer import moe
 
@@ -19,6 +24,6 @@ CAPABILITIES = Capabilities(
     name="moe_ref", version="0.1.0",
     numerics={dtype: Numerics(storage=dict.fromkeys(_STORED, Format.FP64), accumulate=Format.FP64,
                               reduce=Format.FP64) for dtype in Dtype},
-    stages=(*_STORED, Stage.IDS), activations=("silu", "gelu", "gelu_tanh"), scores=("softmax", "sigmoid"),
-    grouped_routing=True, selection_bias=True, shared_expert=True, dense=True, residual=True, max_tp=64,
-    ranks=tuple(Ranks), deterministic=True, equal_ranks=True, lower_id_ties=True, collectives_through_groups=True)
+    stages=(*_STORED, Stage.IDS), activations=get_args(Activation), scores=get_args(Score), features=tuple(Feature),
+    max_tp=64, ranks=tuple(Ranks), deterministic=True, equal_ranks=True, lower_id_ties=True,
+    collectives_through_groups=True)

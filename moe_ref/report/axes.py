@@ -35,7 +35,7 @@ def case_axes(text: str) -> dict[str, str]:
             "data": str(problem.data), "activation": spec.experts.activation,
             "score": router.score if router else "no router"}
     if router:
-        axes |= {"renormalize": yes_no[router.renormalize], "selection bias": yes_no[router.selection_bias],
+        axes |= {"renormalize": yes_no[router.renormalize], "selection bias": yes_no[router.selection_bias is not None],
                  "expert groups": f"{router.num_groups_kept} of {router.num_groups}"}
     shared = "none" if spec.shared is None else "gated" if spec.shared.gate == "sigmoid" else "plain"
     axes |= {"shared expert": shared, "residual": yes_no[problem.residual], "model": problem.model or "none",

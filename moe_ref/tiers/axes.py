@@ -93,7 +93,7 @@ def _router(kind: object, shape: Shape) -> Router | None:
     if kind in ("softmax", "softmax-norm"):
         return plain
     if kind == "sigmoid-norm-bias":
-        return replace(plain, score="sigmoid", selection_bias=True)
+        return replace(plain, score="sigmoid", selection_bias="score")
     groups = next((n for n in (4, 3, 2) if shape.num_experts % n == 0 and shape.num_experts // n > 1), None)
     if groups is None:
         raise UsageValueError(f"{shape.num_experts} experts form no groups")
@@ -102,5 +102,5 @@ def _router(kind: object, shape: Shape) -> Router | None:
     grouped = replace(plain, num_groups=groups, num_groups_kept=kept)
     if kind == "softmax-groups":
         return replace(grouped, scaling_factor=16.0)
-    return replace(grouped, score="sigmoid", selection_bias=True, group_score="top2_sum", renormalize=True,
+    return replace(grouped, score="sigmoid", selection_bias="score", group_score="top2_sum", renormalize=True,
                    renormalize_epsilon=1e-20, scaling_factor=2.5)

@@ -55,7 +55,7 @@ def measure_routing(inputs: Inputs, ranks: list[RankTensors], numerics: Numerics
         stages.append(meter.result())
     truth = _Scores(logits_TE, bound_TE, inputs, model)
     if Stage.IDS not in ranks[0]:
-        ids_TK = top_ids(grouped_selection_score(truth.score_TE, inputs.weights.selection_bias_E, spec.router),
+        ids_TK = top_ids(grouped_selection_score(truth.score_TE, truth.logits_TE, truth.bias_E, spec.router),
                          spec.router.top_k)
         followed = truth.follow(ids_TK, truth.choice().unambiguous_T, numerics.storage.get(Stage.WEIGHTS))
         return RoutingMeasure(stages, followed)
@@ -121,7 +121,7 @@ class _Scores:
         """Weights of the chosen experts and their bound; a slot with an id out of range has weight 0."""
         in_range = (ids_TK >= 0) & (ids_TK < self.router.num_experts)
         safe_TK = torch.where(in_range, ids_TK, 0).long()
-        weights_TK = weigh(self.score_TE.gather(1, safe_TK), self.router)
+        weights_TK = weigh(self.score_TE, safe_TK, self.router)[1]
         units_TK = self.model.weight_units(self.relative_TE.gather(1, safe_TK), self.router)
         bound_TK = weights_TK * units_TK + FLUSH * self.router.scaling_factor
         return torch.where(in_range, weights_TK, 0.0), torch.where(in_range, bound_TK, 0.0)
@@ -169,7 +169,9 @@ def _ids_result(spec: MoESpec, ranks: list[RankTensors], bad: dict[int, torch.Te
     tokens = torch.stack(list(bad.values())).any(0).nonzero().flatten().tolist()
     rank, token = min(bad), int(bad[min(bad)].nonzero()[0, 0])
     assert spec.router is not None
-    want = top_ids(grouped_selection_score(truth.score_TE[token:token + 1], truth.bias_E, spec.router), spec.top_k)[0]
+    one = slice(token, token + 1)
+    selection_1E = grouped_selection_score(truth.score_TE[one], truth.logits_TE[one], truth.bias_E, spec.router)
+    want = top_ids(selection_1E, spec.top_k)[0]
     got = ranks[rank][Stage.IDS][token].tolist()
     notes.add(f"token {token} took experts {got}, the oracle takes {want.tolist()}")
     worst = Worst(rank=rank, token=token, got=float(got[0]), want=float(want[0]), allowed=0.0)

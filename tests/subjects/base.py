@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from moe_ref.contract.capabilities import Capabilities, Numerics
 from moe_ref.contract.comm import Groups
 from moe_ref.contract.dtypes import TORCH_DTYPES
+from moe_ref.contract.features import Feature
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.spec import MLP, MoESpec, Router
 from moe_ref.contract.trace import Trace
@@ -84,7 +85,7 @@ class TorchMoE:
         self.CAPABILITIES = Capabilities(
             name=type(self).__name__, version="1", numerics={dtype: numerics(dtype) for dtype in Dtype},
             stages=self.shows, activations=("silu", "gelu", "gelu_tanh"), scores=("softmax", "sigmoid"),
-            grouped_routing=True, selection_bias=True, shared_expert=True, dense=True, residual=True,
+            features=(Feature.DENSE, Feature.GROUPS, Feature.SELECTION_BIAS, Feature.SHARED_EXPERT, Feature.RESIDUAL),
             max_tp=64, ranks=(Ranks.LOCAL, Ranks.GLOO), devices=("cpu",), **self.promises)  # pyrefly: ignore
 
     def moe(self, x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, parallel: Parallel | None = None,
@@ -165,7 +166,7 @@ class TorchMoE:
         for expert in range(call.spec.num_experts):
             token_R, slot_R = (ids_TK == expert).nonzero(as_tuple=True)
             row_R = token_R * ids_TK.shape[1] + slot_R
-            w13_GIH, w2_HI = call.weights.expert(expert)
+            w13_GIH, w2_HI, _, _ = call.weights.expert(expert)
             gate_up = self.gate_up(call, call.x_TH[token_R], w13_GIH, expert)
             gate_up_RGI[row_R] = call.round(Stage.GATE_UP, gate_up).float()
             act = self.activate(*gate_up_RGI[row_R].unbind(1), call.spec.experts)
@@ -192,7 +193,7 @@ class TorchMoE:
 
     def shared_rows(self, call: Call) -> torch.Tensor:
         """The shared expert times its gate, (T, H)."""
-        w13_GIH, w2_HI = call.weights.shared_expert()
+        w13_GIH, w2_HI, _, _ = call.weights.shared_expert()
         gate_up = call.round(Stage.GATE_UP, self.gate_up(call, call.x_TH, w13_GIH, -1)).float()
         act_TI = call.round(Stage.ACT, self.activate(*gate_up.unbind(1), call.spec.shared.mlp))
         shared_TH = self.down(call, act_TI, w2_HI, -1)

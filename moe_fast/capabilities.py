@@ -1,0 +1,29 @@
+"""What the fast layer declares of itself, and the check that a spec is within it."""
+
+from moe_ref.contract.capabilities import Capabilities, Numerics
+from moe_ref.contract.errors import raise_faults
+from moe_ref.contract.features import Feature
+from moe_ref.contract.spec import MoESpec
+from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Stage
+
+
+def _numerics(dtype: Dtype) -> Numerics:
+    """fp32 router and accumulators; rows and partial sums between ranks in the model's dtype."""
+    stored = Format(dtype.value)
+    rows = dict.fromkeys((Stage.ACT, Stage.DOWN, Stage.SHARED, Stage.MERGED, Stage.REDUCED), stored)
+    return Numerics(storage={Stage.LOGITS: Format.FP32, Stage.WEIGHTS: Format.FP32, **rows}, reduce=stored)
+
+
+CAPABILITIES = Capabilities(
+    name="moe_fast", version="0.1.0", numerics={dtype: _numerics(dtype) for dtype in Dtype},
+    stages=(Stage.LOGITS, Stage.IDS, Stage.WEIGHTS, Stage.ACT, Stage.DOWN, Stage.SHARED, Stage.MERGED,
+            Stage.REDUCED),
+    activations=("silu", "gelu", "gelu_tanh"), scores=("softmax", "sigmoid"),
+    features=(Feature.DENSE, Feature.GROUPS, Feature.SELECTION_BIAS, Feature.SHARED_EXPERT, Feature.RESIDUAL),
+    max_tp=64, ranks=tuple(Ranks),
+    deterministic=True, equal_ranks=True, lower_id_ties=True, collectives_through_groups=True)
+
+
+def check_supported(spec: MoESpec) -> None:
+    """Raise UsageValueError that names everything in `spec` that no kernel here computes."""
+    raise_faults("moe_fast", [f"{reason} is not implemented" for reason in CAPABILITIES.refused_mathematics(spec)])
