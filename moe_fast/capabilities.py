@@ -1,5 +1,7 @@
 """What the fast layer declares of itself, and the check that a spec is within it."""
 
+from functools import cache
+
 from moe_ref.contract.capabilities import Capabilities, Numerics
 from moe_ref.contract.errors import raise_faults
 from moe_ref.contract.features import Feature
@@ -24,6 +26,7 @@ CAPABILITIES = Capabilities(
     deterministic=True, equal_ranks=True, lower_id_ties=True, collectives_through_groups=True)
 
 
+@cache
 def check_supported(spec: MoESpec) -> None:
     """Raise UsageValueError that names everything in `spec` that no kernel here computes."""
     raise_faults("moe_fast", [f"{reason} is not implemented" for reason in CAPABILITIES.refused_mathematics(spec)])

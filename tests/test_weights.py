@@ -1,16 +1,17 @@
 """Protects weights and their shards: pieces reassemble bit by bit, and a wrong shard is told both numbers."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import moe_ref
 from moe_ref.contract.errors import UsageTypeError, UsageValueError
 from moe_ref.contract.parallel import PLACEMENTS, Parallel
-from moe_ref.contract.spec import MoESpec, Router, SharedExpert
-from moe_ref.contract.weights import MoEWeights, check_weights, parameter_shapes
+from moe_ref.contract.spec import MLP, MoESpec, Router, SharedExpert
+from moe_ref.contract.weights import MoEWeights, check_expert, check_weights, parameter_shapes
 
 SPEC = MoESpec(hidden_size=6, intermediate_size=10,
                router=Router(num_experts=3, top_k=2, score="sigmoid", selection_bias="score"),
@@ -23,6 +24,26 @@ def numbered(spec: MoESpec) -> MoEWeights:
                          for name, shape in parameter_shapes(spec).items()})
 
 
+EVERYTHING = MoESpec(
+    hidden_size=6, intermediate_size=10, experts=MLP(bias=True), output_bias=True,
+    router=Router(num_experts=3, top_k=2, score="sigmoid", logit_bias=True, selection_bias="score", num_zero_experts=2,
+                  learned_scale="layer"),
+    shared=SharedExpert(intermediate_size=7, mlp=MLP(gated=False, activation="relu", bias=True), gate="sigmoid"))
+"""A layer with every parameter there is."""
+
+
+class OneAtATime:
+    """A source that yields single experts, as a checkpoint does; attributes are those of the tensors behind it."""
+
+    def __init__(self, weights: MoEWeights) -> None:
+        self._weights = weights
+
+    def __getattr__(self, name: str) -> object:
+        if name in ("w13_EGIH", "w2_EHI"):
+            raise AttributeError(name)
+        return getattr(self._weights, name)
+
+
 degrees = st.integers(1, 12)
 parallels = degrees.flatmap(lambda tp: st.builds(Parallel, tp=st.just(tp), splits=st.none() | st.lists(
     st.integers(1, 9), min_size=tp, max_size=tp).map(tuple)))
@@ -32,8 +53,8 @@ parallels = degrees.flatmap(lambda tp: st.builds(Parallel, tp=st.just(tp), split
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_shards_reassemble(parallel: Parallel) -> None:
     """Put side by side in rank order, the shards are the whole tensor; replicated ones are whole on each rank."""
-    whole = dict(numbered(SPEC).named_tensors())
-    shards = [dict(numbered(SPEC).shard(parallel, rank).named_tensors()) for rank in range(parallel.tp)]
+    whole = dict(numbered(EVERYTHING).named_tensors())
+    shards = [dict(numbered(EVERYTHING).shard(parallel, rank).named_tensors()) for rank in range(parallel.tp)]
     for name, tensor in whole.items():
         dim, parts = PLACEMENTS[name].shard_dim, [shard[name] for shard in shards]
         if dim is None:
@@ -43,15 +64,20 @@ def test_shards_reassemble(parallel: Parallel) -> None:
             assert all(part.is_contiguous() for part in parts)
 
 
+def test_the_example_has_every_parameter() -> None:
+    """A parameter added later must enter the tests of shards."""
+    assert set(dict(numbered(EVERYTHING).named_tensors())) == {field.name for field in fields(MoEWeights)}
+
+
 @given(parallels)
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_shapes_agree_with_shards(parallel: Parallel) -> None:
     """What a rank allocates is what it is handed, for every parameter; the check accepts exactly that."""
     for rank in range(parallel.tp):
-        shard = numbered(SPEC).shard(parallel, rank)
+        shard = numbered(EVERYTHING).shard(parallel, rank)
         shapes = {name: tuple(tensor.shape) for name, tensor in shard.named_tensors()}
-        assert shapes == parameter_shapes(SPEC, parallel, rank)
-        check_weights(shard, SPEC, parallel, rank)
+        assert shapes == parameter_shapes(EVERYTHING, parallel, rank)
+        check_weights(shard, EVERYTHING, parallel, rank)
 
 
 def test_each_rank_gets_gate_and_up() -> None:
@@ -119,3 +145,27 @@ def test_experts_are_views() -> None:
     assert weights.expert(2).w13_GIH.data_ptr() == weights.w13_EGIH[2].data_ptr()
     assert weights.shared_expert().w2_HI is weights.shared_w2_HI
     assert numbered(MoESpec(hidden_size=2, intermediate_size=2)).shared_expert() is None
+
+
+def test_a_layer_loads_its_shard_from_any_source() -> None:
+    """Whole tensors, single experts, and a source that is the rank's shard already: the same parameters."""
+    whole, parallel = numbered(EVERYTHING), Parallel(tp=3, splits=(3, 1, 2))
+
+    def body(comm: moe_ref.LocalComm) -> None:
+        shard = whole.shard(parallel, comm.rank)
+        for source, sharded in ((whole, False), (OneAtATime(whole), False), (OneAtATime(shard), True)):
+            layer = moe_ref.MoELayer(EVERYTHING, parallel, moe_ref.Groups(tp=comm))
+            layer.load_weights(source, sharded=sharded)
+            for name, tensor in shard.named_tensors():
+                assert torch.equal(getattr(layer, name), tensor), name
+
+    moe_ref.run_virtual_ranks(parallel.tp, body)
+
+
+def test_an_expert_of_the_wrong_shape_is_named_when_it_is_read() -> None:
+    """A source of single experts is checked expert by expert; w2 of expert 2 comes unsharded, its bias not at all."""
+    whole, parallel = numbered(EVERYTHING), Parallel(tp=2)
+    expert = whole.shard(parallel, 1).expert(2)._replace(w2_HI=whole.w2_EHI[2], w2_bias_H=None)
+    with pytest.raises(UsageValueError, match=r"expert 2 of rank 1: w2_HI: shape \(6, 10\), but should be \(6, 5\); "
+                                              r"w2_bias_H: shape None, but should be \(6,\)"):
+        check_expert(expert, EVERYTHING, parallel, 1, 2)

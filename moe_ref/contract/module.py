@@ -11,7 +11,17 @@ from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.trace import Trace
-from moe_ref.contract.weights import MoEWeights, parameter_shapes
+from moe_ref.contract.weights import (
+    EXPERT_PARAMETERS,
+    SHARED_PARAMETERS,
+    WHOLE_PARAMETERS,
+    MoEWeights,
+    WeightSource,
+    check_expert,
+    check_weights,
+    parameter_shapes,
+    rank_part,
+)
 
 
 class LayerModule(torch.nn.Module):
@@ -42,10 +52,32 @@ class LayerModule(torch.nn.Module):
         return MoEWeights(**{name: getattr(self, name) for name in parameter_shapes(self.spec)})
 
     @torch.no_grad()
-    def load_weights(self, weights: MoEWeights) -> None:
-        """Copy an unsharded set into this rank's shard."""
-        for name, tensor in weights.shard(self.parallel, self.groups.tp.rank).named_tensors():
-            getattr(self, name).copy_(tensor)
+    def load_weights(self, weights: WeightSource, *, sharded: bool = False) -> None:
+        """Copy weights into this rank's parameters, one expert at a time.
+
+        Unsharded weights are cut on the way; sharded=True: the source already is this rank's shard, as a
+        checkpoint opened for it. Raises UsageValueError on shapes that do not fit.
+        """
+        unsharded, rank = Parallel(), self.groups.tp.rank
+        parallel = self.parallel if sharded else unsharded
+        check_weights(weights, self.spec, parallel, rank if sharded else 0)
+
+        def copy(name: str, tensor: torch.Tensor, e: int | None = None) -> None:
+            part = tensor if sharded else rank_part(name, tensor, self.parallel, rank)
+            target = getattr(self, name)
+            (target if e is None else target[e]).copy_(part)
+
+        for name in WHOLE_PARAMETERS:
+            if (tensor := getattr(weights, name)) is not None:
+                copy(name, tensor)
+        for name, tensor in zip(SHARED_PARAMETERS, weights.shared_expert() or (), strict=False):
+            if tensor is not None:
+                copy(name, tensor)
+        for e in range(self.spec.num_experts):
+            expert = check_expert(weights.expert(e), self.spec, parallel, rank if sharded else 0, e)
+            for name, tensor in zip(EXPERT_PARAMETERS, expert, strict=True):
+                if tensor is not None:
+                    copy(name, tensor, e)
 
     def forward(self, x_TH: torch.Tensor, residual_TH: torch.Tensor | None = None, *,
                 trace: Trace | None = None) -> torch.Tensor:

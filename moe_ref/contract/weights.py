@@ -78,13 +78,8 @@ class MoEWeights:
 
     def shard(self, parallel: Parallel, rank: int) -> "MoEWeights":
         """Contiguous copies of this rank's part of an unsharded set, by placement; replicated ones are shared."""
-        parts = {}
-        for name, tensor in self.named_tensors():
-            dim = PLACEMENTS[name].shard_dim
-            if dim is not None:
-                start, stop = parallel.ranges(tensor.shape[dim])[rank]
-                parts[name] = tensor.narrow(dim, start, stop - start).contiguous()
-        return replace(self, **parts)
+        return replace(self, **{name: rank_part(name, tensor, parallel, rank).contiguous()
+                                for name, tensor in self.named_tensors() if PLACEMENTS[name].shard_dim is not None})
 
     def named_tensors(self) -> list[tuple[str, torch.Tensor]]:
         """The parameters that are present, by field name."""
@@ -92,12 +87,26 @@ class MoEWeights:
         return [(name, tensor) for name, tensor in pairs if tensor is not None]
 
 
+EXPERT_PARAMETERS = ("w13_EGIH", "w2_EHI", "w13_bias_EGI", "w2_bias_EH")
+SHARED_PARAMETERS = ("shared_w13_GIH", "shared_w2_HI", "shared_w13_bias_GI", "shared_w2_bias_H")
+"""Names of MoEWeights' fields in the order of ExpertWeights."""
+
 WHOLE_PARAMETERS = ("router_EH", "router_bias_E", "selection_bias_E", "weight_scale_E", "shared_gate_SH",
                     "output_bias_H")
 """Parameters that belong to no expert and are the same on every rank."""
 
 KEPT_PRECISE = frozenset({"router_EH", "router_bias_E", "selection_bias_E", "weight_scale_E", "shared_gate_SH"})
 """Parameters that may be in fp32 beside weights of another dtype, as released checkpoints keep them."""
+
+
+def rank_part(name: str, tensor: torch.Tensor, parallel: Parallel, rank: int) -> torch.Tensor:
+    """View of what `rank` holds of an unsharded parameter; of one expert's part of it where the axis E is missing."""
+    dim = PLACEMENTS[name].shard_dim
+    if dim is None:
+        return tensor
+    dim -= len(name.rpartition("_")[2]) - tensor.dim()
+    start, stop = parallel.ranges(tensor.shape[dim])[rank]
+    return tensor.narrow(dim, start, stop - start)
 
 
 def parameter_shapes(spec: MoESpec, parallel: Parallel | None = None, rank: int = 0) -> dict[str, tuple[int, ...]]:
@@ -181,10 +190,9 @@ def _check_kinds(held: dict[str, torch.Tensor]) -> None:
 def check_expert(expert: ExpertWeights, spec: MoESpec, parallel: Parallel, rank: int, e: int) -> ExpertWeights:
     """The expert itself, after comparing its shapes with those of this rank's shard; for sources of single experts."""
     shapes = parameter_shapes(spec, parallel, rank)
-    names = ("w13_EGIH", "w2_EHI", "w13_bias_EGI", "w2_bias_EH")
     faults = [f"{name.replace('_E', '_', 1)}: shape {None if tensor is None else tuple(tensor.shape)}, "
               f"but should be {shapes[name][1:] if name in shapes else None}"
-              for name, tensor in zip(names, expert, strict=True)
+              for name, tensor in zip(EXPERT_PARAMETERS, expert, strict=True)
               if (None if tensor is None else tuple(tensor.shape)) != (shapes[name][1:] if name in shapes else None)]
     raise_faults(f"expert {e} of rank {rank}", faults)
     return expert

@@ -1,0 +1,30 @@
+"""In which dtype released code computes each step: rounding points that never change the result in real arithmetic."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+At = Literal["model", "fp32"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleasedNumerics:
+    """Rounding points of a family's published implementation; "model" is the dtype of tokens and weights.
+
+    logits:       x @ router^T; fp32: tokens and router are converted first
+    score:        softmax, sigmoid, and the renormalisation of weights
+    weight:       the routing weights as the experts receive them
+    score_after_selection: scores are computed from the selected logits only
+    scale_on:     scaling_factor multiplies the "weights", or the "output" of the routed experts
+    activation:   model: every elementwise step of the activation is rounded; fp32: one rounding at its end
+    weight_at:    the routing weight multiplies the expert's output ("down") or its activation ("act")
+    merge:        the running sum over experts is kept in this dtype
+    """
+
+    logits: At = "model"
+    score: At = "fp32"
+    weight: At = "fp32"
+    score_after_selection: bool = False
+    scale_on: Literal["weights", "output"] = "weights"
+    activation: At = "model"
+    weight_at: Literal["down", "act"] = "down"
+    merge: At = "model"
