@@ -30,6 +30,8 @@ from moe_ref.models.registry import find_model
 from moe_ref.oracle.gauges import routed_with_gauges
 
 MODEL, TOKENS, REPETITIONS = "mixtral.8x7b", (32, 256, 2048), 3
+LONG_ENOUGH_S = 60.0
+"""Calls this slow repeat well; no further turn is taken."""
 LOOP_LIMIT, GAUGES_LIMIT, MANY_TOKENS = 1.3, 3.0, 2048
 STREAMED, STREAM_TOKENS, STREAM_LIMIT_GIB = "deepseek.v3", 32, 6.0
 GIB = 2.0**30
@@ -78,7 +80,10 @@ def time_loop(num_tokens: int, repetitions: int) -> dict[str, float]:
     weights, routing = mixtral_weights(spec), balanced_routing(num_tokens, spec.num_experts, spec.top_k)
     x_TH = torch.randn(num_tokens, spec.hidden_size, generator=torch.Generator().manual_seed(1)).bfloat16()
     times: dict[str, list[float]] = {"loop": [], "upcasts": [], "products": [], "gauges": []}
-    for _ in range(repetitions):  # in turns, so that a slow moment of the machine does not fall on one of them
+    began = time.perf_counter()
+    for turn in range(repetitions):  # in turns, so that a slow moment of the machine does not fall on one of them
+        if turn and time.perf_counter() - began > LONG_ENOUGH_S:
+            break
         times["loop"].append(seconds(lambda: moe_ref.experts(x_TH, routing, weights, spec)))
         times["upcasts"].append(products(x_TH, routing, weights, upcast=True))
         times["products"].append(products(x_TH, routing, weights, upcast=False))

@@ -41,6 +41,12 @@ def check_routing(routing: Routing, spec: MoESpec, num_tokens: int, check: str) 
     faults = [f"{name}: shape {tuple(tensor.shape)}, but should be {shape}"
               for name, tensor in (("ids_TK", routing.ids_TK), ("weights_TK", routing.weights_TK))
               if tuple(tensor.shape) != shape]
+    gates = spec.shared.num_gates if spec.shared else 0
+    if routing.shared_TS is not None and tuple(routing.shared_TS.shape) != (num_tokens, gates):
+        faults.append(f"shared_TS: shape {tuple(routing.shared_TS.shape)}, but should be {(num_tokens, gates)}")
+    if routing.shared_TS is None and spec.shared is not None and spec.shared.gate == "router":
+        faults.append(f"shared_TS is missing, but shared.gate='router' needs {(num_tokens, gates)}: the weights of "
+                      "shared experts depend on the choice")
     raise_faults("routing", faults)
     if routing.ids_TK.dtype not in (torch.int32, torch.int64):
         raise UsageTypeError(f"ids_TK: dtype {routing.ids_TK.dtype}, but should be torch.int32 or torch.int64")

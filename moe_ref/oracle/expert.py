@@ -14,7 +14,7 @@ from moe_ref.contract.spec import MLP
 
 def gate_up(x_RH: torch.Tensor, w13_GIH: torch.Tensor, bias_GI: torch.Tensor | None = None) -> torch.Tensor:
     """Both projections of R rows, (R, G, I), in fp64."""
-    gate_up_RGI = (x_RH.double() @ w13_GIH.double().flatten(0, 1).T).unflatten(1, w13_GIH.shape[:2])
+    gate_up_RGI = (x_RH.double() @ _packed(w13_GIH).flatten(0, 1).T).unflatten(1, w13_GIH.shape[:2])
     return gate_up_RGI if bias_GI is None else gate_up_RGI + bias_GI.double()
 
 
@@ -59,4 +59,10 @@ def softcap(value: torch.Tensor, cap: float) -> torch.Tensor:
 
 def down(act_RI: torch.Tensor, w2_HI: torch.Tensor) -> torch.Tensor:
     """Back to the model width, (R, H), in fp64; the bias is added by the caller, once for all ranks."""
-    return act_RI.double() @ w2_HI.double().T
+    return act_RI.double() @ _packed(w2_HI).T
+
+
+def _packed(weight: torch.Tensor) -> torch.Tensor:
+    """In fp64 and contiguous: BLAS sums in another order for other strides, and the layout of the weights must not
+    show in the result."""
+    return weight.to(torch.float64, memory_format=torch.contiguous_format).contiguous()

@@ -8,7 +8,6 @@
 """
 
 import torch
-import torch.nn.functional as F
 
 from moe_ref.contract.checks import check_logits, check_router
 from moe_ref.contract.routing import Routing
@@ -74,7 +73,7 @@ def score(logits_TE: torch.Tensor, router: Router) -> torch.Tensor:
     logits_TE = capped(logits_TE, router)
     if router.score == "softmax":
         return torch.softmax(logits_TE, dim=-1)
-    return sigmoid(logits_TE) if router.score == "sigmoid" else torch.sqrt(F.softplus(logits_TE, threshold=100.0))
+    return sigmoid(logits_TE) if router.score == "sigmoid" else torch.sqrt(softplus(logits_TE))
 
 
 def capped(logits_TE: torch.Tensor, router: Router) -> torch.Tensor:
@@ -89,6 +88,11 @@ def sigmoid(logits: torch.Tensor) -> torch.Tensor:
     """1 / (1 + exp(-l)), written out: torch.sigmoid rounds equal logits differently in vector body and remainder
     of a CPU tensor (seen in torch 2.13), which would break exact ties by position in memory."""
     return 1 / (1 + torch.exp(-logits))
+
+
+def softplus(logits: torch.Tensor) -> torch.Tensor:
+    """log(1 + exp(l)), l itself above 100; written out because F.softplus rounds by position, like torch.sigmoid."""
+    return torch.where(logits > 100.0, logits, torch.log1p(torch.exp(logits.clamp(max=100.0))))
 
 
 def selection_score(score_TE: torch.Tensor, logits_TE: torch.Tensor, selection_bias_E: torch.Tensor | None,
@@ -131,8 +135,9 @@ def weigh(score_TE: torch.Tensor, ids_TK: torch.Tensor, router: Router, weight_s
     ranked_TK = score_TK if after else score_TK / _denominator(score_TK, shared_TS, router)
     kept_TK = kept_slots(ids_TK, ranked_TK.detach(), router)
     sum_T1 = _denominator(score_TK * kept_TK if after else score_TK, shared_TS, router)
-    # A token whose every slot was dropped has no sum to divide by; its weights are 0 anyway.
-    sum_T1 = torch.where(kept_TK.any(-1, keepdim=True), sum_T1, 1.0)
+    if shared_TS is None:
+        # A token whose every slot was dropped may have no sum to divide by; its weights are 0 anyway.
+        sum_T1 = torch.where(kept_TK.any(-1, keepdim=True), sum_T1, 1.0)
     scale = router.scaling_factor * _learned_scale(weight_scale_E, ids_TK, router)
     weights_TK = torch.where(kept_TK, score_TK / sum_T1 * scale, 0.0)
     if shared_TS is not None:
