@@ -40,6 +40,7 @@ COMMANDS = {
     "malformed case id": (["replay", "v1-T9.H64", "--impl", "moe_fast"], "case id 'v1-T9.H64'"),
     "misspelt word": (["show", "v1-T9.H64.I48-fp32-gleu"], "unknown word 'gleu'"),
     "unknown model": (["show", "v1-mixtral.9x9b.T4-bf16"], "unknown model 'mixtral.9x9b'"),
+    "a model misspelt": (["show", "gpt.oss.20b"], "the nearest being gptoss.20b"),
     "impossible sizes": (["show", "v1-T9.H64.I48.E4.K5-fp32"], "top_k=5, but should be at most num_experts=4"),
     "unknown tier": (["verify", "moe_fast", "--tier", "nosuch"], "'nosuch' is not one of"),
     "no such tp in the tier": (["verify", "moe_fast", "--tp", "5"], "tier smoke has no case with tp 5"),

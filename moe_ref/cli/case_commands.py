@@ -1,11 +1,12 @@
 """`list` and `show`: what would run, and what a case or a model is, in words. `list` imports no torch."""
 
 import json
+from difflib import get_close_matches
 
 import click
 
 from moe_ref.cli.describe import describe_case, describe_model, model_document, model_row
-from moe_ref.contract.case_id import parse_case
+from moe_ref.contract.case_id import PREFIX, parse_case
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.features import features_of
 from moe_ref.models.registry import models
@@ -57,6 +58,11 @@ def show_command(case_or_model: str, tp: int | None, as_json: bool) -> None:
     if model := models().get(case_or_model):
         lines, document = describe_model(model, tp or 1), model_document(model, tp or 1)
     else:
+        if not case_or_model.startswith(PREFIX + "-"):
+            near = get_close_matches(case_or_model, models(), n=3, cutoff=0.5)
+            raise UsageValueError(f"{case_or_model!r} is neither a model, "
+                                  + (f"the nearest being {', '.join(near)}, " if near else "see `list --models`, ")
+                                  + f"nor a case id, which starts with {PREFIX}-")
         case = parse_case(case_or_model)
         if tp is not None:
             raise UsageValueError(f"--tp {tp}, but the case {case_or_model!r} says its own: add -tp{tp} to the id")
