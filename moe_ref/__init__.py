@@ -10,6 +10,12 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "route": "oracle.router", "experts": "oracle.layer", "moe": "oracle.layer", "MoELayer": "oracle.module",
+    "moe_backward": "oracle.backward", "Gradients": "contract.gradients",
+    "load_balancing_loss": "oracle.losses", "sequence_balance_loss": "oracle.losses",
+    "router_z_loss": "oracle.losses",
+    "Layout": "layouts.layout", "from_layout": "layouts.convert", "to_layout": "layouts.convert",
+    "open_checkpoint": "checkpoints.reader",
+    "moe_as_released": "oracle.released", "ReleasedNumerics": "contract.released",
     "MoESpec": "contract.spec", "Router": "contract.router_spec", "Capacity": "contract.router_spec",
     "MLP": "contract.spec", "SharedExpert": "contract.spec",
     "MoEWeights": "contract.weights", "ExpertWeights": "contract.weights", "Routing": "contract.routing",
@@ -35,7 +41,9 @@ __all__ = [
     "Dtype",
     "ExpertWeights",
     "Feature",
+    "Gradients",
     "Groups",
+    "Layout",
     "LocalComm",
     "MoELayer",
     "MoESpec",
@@ -43,6 +51,7 @@ __all__ = [
     "Numerics",
     "Parallel",
     "Problem",
+    "ReleasedNumerics",
     "Router",
     "Routing",
     "Schedule",
@@ -57,21 +66,32 @@ __all__ = [
     "__version__",
     "experts",
     "format_case",
+    "from_layout",
+    "load_balancing_loss",
     "moe",
+    "moe_as_released",
+    "moe_backward",
+    "open_checkpoint",
     "parse_case",
     "route",
+    "router_z_loss",
     "run_virtual_ranks",
+    "sequence_balance_loss",
+    "to_layout",
 ]
 
 if TYPE_CHECKING:
+    from moe_ref.checkpoints.reader import open_checkpoint
     from moe_ref.contract.capabilities import Capabilities, Numerics
     from moe_ref.contract.case import Case, Problem
     from moe_ref.contract.case_id import format_case, parse_case
     from moe_ref.contract.comm import Comm, CountingComm, Groups, SoloComm
     from moe_ref.contract.errors import UsageError
     from moe_ref.contract.features import Feature
+    from moe_ref.contract.gradients import Gradients
     from moe_ref.contract.local_comm import LocalComm, run_virtual_ranks
     from moe_ref.contract.parallel import Parallel
+    from moe_ref.contract.released import ReleasedNumerics
     from moe_ref.contract.router_spec import Capacity, Router
     from moe_ref.contract.routing import Routing
     from moe_ref.contract.spec import MLP, MoESpec, SharedExpert
@@ -79,8 +99,13 @@ if TYPE_CHECKING:
     from moe_ref.contract.trace import Trace
     from moe_ref.contract.vocabulary import Dtype, Schedule, Stage, Verdict
     from moe_ref.contract.weights import ExpertWeights, MoEWeights, WeightSource
+    from moe_ref.layouts.convert import from_layout, to_layout
+    from moe_ref.layouts.layout import Layout
+    from moe_ref.oracle.backward import moe_backward
     from moe_ref.oracle.layer import experts, moe
+    from moe_ref.oracle.losses import load_balancing_loss, router_z_loss, sequence_balance_loss
     from moe_ref.oracle.module import CAPABILITIES, MoELayer
+    from moe_ref.oracle.released import moe_as_released
     from moe_ref.oracle.router import route
 
 

@@ -1,0 +1,124 @@
+"""One layer of a checkpoint as a source of experts, one rank's slices at a time."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from moe_ref.checkpoints.files import CheckpointFiles, StoredSlice
+from moe_ref.checkpoints.name_ranges import name_ranges
+from moe_ref.checkpoints.naming import Naming, find_naming
+from moe_ref.contract.errors import UsageValueError, is_integer, raise_faults
+from moe_ref.contract.parallel import Parallel
+from moe_ref.contract.spec import MoESpec
+from moe_ref.contract.weights import WHOLE_PARAMETERS
+from moe_ref.layouts.convert import layout_shapes
+from moe_ref.layouts.layout import mlp_axes
+from moe_ref.layouts.source import LayoutSource
+from moe_ref.layouts.stored import StoredMLP, layout_sizes
+
+DTYPES = ("F64", "F32", "F16", "BF16")
+"""Names, in a safetensors header, of the dtypes that are read."""
+
+
+def open_checkpoint(path: str | Path, layer: int | str, naming: str | Naming, spec: MoESpec,
+                    parallel: Parallel | None = None, rank: int = 0) -> LayoutSource:
+    """A WeightSource over one layer of a safetensors checkpoint, dtypes as stored; experts are read on demand.
+
+    layer: its number, or the prefix of its names, "model.language_model.layers.3". naming: one of namings(), its
+    name, or a family (model_type). Only this rank's slices are read, along the axis that PLACEMENTS cuts; gate
+    and up of one expert are copied together where they are not stored so that one view holds both.
+    Raises UsageValueError that lists all tensors that are missing, unknown, of another shape or quantised.
+    """
+    parallel = parallel or Parallel()
+    _check_rank(parallel, rank)
+    naming = find_naming(naming) if isinstance(naming, str) else naming
+    files = CheckpointFiles(path)
+    prefix = naming.layer.format(layer=layer) if is_integer(layer) else f"{str(layer).rstrip('.')}."
+    stored = _open_tensors(files, prefix, naming, spec)
+    sizes = layout_sizes(spec, "experts")
+    names = mlp_axes(naming.experts, spec.experts)
+    experts = StoredMLP({name: _one_or_list(stored[name], naming) for name in names}, naming.experts, spec.experts,
+                        sizes, parallel, rank)
+    shared = None
+    if spec.shared:
+        names = mlp_axes(naming.shared, spec.shared.mlp)
+        shared = StoredMLP({name: stored[f"shared_{name}"][0] for name in names}, naming.shared, spec.shared.mlp,
+                           layout_sizes(spec, "shared"), parallel, rank)
+    whole = {name: stored[name][0][()] for name in WHOLE_PARAMETERS if name in stored}
+    return LayoutSource(experts, shared, {name: tensor[0] if name in naming.unit_axes else tensor
+                                          for name, tensor in whole.items()})
+
+
+def _check_rank(parallel: Parallel, rank: int) -> None:
+    faults = []
+    if parallel.ep > 1:
+        faults.append(f"ep={parallel.ep}, but expert parallelism is not implemented yet, only ep=1")
+    if not is_integer(rank) or not 0 <= rank < parallel.tp:
+        faults.append(f"rank={rank!r}, but should be in [0, {parallel.tp})")
+    raise_faults("open_checkpoint", faults)
+
+
+def _one_or_list(tensors: list[StoredSlice], naming: Naming) -> StoredSlice | list[StoredSlice]:
+    return tensors[0] if naming.experts.stacked else tensors
+
+
+def _open_tensors(files: CheckpointFiles, prefix: str, naming: Naming,
+                  spec: MoESpec) -> dict[str, list[StoredSlice]]:
+    """By stored or canonical parameter what the spec needs, a tensor per expert where they are a list."""
+    shapes = layout_shapes(naming.experts, spec, shared_layout=naming.shared)
+    wanted = {key: _names(key, prefix, naming, spec) for key in shapes if key in naming.tensors}
+    faults = [f"the spec needs {key}, but naming {naming.name} has no tensor for it"
+              for key in shapes if key not in wanted]
+    faults += _name_faults(files, prefix, naming, {name for names in wanted.values() for name in names},
+                           _identity_names(prefix, naming, spec))
+    stored = {}
+    for key, names in wanted.items():
+        held = {name: files.stored(name) for name in names if name in files}
+        shape = ((1,) if key in naming.unit_axes else ()) + shapes[key]
+        faults += _tensor_faults(held, shape)
+        stored[key] = list(held.values())
+    raise_faults(f"{files.path}, {prefix}*", faults)
+    return stored
+
+
+def _name_faults(files: CheckpointFiles, prefix: str, naming: Naming, needed: set[str],
+                 ignored: set[str]) -> list[str]:
+    """What is missing, and what is there that nobody asked for: it would change the layer's result unnoticed."""
+    modules = tuple(f"{prefix}{module}." for module in naming.modules)
+    present = {name for name in files.names if name.startswith(modules)}
+    if not present:
+        raise UsageValueError(f"{files.path}: no tensor begins with {prefix} and one of "
+                              f"{', '.join(sorted(naming.modules))}, as naming {naming.name} has it; the first of "
+                              f"{len(files.names)} is {next(iter(files.names), None)}")
+    faults = [f"{name} is missing" for name in name_ranges(needed - present)]
+    extra: dict[str, list[str]] = {}
+    for name in present - needed - ignored:
+        extra.setdefault(files.stored(name).dtype, []).append(name)
+    return faults + [f"{name} ({dtype}) is there, but spec and naming {naming.name} do not have it"
+                     for dtype in sorted(extra) for name in name_ranges(extra[dtype])]
+
+
+def _names(key: str, prefix: str, naming: Naming, spec: MoESpec) -> list[str]:
+    name = naming.tensors[key]
+    if "{e}" not in name:
+        # A list of experts without numbers is the MLP of a dense layer: one expert.
+        return [prefix + name]
+    return [prefix + name.format(e=e) for e in range(spec.num_experts)]
+
+
+def _identity_names(prefix: str, naming: Naming, spec: MoESpec) -> set[str]:
+    """What may be stored for identity experts, which have no parameters."""
+    if not naming.identity_stored:
+        return set()
+    return {prefix + name.format(e=e) for name in naming.tensors.values() if "{e}" in name
+            for e in range(spec.num_experts, spec.num_choices)}
+
+
+def _tensor_faults(tensors: Mapping[str, StoredSlice], shape: tuple[int, ...]) -> list[str]:
+    faults = []
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            faults.append(f"{name}: stored as {tensor.dtype}, but should be one of {', '.join(DTYPES)}; "
+                          "quantised weights are not read")
+        if tensor.shape != shape:
+            faults.append(f"{name}: shape {tensor.shape}, but should be {shape}")
+    return faults
