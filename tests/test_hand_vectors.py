@@ -13,42 +13,15 @@ import torch
 
 from moe_ref import MLP, MoESpec, Parallel, Router, Routing, SharedExpert
 from tests.double.border import Layer, double_moe, oracle_moe
-from tests.double.bound import layer_difference, score_error, weight_error
-from tests.double.layer import Arrays
-
-FACTORS = (1.0, 2.0, 4.0, 8.0)
+from tests.double.bound import layer_difference, whole_difference
+from tests.double.paper import scaling_arrays, scaling_mlp, scaling_spec, token
+from tests.double.router import Choice
 
 
 @pytest.fixture(params=[oracle_moe, double_moe], ids=["oracle", "double"])
 def moe(request: pytest.FixtureRequest) -> Layer:
     """The implementation under test."""
     return request.param
-
-
-def scaling_mlp(factor: float) -> tuple[np.ndarray, np.ndarray]:
-    """w13 and w2 of an expert that maps the token (v, 1) to (factor * v, 0); H = 2, I = 2, two equal halves.
-
-    gate = 64 * 1, silu(gate) = 64, up = factor * v / 64, act = factor * v in both neurons, w2 = (1/2, 1/2).
-    """
-    w13_GIH = np.array([[[0.0, 64.0]] * 2, [[factor / 64.0, 0.0]] * 2])
-    return w13_GIH, np.array([[0.5, 0.5], [0.0, 0.0]])
-
-
-def scaling_arrays(logits: tuple[float, ...], factors: tuple[float, ...] = FACTORS) -> Arrays:
-    """Expert e multiplies v by factors[e]; the token (v, 1) has exactly these logits."""
-    experts = [scaling_mlp(factor) for factor in factors]
-    return {"w13_EGIH": np.stack([w13 for w13, _ in experts]), "w2_EHI": np.stack([w2 for _, w2 in experts]),
-            "router_EH": np.array([[0.0, logit] for logit in logits])}
-
-
-def scaling_spec(**router: object) -> MoESpec:
-    """H = 2, I = 2, four experts unless told otherwise."""
-    return MoESpec(hidden_size=2, intermediate_size=2, router=Router(**{"num_experts": 4, **router}))
-
-
-def token(value: float) -> np.ndarray:
-    """The token (v, 1)."""
-    return np.array([[value, 1.0]])
 
 
 def test_dense_mlp(moe: Layer) -> None:
@@ -76,7 +49,7 @@ def test_activations(moe: Layer, activation: str, gate: float, expected: float) 
     spec = MoESpec(hidden_size=1, intermediate_size=1, experts=MLP(activation=activation))
     arrays = {"w13_EGIH": np.array([[[[gate]], [[1.0]]]]), "w2_EHI": np.array([[[1.0]]])}
     one = np.ones((1, 1))
-    difference_TH = layer_difference(one, np.zeros((1, 1), int), one, arrays, spec)
+    difference_TH = layer_difference(one, [Choice([0], [0], [1.0], [])], arrays, spec)
     assert abs(moe(one, arrays, spec)[0, 0] - expected) <= difference_TH[0, 0]
 
 
@@ -89,9 +62,7 @@ def test_identical_experts_with_weights_that_sum_to_one(moe: Layer) -> None:
 def test_two_experts_three_quarters_and_one_quarter(moe: Layer) -> None:
     """softmax(ln 3, 0) = (3, 1) / 4, so 3/4 * 4 v + 1/4 * 8 v = 5 v; v = 2."""
     arrays, spec = scaling_arrays((math.log(3.0), 0.0), (4.0, 8.0)), scaling_spec(num_experts=2, top_k=2)
-    error_T = np.array([weight_error(spec.router, score_error(token(2.0)[0], arrays, spec.router))])
-    difference_TH = layer_difference(token(2.0), np.array([[0, 1]]), np.array([[0.75, 0.25]]), arrays, spec,
-                                     weight_error_T=error_T)
+    difference_TH = whole_difference(token(2.0), [Choice([0, 1], [0, 1], [0.75, 0.25], [])], arrays, spec)
     assert (np.abs(moe(token(2.0), arrays, spec) - [[10.0, 0.0]]) <= difference_TH).all()
 
 
@@ -153,17 +124,19 @@ def test_renormalisation_and_scaling(moe: Layer, options: dict, expected: float)
     assert moe(token(1.0), scaling_arrays((0.0,) * 4), spec).tolist() == [[expected, 0.0]]
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("options", [{"score": "softmax"}, {"score": "sigmoid"}, {"score": "sqrt_softplus"},
+                                     {"score": "sigmoid", "logit_softcap": 1.5, "logit_scale": 0.3}],
+                         ids=["softmax", "sigmoid", "sqrt_softplus", "softcap"])
 @pytest.mark.parametrize("num_experts", [4, 7, 9, 13, 17])
-def test_exact_ties_go_to_the_lower_ids(moe: Layer, score: str, num_experts: int) -> None:
+def test_exact_ties_go_to_the_lower_ids(moe: Layer, options: dict, num_experts: int) -> None:
     """Equal logits tie, whatever the logit and the place in memory: only the first two experts return v.
 
     Equal scores have renormalised weights of exactly 1/2; any other expert would return 1024 v. Three tokens
     and many logits, because a vectorised function may give the elements left over at the end another last
-    bit: torch.sigmoid does for the first three (torch 2.13, AVX2, fp64).
+    bit: torch.sigmoid does for the first three, softplus for many (torch 2.13, AVX2, fp64).
     """
     factors = (1.0, 1.0) + (1024.0,) * (num_experts - 2)
-    spec = scaling_spec(num_experts=num_experts, top_k=2, score=score, renormalize=True)
+    spec = scaling_spec(num_experts=num_experts, top_k=2, renormalize=True, **options)
     logits = [-1.7449851525085551, -1.4952433328548014, -5.868775500811934,
               *(np.random.default_rng(7).standard_normal(50) * 4.0).tolist()]
     for logit in logits:

@@ -3,7 +3,9 @@
 import pytest
 
 from moe_ref.contract.errors import UsageError, UsageValueError
-from moe_ref.contract.spec import MLP, MoESpec, Router, SharedExpert
+from moe_ref.contract.features import Feature, features_of
+from moe_ref.contract.spec import MLP, Capacity, MoESpec, Router, SharedExpert
+from tests.double.families import FAMILIES
 
 
 def message(build: object) -> str:
@@ -42,10 +44,103 @@ def test_all_faults_of_the_combination_at_once() -> None:
     ({"renormalize_epsilon": float("nan")}, "renormalize_epsilon=nan"),
     ({"top_k": True}, "top_k=True"),
     ({"top_k": 2.0}, "top_k=2.0"),
+    ({"num_zero_experts": -1}, "num_zero_experts=-1"),
+    ({"top_k": 11, "num_zero_experts": 2}, "top_k=11, but should be at most num_experts=10"),
+    ({"num_groups": 2, "num_groups_kept": 2, "num_zero_experts": 2}, "zero experts have no group"),
+    ({"num_zero_experts": 2, "learned_scale": "expert"}, "not defined for zero experts"),
+    ({"num_groups": 2, "num_groups_kept": 2, "selection_bias": "logit"}, "'logit' and expert groups"),
+    ({"selection_bias": "both"}, "selection_bias='both', but should be one of score, logit, None"),
+    ({"learned_scale": True}, "learned_scale=True, but should be one of layer, expert, None"),
+    ({"epsilon_rule": "clamp"}, "no renormalize_epsilon to clamp at"),
+    ({"epsilon_rule": "clamp", "renormalize": True}, "no renormalize_epsilon to clamp at"),
+    ({"epsilon_rule": "clamp", "renormalize_epsilon": 0.5}, "no renormalize_epsilon to clamp at"),
+    ({"logit_scale": 0.0}, "logit_scale=0.0, but should be finite and above 0"),
+    ({"logit_softcap": -1.0}, "logit_softcap=-1.0, but should be finite and at least 0"),
+    ({"group_fill": "inf"}, "group_fill='inf'"),
+    ({"capacity": Capacity(tokens=1, renormalize_after=True)}, "but renormalize is False"),
 ])
 def test_router_that_cannot_be_computed(options: dict, fault: str) -> None:
     """Each would divide by zero, choose from too few, or be no number."""
     assert fault in message(lambda: Router(**{"num_experts": 8, "top_k": 2, **options}))
+
+
+@pytest.mark.parametrize(("options", "fault"), [
+    ({}, "tokens=None, factor=None, but exactly one"),
+    ({"tokens": 2, "factor": 1.0}, "tokens=2, factor=1.0, but exactly one"),
+    ({"tokens": 0}, "tokens=0, but should be an integer of at least 1"),
+    ({"factor": 0.0}, "factor=0.0, but should be finite and above 0"),
+    ({"factor": float("inf")}, "factor=inf"),
+    ({"tokens": 1, "sequence_length": 0}, "sequence_length=0"),
+    ({"tokens": 1, "priority": "first"}, "priority='first', but should be one of token, choice, weight"),
+])
+def test_capacity_that_limits_nothing(options: dict, fault: str) -> None:
+    """One limit, in one of two forms, and a known order."""
+    assert fault in message(lambda: Capacity(**options))
+
+
+@pytest.mark.parametrize(("capacity", "num_tokens", "limit"), [
+    (Capacity(tokens=3), 100, 3),
+    # 1 * 8 * 2 / 4 = 4 exactly; 9 tokens make 4.5
+    (Capacity(factor=1.0), 8, 4),
+    (Capacity(factor=1.0), 9, 5),
+    # 1.25 * 8 * 2 / 4 = 5
+    (Capacity(factor=1.25), 8, 5),
+    (Capacity(factor=0.125), 1, 1),
+    (Capacity(factor=1.0), 0, 0),
+])
+def test_the_limit_of_a_capacity(capacity: Capacity, num_tokens: int, limit: int) -> None:
+    """Rounded up: four experts, K = 2."""
+    assert capacity.limit(num_tokens, top_k=2, num_experts=4) == limit
+
+
+@pytest.mark.parametrize(("options", "fault"), [
+    ({"activation": "gelu", "sigmoid_scale": 1.702}, "sigmoid_scale and gate_softcap belong to silu"),
+    ({"activation": "relu", "gate_softcap": 1.0}, "sigmoid_scale and gate_softcap belong to silu"),
+    ({"gated": False, "up_offset": 1.0}, "need an up projection"),
+    ({"gated": False, "up_softcap": 1.0}, "need an up projection"),
+    ({"limit_at": "after"}, "limit_at='after', but there is no limit"),
+    ({"limit_at": "between"}, "limit_at='between'"),
+    ({"limit": 0.0}, "limit=0.0, but should be finite and above 0"),
+    ({"limit": 1.0, "up_softcap": 1.0}, "limit and softcaps are not defined together"),
+    ({"sigmoid_scale": 0.0}, "sigmoid_scale=0.0"),
+    ({"up_offset": float("nan")}, "up_offset=nan, but should be finite"),
+    ({"gate_softcap": -1.0}, "gate_softcap=-1.0, but should be finite and at least 0"),
+])
+def test_mlp_that_cannot_be_computed(options: dict, fault: str) -> None:
+    """Options that contradict each other, or that would silently do nothing."""
+    assert fault in message(lambda: MLP(**options))
+
+
+@pytest.mark.parametrize(("options", "fault"), [
+    ({"num_experts": 2}, "only gate='router' tells shared experts apart"),
+    ({"num_experts": 3, "gate": "router"}, "intermediate_size=8, but should be a multiple of num_experts=3"),
+    ({"gate": "router", "mlp": MLP(bias=True)}, "gate='router' and mlp.bias"),
+    ({"merge": "max"}, "merge='max', but should be one of sum, mean"),
+])
+def test_shared_expert_that_cannot_be_computed(options: dict, fault: str) -> None:
+    """A block of the width needs a weight of its own, and a bias belongs to no block."""
+    assert fault in message(lambda: SharedExpert(**{"intermediate_size": 8, **options}))
+
+
+@pytest.mark.parametrize(("options", "fault"), [
+    ({"weight_on": "input"}, "needs a router without zero experts"),
+    ({"weight_on": "input", "router": Router(num_experts=2, top_k=1, num_zero_experts=1)}, "without zero experts"),
+    ({"weight_on": "input", "router": Router(num_experts=2, top_k=1), "experts": MLP(bias=True)},
+     "weight_on='input' and experts.bias"),
+    ({"weight_on": "act"}, "weight_on='act', but should be one of output, input"),
+    ({"shared": SharedExpert(intermediate_size=4, gate="router")}, "but there is no router"),
+    ({"shared": SharedExpert(intermediate_size=4, gate="router"), "router": Router(num_experts=2, top_k=1)},
+     "shared.gate='router' and score='softmax'"),
+])
+def test_layer_that_cannot_be_computed(options: dict, fault: str) -> None:
+    """Parts that are valid one by one."""
+    assert fault in message(lambda: MoESpec(**{"hidden_size": 4, "intermediate_size": 4, **options}))
+
+
+def test_every_published_feature_is_needed_by_some_family() -> None:
+    """One that no released family has would be tested by drawn layers alone; a residual is no part of a spec."""
+    found = frozenset().union(*map(features_of, FAMILIES.values()))
+    assert set(Feature) - found == {Feature.RESIDUAL}
 
 
 def test_other_parts_check_themselves() -> None:

@@ -27,10 +27,11 @@ Priority = Literal["token", "choice", "weight"]
 class Capacity:
     """How many tokens an expert takes; what exceeds it is dropped: id -1, weight 0.
 
-    tokens or factor:   the limit itself, or ceil(factor * tokens * top_k / num_experts); exactly one is given
+    tokens or factor:   the limit itself, or ceil(factor * tokens * top_k / num_experts) in double precision, as
+                        released code computes it; exactly one is given
     priority:           who stays. "token": lower tokens first (Switch); "choice": all first choices, then all
-                        second ones, lower tokens first (GShard, NLLB); "weight": larger weights first, ties to
-                        the lower token (Megatron-LM's "probs")
+                        second ones, lower tokens first (GShard, NLLB); "weight": larger scores first, after any
+                        renormalisation and before any scale, ties to the lower token (Megatron-LM's "probs")
     sequence_length:    the limit holds in every run of so many consecutive tokens; None: in the whole batch
     renormalize_after:  weights are renormalised over what is left, not over what was selected
     """

@@ -24,7 +24,9 @@ def kept_slots(ids_TK: torch.Tensor, score_TK: torch.Tensor, router: Router) -> 
             if capacity.priority == "choice":
                 order_R = torch.argsort(slot_R, stable=True)
             elif capacity.priority == "weight":
-                order_R = torch.argsort(score_TK[window][token_R, slot_R], stable=True, descending=True)
+                # NaN sorts as the largest: put last, a broken token takes nobody's place.
+                order_R = torch.argsort(score_TK[window][token_R, slot_R].nan_to_num(nan=-torch.inf), stable=True,
+                                        descending=True)
             dropped_R = order_R[limit:]
             kept_TK[start + token_R[dropped_R], slot_R[dropped_R]] = False
     return kept_TK

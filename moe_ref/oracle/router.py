@@ -91,7 +91,7 @@ def sigmoid(logits: torch.Tensor) -> torch.Tensor:
 
 
 def softplus(logits: torch.Tensor) -> torch.Tensor:
-    """log(1 + exp(l)), l itself above 100; written out because F.softplus rounds by position, like torch.sigmoid."""
+    """log(1 + exp(l)), l itself above 100; written out as sigmoid is, since F.softplus rounds by position too."""
     return torch.where(logits > 100.0, logits, torch.log1p(torch.exp(logits.clamp(max=100.0))))
 
 
