@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "route": "oracle.router", "experts": "oracle.layer", "moe": "oracle.layer", "MoELayer": "oracle.module",
-    "moe_backward": "oracle.backward", "Gradients": "contract.gradients",
+    "moe_backward": "oracle.backward.layer", "Gradients": "contract.gradients",
     "load_balancing_loss": "oracle.losses", "sequence_balance_loss": "oracle.losses",
     "router_z_loss": "oracle.losses",
     "Layout": "layouts.layout", "from_layout": "layouts.convert", "to_layout": "layouts.convert",
@@ -101,7 +101,7 @@ if TYPE_CHECKING:
     from moe_ref.contract.weights import ExpertWeights, MoEWeights, WeightSource
     from moe_ref.layouts.convert import from_layout, to_layout
     from moe_ref.layouts.layout import Layout
-    from moe_ref.oracle.backward import moe_backward
+    from moe_ref.oracle.backward.layer import moe_backward
     from moe_ref.oracle.layer import experts, moe
     from moe_ref.oracle.losses import load_balancing_loss, router_z_loss, sequence_balance_loss
     from moe_ref.oracle.module import CAPABILITIES, MoELayer

@@ -10,7 +10,7 @@ import moe_ref
 from moe_ref import MLP, Groups, MoESpec, MoEWeights, Parallel, Routing, run_virtual_ranks
 from moe_ref.contract.comm import Comm, SoloComm
 from moe_ref.oracle import expert as formula
-from moe_ref.oracle.backward import moe_backward
+from moe_ref.oracle.backward.layer import moe_backward
 from tests.backward_bound import Named, act_majorant, bounds, excess, named, shard, value_bound
 from tests.backward_cases import CASES, Inputs, decisions, draw
 

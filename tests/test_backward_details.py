@@ -22,10 +22,13 @@ from moe_ref.contract.comm import Comm
 from moe_ref.contract.errors import UsageTypeError, UsageValueError
 from moe_ref.contract.gradients import ExpertGradients
 from moe_ref.contract.spec import MLP, Router
-from moe_ref.oracle import backward, backward_expert, backward_router, backward_weights
 from moe_ref.oracle import expert as formula
-from moe_ref.oracle.backward import experts_backward, moe_backward
-from moe_ref.oracle.backward_router import route_backward
+from moe_ref.oracle.backward import layer as backward
+from moe_ref.oracle.backward import mlp as backward_expert
+from moe_ref.oracle.backward import router as backward_router
+from moe_ref.oracle.backward import weights as backward_weights
+from moe_ref.oracle.backward.layer import experts_backward, moe_backward
+from moe_ref.oracle.backward.router import route_backward
 from tests.backward_bound import named
 from tests.backward_cases import CASES, draw, layer
 from tests.test_backward import UNEVEN, compare

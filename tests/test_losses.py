@@ -14,7 +14,7 @@ import torch
 from moe_ref import Router
 from moe_ref.contract.errors import UsageTypeError, UsageValueError
 from moe_ref.oracle import losses
-from moe_ref.oracle.backward_weights import score_backward
+from moe_ref.oracle.backward.weights import score_backward
 from moe_ref.oracle.losses import (
     load_balancing_gradient,
     load_balancing_loss,

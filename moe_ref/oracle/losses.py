@@ -13,7 +13,7 @@ import torch
 
 from moe_ref.contract.errors import UsageTypeError, UsageValueError, raise_faults
 from moe_ref.contract.spec import Router
-from moe_ref.oracle.backward_weights import score_backward
+from moe_ref.oracle.backward.weights import score_backward
 from moe_ref.oracle.router import score
 
 
@@ -56,7 +56,7 @@ def sequence_balance_loss(logits_TE: torch.Tensor, ids_TK: torch.Tensor, router:
 def sequence_balance_gradient(logits_TE: torch.Tensor, ids_TK: torch.Tensor, router: Router,
                               sequence_length: int | None = None) -> torch.Tensor:
     """Gradient of sequence_balance_loss, (T, E): d_s_e = (f_e - sum over j of f_j s_j / S) / (S T), S = sum of s,
-    then through the score as in moe_ref.oracle.backward_weights."""
+    then through the score as in moe_ref.oracle.backward.weights."""
     share_BE, score_TE = _sequence_shares(logits_TE, ids_TK, sequence_length), score(logits_TE.double(), router)
     share_TE = share_BE.repeat_interleave(len(score_TE) // max(1, len(share_BE)), 0)
     sum_T1 = score_TE.sum(-1, keepdim=True)

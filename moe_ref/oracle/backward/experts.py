@@ -9,7 +9,7 @@ from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.weights import WeightSource, check_expert, parameter_shapes
 from moe_ref.oracle import expert as formula
-from moe_ref.oracle.backward_expert import packed, projections_backward
+from moe_ref.oracle.backward.mlp import packed, projections_backward
 
 EXPERT_FIELDS = ("w13_EGIH", "w2_EHI", "w13_bias_EGI", "w2_bias_EH")
 """Parameters of the routed experts in the order of ExpertGradients."""

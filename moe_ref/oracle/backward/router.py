@@ -1,6 +1,6 @@
 """The router backward: from gradients of routing weights and shared gates to those of router and tokens, in fp64.
 
-    d_logits = through weights and scores (moe_ref.oracle.backward_weights)
+    d_logits = through weights and scores (moe_ref.oracle.backward.weights)
     d_router = d_logits^T @ x        d_bias = sum over tokens of d_logits        d_x = d_logits @ router
 
 The further columns for shared experts go the same way. A sigmoid gate v = sigmoid(x @ gate^T) has
@@ -16,7 +16,7 @@ from moe_ref.contract.gradients import RouterGradients
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.weights import WeightSource
 from moe_ref.oracle import router as formula
-from moe_ref.oracle.backward_weights import ScoreGradients, score_backward, weigh_backward
+from moe_ref.oracle.backward.weights import ScoreGradients, score_backward, weigh_backward
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@
     identity experts: d_x += weights * grad_y,  d_weights = sum over H of grad_y * x
     shared expert: as an expert of weight 1, its gates likewise;  mean: grad_y / 2 for both parts
     d_residual = grad_y;  d_output_bias = sum over tokens of grad_y
-    d_router, d_logits, further d_x: from d_weights (moe_ref.oracle.backward_router)
+    d_router, d_logits, further d_x: from d_weights (moe_ref.oracle.backward.router)
 
 With tensor parallelism x, routing weights and gates meet every rank's shard, so the ranks' parts of their
 gradients are added up: one all-reduce of T*H elements, one of T*K, with shared gates one of T*S, in this order.
@@ -27,9 +27,9 @@ from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.weights import WeightSource, check_weights
-from moe_ref.oracle.backward_experts import RoutedBackward
-from moe_ref.oracle.backward_router import route_backward, shared_gates_backward
-from moe_ref.oracle.backward_shared import shared_backward
+from moe_ref.oracle.backward.experts import RoutedBackward
+from moe_ref.oracle.backward.router import route_backward, shared_gates_backward
+from moe_ref.oracle.backward.shared import shared_backward
 from moe_ref.oracle.layer import DTYPES
 from moe_ref.oracle.router import route, shared_gates
 

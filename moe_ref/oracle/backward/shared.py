@@ -13,7 +13,7 @@ from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.weights import WeightSource
 from moe_ref.oracle import expert as formula
-from moe_ref.oracle.backward_expert import packed, projections_backward
+from moe_ref.oracle.backward.mlp import packed, projections_backward
 
 SHARED_FIELDS = ("shared_w13_GIH", "shared_w2_HI", "shared_w13_bias_GI", "shared_w2_bias_H")
 """Parameters of the shared expert in the order of ExpertGradients."""

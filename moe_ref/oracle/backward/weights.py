@@ -19,7 +19,7 @@ import torch
 
 from moe_ref.contract.spec import Router
 from moe_ref.oracle import router as formula
-from moe_ref.oracle.backward_expert import softcap_slope
+from moe_ref.oracle.backward.mlp import softcap_slope
 from moe_ref.oracle.capacity import kept_slots
 
 

@@ -1,0 +1,1 @@
+"""The oracle backward: gradients by written-out formulas, to be read beside docs/backward.md."""
