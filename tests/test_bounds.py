@@ -22,8 +22,10 @@ from moe_ref.contract.weights import ExpertWeights
 from moe_ref.inputs.build import GeneratedWeights, Inputs, build_inputs
 from moe_ref.oracle import expert as formula
 from moe_ref.records.schema import from_number
-from moe_ref.verify.bounds import FLUSH, SLOPE, RoundingModel, gamma
+from moe_ref.verify.activation_bound import SLOPE, activated
+from moe_ref.verify.bounds import FLUSH, RoundingModel, gamma
 from moe_ref.verify.measure import measure
+from moe_ref.verify.rows import exact
 from moe_ref.verify.tolerances import load_tolerances
 
 SHOWN = (Stage.LOGITS, Stage.IDS, Stage.WEIGHTS, Stage.ACT, Stage.DOWN, Stage.MERGED, Stage.REDUCED)
@@ -120,12 +122,16 @@ class Emulation:
     def expert(self, x_RH: torch.Tensor, weights: ExpertWeights, weight_R1: torch.Tensor,
                mlp: MLP) -> tuple[torch.Tensor, torch.Tensor]:
         """act and down of one expert, each stored once in x's dtype."""
-        gate, up = (self.product(x_RH, weights.w13_GIH[g], self.drop_up, self.order, self.operand) for g in (0, 1))
-        gate, up = (up, gate) if self.swap else (gate, up)
-        activated = formula.activation(gate, MLP(activation=self.activation or mlp.activation)) * up
-        act_RI = self.store(activated, x_RH.dtype)
+        gate_up = torch.stack([self.product(x_RH, w_IH, self.drop_up, self.order, self.operand)
+                               for w_IH in weights.w13_GIH], 1)
+        if weights.w13_bias_GI is not None:
+            gate_up = gate_up + weights.w13_bias_GI.float()
+        mlp = replace(mlp, activation=self.activation or mlp.activation)  # pyrefly: ignore
+        act_RI = self.store(formula.activate(gate_up.flip(1) if self.swap else gate_up, mlp), x_RH.dtype)
         down_RH = self.product(act_RI, weights.w2_HI, self.drop_down, self.order_down or self.order,
                                self.operand_down)
+        if weights.w2_bias_H is not None:
+            down_RH = down_RH + weights.w2_bias_H.float()
         return act_RI, self.store(down_RH * (weight_R1 * self.weight), x_RH.dtype)
 
     def run(self, inputs: Inputs) -> list[dict[Stage, torch.Tensor]]:
@@ -152,11 +158,12 @@ class PositiveWeights(GeneratedWeights):
         return ExpertWeights(*(tensor.abs() for tensor in super().expert(e)[:2]))
 
 
-def layer(size: int, axis: str, dtype: Dtype, data: str = "unit", seed: int = 1) -> tuple[Case, Inputs]:
+def layer(size: int, axis: str, dtype: Dtype, data: str = "unit", seed: int = 1,
+          words: str = "") -> tuple[Case, Inputs]:
     """Four tokens, two experts; K = size terms in the up products (axis H) or in the down products (axis I)."""
     widths = f"H{size}.I64" if axis == "H" else f"H64.I{size}"
-    word = "-outlier" if data == Data.OUTLIER else ""
-    case = parse_case(f"v1-T4.{widths}.E4.K2-{dtype}-zipf{word}-s{seed}")
+    word = f"-{data}" if data in (Data.OUTLIER, Data.LARGE) else ""
+    case = parse_case(f"v1-T4.{widths}.E4.K2-{dtype}{words}-zipf{word}-s{seed}")
     inputs = build_inputs(case.problem)
     if data == "positive":
         inputs = replace(inputs, x_TH=inputs.x_TH.abs(), weights=PositiveWeights(case.problem))
@@ -185,6 +192,17 @@ def test_right_computations_stay_inside(size: int, orders: list[str], data: str,
         for axis in ("H", "I") if size < 8192 else ("HI"[seed % 2],):
             found = ratios(*layer(size, axis, dtype, data, seed), Emulation(order=ORDERS[name]))
             assert max(found.values()) <= 1.0, (name, axis, found)
+
+
+@pytest.mark.parametrize("dtype", list(Dtype))
+@pytest.mark.parametrize("size", [64, 2048])
+@pytest.mark.parametrize("words", ["-relu", "-relu2-nogate", "-gelutanh-nogate", "-limit1-alpha1.702-up1",
+                                   "-limit1-limitafter", "-gatecap2-upcap2", "-relu2-mlpbias-upm0.5"])
+def test_right_computations_of_every_option_stay_inside(words: str, size: int, dtype: Dtype) -> None:
+    """Activations, clamps, caps and biases behind short and long sums, values beyond the clamps among them."""
+    for axis, data, order in (("H", "unit", permuted), ("H", "large", sequential), ("I", "unit", blocked)):
+        found = ratios(*layer(size, axis, dtype, data, 1, words), Emulation(order=order))
+        assert max(found.values()) <= 1.0, (axis, data, found)
 
 
 def tensor_core(a_MK: torch.Tensor, b_NK: torch.Tensor, products: int, kept: int) -> torch.Tensor:
@@ -262,13 +280,18 @@ def test_rounding_of_what_is_not_a_number_or_not_stored() -> None:
     assert torch.equal(model.rounded(torch.ones(2), None), torch.zeros(2))
 
 
-@pytest.mark.parametrize("activation", list(SLOPE))
-def test_slopes_are_the_largest(activation: str) -> None:
-    """By autograd in fp64 on a fine grid; the constant is no more than 1 % above."""
+@pytest.mark.parametrize(("activation", "options"), [
+    *((name, {}) for name in SLOPE), ("silu", {"sigmoid_scale": 1.702}), ("silu", {"sigmoid_scale": 0.3}),
+    ("silu", {"gate_softcap": 30.0}), ("silu", {"gate_softcap": 2.0}),
+    ("silu", {"gate_softcap": 0.5, "sigmoid_scale": 3.0}),
+], ids=str)
+def test_slopes_are_the_largest(activation: str, options: dict[str, float]) -> None:
+    """By autograd in fp64 on a fine grid; without a cap the constant is no more than 1 % above."""
     gate = torch.linspace(-20, 20, 400001, dtype=torch.float64, requires_grad=True)
-    formula.activation(gate, MLP(activation=activation)).sum().backward()
+    formula.activation(gate, MLP(activation=activation, **options)).sum().backward()
     steepest = float(gate.grad.abs().max())
-    assert steepest <= SLOPE[activation] < 1.01 * steepest
+    assert steepest <= SLOPE[activation]
+    assert SLOPE[activation] < 1.01 * steepest or "gate_softcap" in options
 
 
 FORMS = {
@@ -284,12 +307,11 @@ def activation_ratio(activation: str, low: float, high: float) -> float:
     """Largest error / allowed of all fp32 forms of an activation times up, on a grid of gates."""
     gate = torch.linspace(low, high, 20001)
     up = torch.tensor([2.0**-20, -0.7, 1.0, 3.3, 900.0])[:, None]
-    want = formula.activation(gate.double(), MLP(activation=activation)) * up.double()
     model = RoundingModel(load_tolerances(), "cpu", Format.FP32)
-    exact = torch.zeros_like(want)
-    gate64, up64 = torch.broadcast_tensors(gate.double(), up.double())
-    allowed = model.activated(gate64, up64, want, exact, exact, MLP(activation=activation))
-    return max(float(((form(gate) * up).double() - want).abs().div(allowed).max()) for form in FORMS[activation])
+    gate_up = torch.stack(torch.broadcast_tensors(gate.double(), up.double()), 1)
+    want = activated(model, exact(gate_up), MLP(activation=activation), None)
+    return max(float(((form(gate) * up).double() - want.value).abs().div(want.bound).max())
+               for form in FORMS[activation])
 
 
 @pytest.mark.parametrize("activation", list(FORMS))

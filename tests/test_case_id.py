@@ -1,6 +1,7 @@
 """Protects the text id of a case: it is the case, it never changes its meaning, and a wrong one says what is wrong."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given, settings
@@ -10,7 +11,7 @@ from moe_ref.contract.case import Case, Problem
 from moe_ref.contract.case_id import cut_experts, format_case, format_problem, parse_case
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.parallel import Parallel
-from moe_ref.contract.spec import MLP, MoESpec, Router, SharedExpert
+from moe_ref.contract.spec import MLP, Capacity, MoESpec, Router, SharedExpert
 from moe_ref.contract.vocabulary import Data, Dtype, Pattern
 from moe_ref.models.registry import find_model, models
 from moe_ref.tiers.tiers import tier
@@ -37,6 +38,30 @@ STORED = {
     "v1-mixtral.8x7b.T32.E4-bf16":
         Problem(spec=cut_experts(find_model("mixtral.8x7b").spec, 4), num_tokens=32, dtype=Dtype.BF16,
                 model="mixtral.8x7b"),
+    "v1-T9.H64.I64.E16.K4-fp32-norm-eps1em12-sqrtsoftplus-biaslogit-epsclamp-expertscale-routerbias-logitscale0.5-"
+    "logitcap1.5-capfactor1.25-capweight-capseq16-capafter-relu2-nogate-mlpbias-outbias-large":
+        Problem(spec=MoESpec(hidden_size=64, intermediate_size=64, output_bias=True, router=Router(
+            num_experts=16, top_k=4, score="sqrt_softplus", renormalize=True, renormalize_epsilon=1e-12,
+            selection_bias="logit", epsilon_rule="clamp", learned_scale="expert", logit_bias=True, logit_scale=0.5,
+            logit_softcap=1.5, capacity=Capacity(factor=1.25, priority="weight", sequence_length=16,
+                                                 renormalize_after=True)),
+            experts=MLP(activation="relu_squared", gated=False, bias=True)),
+                num_tokens=9, dtype=Dtype.FP32, data=Data.LARGE),
+    "v1-T9.H64.I64.E16.K4-fp32-sigmoid-learnscale-zero4-cap8-capchoice-limit7-limitafter-alpha1.702-up1-"
+    "sh36-shgatecap2-shupcap2.5-shrouter2-shmean-nonfinite":
+        Problem(spec=MoESpec(hidden_size=64, intermediate_size=64, router=Router(
+            num_experts=16, top_k=4, score="sigmoid", learned_scale="layer", num_zero_experts=4,
+            capacity=Capacity(tokens=8, priority="choice")),
+            experts=MLP(limit=7, limit_at="after", sigmoid_scale=1.702, up_offset=1),
+            shared=SharedExpert(intermediate_size=36, mlp=MLP(gate_softcap=2, up_softcap=2.5), gate="router",
+                                num_experts=2, merge="mean")),
+                num_tokens=9, dtype=Dtype.FP32, data=Data.NON_FINITE),
+    "v1-T9.H64.I64.E16.K4-fp32-g4.2-fillzero-relu-upm0.5-sh36-shrelu-shnogate-shmlpbias-weightinput":
+        Problem(spec=MoESpec(hidden_size=64, intermediate_size=64, weight_on="input", router=Router(
+            num_experts=16, top_k=4, num_groups=4, num_groups_kept=2, group_fill="zero"),
+            experts=MLP(activation="relu", up_offset=-0.5),
+            shared=SharedExpert(intermediate_size=36, mlp=MLP(activation="relu", gated=False, bias=True))),
+                num_tokens=9, dtype=Dtype.FP32),
 }
 """Ids as they stand in records of earlier versions; these lines may be added to, never edited."""
 
@@ -44,22 +69,66 @@ sizes = st.integers(1, 10**6)
 numbers = st.floats(min_value=1e-300, max_value=1e300, allow_nan=False)
 
 
+some = st.sampled_from
+
+
+@st.composite
+def capacities(draw: st.DrawFn, renormalize: bool) -> Capacity:
+    given_tokens = draw(st.booleans())
+    return Capacity(tokens=draw(sizes) if given_tokens else None, factor=None if given_tokens else draw(numbers),
+                    priority=draw(some(["token", "choice", "weight"])), sequence_length=draw(st.none() | sizes),
+                    renormalize_after=renormalize and draw(st.booleans()))
+
+
 @st.composite
 def routers(draw: st.DrawFn) -> Router:
-    num_groups, group_size = draw(st.integers(1, 8)), draw(st.integers(2, 16))
-    kept = draw(st.integers(1, num_groups))
-    return Router(num_experts=num_groups * group_size, top_k=draw(st.integers(1, kept * group_size)),
-                  score=draw(st.sampled_from(["softmax", "sigmoid"])),
-                  selection_bias=draw(st.sampled_from([None, "score"])),
-                  num_groups=num_groups, num_groups_kept=kept,
-                  group_score=draw(st.sampled_from(["max", "top2_sum"])), renormalize=draw(st.booleans()),
-                  renormalize_epsilon=draw(st.just(0.0) | numbers), scaling_factor=draw(st.just(1.0) | numbers))
+    """Routers in which any option may stand beside any other; what is not defined together is drawn again."""
+    num_groups, group_size = draw(st.just(1) | st.integers(1, 8)), draw(st.integers(2, 16))
+    kept, renormalize = draw(st.integers(1, num_groups)), draw(st.booleans())
+    epsilon = draw(st.just(0.0) | numbers)
+    options = {
+        "score": draw(some(["softmax", "sigmoid", "sqrt_softplus"])), "logit_bias": draw(st.booleans()),
+        "logit_scale": draw(st.just(1.0) | numbers), "logit_softcap": draw(st.just(0.0) | numbers),
+        "selection_bias": draw(some([None, "score", "logit"])), "group_score": draw(some(["max", "top2_sum"])),
+        "group_fill": draw(some(["minus_inf", "zero"])), "renormalize": renormalize, "renormalize_epsilon": epsilon,
+        "epsilon_rule": draw(some(["add", "clamp"])) if renormalize and epsilon else "add",
+        "scaling_factor": draw(st.just(1.0) | numbers), "learned_scale": draw(some([None, "layer", "expert"])),
+        "num_zero_experts": draw(st.just(0) | st.integers(0, 99)) if num_groups == 1 else 0,
+        "capacity": draw(st.none() | capacities(renormalize))}
+    try:
+        return Router(num_experts=num_groups * group_size, top_k=draw(st.integers(1, kept * group_size)),
+                      num_groups=num_groups, num_groups_kept=kept, **options)
+    except UsageValueError:
+        assume(False)
+        raise
 
 
-mlps = st.builds(MLP, activation=st.sampled_from(["silu", "gelu", "gelu_tanh"]))
-shared_experts = st.builds(SharedExpert, intermediate_size=sizes, mlp=mlps, gate=st.sampled_from(["none", "sigmoid"]))
-specs = st.builds(MoESpec, hidden_size=sizes, intermediate_size=sizes, router=st.none() | routers(), experts=mlps,
-                  shared=st.none() | shared_experts)
+@st.composite
+def mlps(draw: st.DrawFn) -> MLP:
+    limit, gated = draw(st.none() | numbers), draw(st.booleans())
+    caps = limit is None
+    silu = draw(st.booleans())
+    return MLP(activation="silu" if silu else draw(some(["gelu", "gelu_tanh", "relu", "relu_squared"])), gated=gated,
+               bias=draw(st.booleans()), limit=limit,
+               limit_at=draw(some(["before", "after"])) if limit is not None else "before",
+               sigmoid_scale=draw(st.just(1.0) | numbers) if silu else 1.0,
+               up_offset=draw(st.just(0.0) | numbers | numbers.map(lambda number: -number)) if gated else 0.0,
+               gate_softcap=draw(st.just(0.0) | numbers) if silu and caps else 0.0,
+               up_softcap=draw(st.just(0.0) | numbers) if gated and caps else 0.0)
+
+
+@st.composite
+def shared_experts(draw: st.DrawFn) -> SharedExpert:
+    gate, mlp = draw(some(["none", "sigmoid", "router"])), draw(mlps())
+    count = draw(st.integers(1, 4)) if gate == "router" else 1
+    return SharedExpert(intermediate_size=count * draw(sizes), gate=gate, num_experts=count,
+                        mlp=replace(mlp, bias=False) if gate == "router" else mlp,
+                        merge=draw(some(["sum", "mean"])))
+
+
+specs = st.builds(MoESpec, hidden_size=sizes, intermediate_size=sizes, router=st.none() | routers(), experts=mlps(),
+                  shared=st.none() | shared_experts(), weight_on=some(["output", "output", "input"]),
+                  output_bias=st.booleans())
 
 
 @st.composite
@@ -75,14 +144,17 @@ def cases(draw: st.DrawFn) -> Case:
                "data": draw(st.sampled_from(Data)), "residual": draw(st.booleans()),
                "seed": draw(st.integers(0, 2**32 - 1)), "pattern": draw(st.sampled_from(Pattern))}
     try:
-        problem = Problem(spec=draw(specs), **options)
+        spec = draw(specs)
+        if spec.router is None:
+            options["pattern"] = Pattern.UNIFORM
+        problem = Problem(spec=spec, **options)
     except UsageValueError:
         assume(False)
     return Case(problem=problem, parallel=draw(parallels()))
 
 
 @given(cases())
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None, derandomize=True)
 def test_every_case_survives_its_text(case: Case) -> None:
     """parse(format(case)) == case, for cases nobody thought of; the text keeps to its alphabet."""
     text = format_case(case)
@@ -158,6 +230,16 @@ PLAIN = "v1-T33.H96.I160.E8.K2-bf16"
     ("v1-T40.H72.I90-bf16-norm", ["norm need a router"]),
     ("v1-T40.H72.I90-bf16-ties", ["pattern ties", "without a router"]),
     ("v1-T4.H8.I8.E4.K3-bf16-empty", ["pattern empty", "E=4", "K=3"]),
+    (f"{PLAIN}-limitafter", ["limit_at='after'", "no limit"]),
+    (f"{PLAIN}-capchoice", ["canonical", f"'{PLAIN}'"]),
+    (f"{PLAIN}-cap8-capfactor1.25", ["tokens=8, factor=1.25", "exactly one"]),
+    (f"{PLAIN}-sigmoid-sqrtsoftplus", ["canonical", f"'{PLAIN}-sigmoid'"]),
+    (f"{PLAIN}-sh64-shgate-shrouter2", ["shared.gate='router'", "softmax"]),
+    (f"{PLAIN}-shlimit7", ["canonical", f"'{PLAIN}'"]),
+    (f"{PLAIN}-limitm7", ["unknown word 'limitm7'"]),
+    (f"{PLAIN}-relu-relu2", ["canonical", f"'{PLAIN}-relu'"]),
+    (f"{PLAIN}-mlpbias-weightinput", ["weight_on='input'", "bias"]),
+    ("v1-T40.H72.I90-bf16-cap8-zero2", ["cap, zero need a router"]),
     ("v1-mixtral.8x7b.T4-bf16-norm", ["canonical", "'v1-mixtral.8x7b.T4-bf16'"]),
     ("v1-mixtral.8x7b.T4.E8-bf16", ["canonical", "'v1-mixtral.8x7b.T4-bf16'"]),
 ])

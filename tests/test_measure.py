@@ -402,6 +402,35 @@ def test_infinities_and_nans(got: float, want: float, ratio: float) -> None:
     assert meter.ratio == ratio
 
 
+@pytest.mark.parametrize(("got", "want", "ratio"), [
+    (torch.nan, torch.nan, 0.0), (torch.inf, torch.nan, 0.0), (torch.nan, torch.inf, 0.0), (0.0, torch.nan, torch.inf),
+    (1.0, -torch.inf, torch.inf), (torch.nan, 1.0, 0.0), (7.0, 1.0, 0.0),
+])
+@pytest.mark.parametrize("tainted", [True, False])
+def test_tokens_that_were_not_finite_before(got: float, want: float, ratio: float, tainted: bool) -> None:
+    """What is not finite must not come out as a number, in such a token; other tokens are judged as always."""
+    meter = StageMeter(Stage.ACT, 1, tainted_T=torch.tensor([False, tainted]))
+    one = torch.ones(1, 1, dtype=torch.float64)
+    meter.add(one * got, one * want, one, Place(0, torch.ones(1, dtype=torch.int64)))
+    usual = StageMeter(Stage.ACT, 1)
+    usual.add(one * got, one * want, one, Place(0, torch.ones(1, dtype=torch.int64)))
+    assert meter.ratio == (ratio if tainted else usual.ratio)
+
+
+@pytest.mark.parametrize("hide", [(), tuple(set(SHOWN) - {Stage.REDUCED})], ids=["all shown", "output only"])
+@pytest.mark.parametrize("words", ["-norm", "-norm-zipf", "-sigmoid-norm-bias-sh39-shgate-zipf"])
+def test_a_nan_that_left_its_token(words: str, hide: tuple[Stage, ...]) -> None:
+    """Tokens 1 and 2 may be anything but numbers; a NaN in token 3 is infinitely wrong, a number in token 1 as well."""
+    text = "v1-T9.H48.I40.E8.K2-fp32" + words + "-nonfinite-tp2"
+    assert wrong(measured(text, {}, hide)) == []
+    for token, value in ((3, torch.nan), (1, 0.0)):
+        spoilt = {Stage.REDUCED: lambda rank, reduced, token=token, value=value: element(
+            token, slice(None), lambda row: torch.full_like(row, value), rank)(rank, reduced)}
+        found = measured(text, spoilt, hide)
+        assert wrong(found)[0] is Stage.REDUCED
+        assert result(found, Stage.OUTPUT).bad_tokens == [token]
+
+
 def test_no_tokens() -> None:
     """Nothing to compare, nothing wrong, and no lack of power either."""
     measurement = measured("v1-T0.H64.I96.E4.K2-bf16-tp2")

@@ -175,3 +175,42 @@ def test_a_tie_at_any_place_is_seen() -> None:
             if ids[0] != ids[1]:
                 rule = any(logits[e] == logits[k] and e < k for k in ids for e in range(5) if e not in ids)
                 assert broken(list(ids), list(logits), router) is rule
+
+
+@st.composite
+def filled_problems(draw: st.DrawFn) -> tuple[Router, list[float], list[float]]:
+    """Groups filled with 0, of which fewer may be kept than are needed for K choices."""
+    groups = draw(st.sampled_from([2, 3]))
+    size = 6 // groups
+    router = Router(num_experts=6, top_k=draw(st.integers(1, 6)), num_groups=groups, group_fill="zero",
+                    num_groups_kept=draw(st.integers(1, groups)),
+                    group_score=draw(st.sampled_from(["max", "top2_sum"])) if size > 1 else "max")
+    return (router, draw(st.lists(grid, min_size=6, max_size=6)), draw(st.lists(errors, min_size=6, max_size=6)))
+
+
+@given(filled_problems())
+@settings(max_examples=200, deadline=None, derandomize=True)
+def test_groups_filled_with_zero(drawn: tuple[Router, list[float], list[float]]) -> None:
+    """Soundness again: experts of other groups compete with 0, those of uncertain groups with either."""
+    router, score_E, error_E = drawn
+    ids_PK = choices(perturbed(score_E, error_E), router)
+    allowed = allowed_choice(torch.tensor([score_E], dtype=torch.float64),
+                             torch.tensor([error_E], dtype=torch.float64), router)
+    everyone = type(allowed)(allowed.may_TE.expand(len(ids_PK), -1), allowed.must_TE.expand(len(ids_PK), -1))
+    assert everyone.accepts(ids_PK).all()
+
+
+@pytest.mark.parametrize(("fill", "right", "wrong"), [("minus_inf", [0, 1], [0, 2]), ("zero", [0, 2], [0, 1])])
+def test_what_a_negative_score_loses_to(fill: str, right: list[int], wrong: list[int]) -> None:
+    """Group (4, -1) is kept, group (3, 2) is not: -1 wins over minus infinity and loses to 0."""
+    router = Router(num_experts=4, top_k=2, num_groups=2, num_groups_kept=1, group_fill=fill)  # pyrefly: ignore
+    assert accepted([4.0, -1.0, 3.0, 2.0], 0.125, router, right)
+    assert not accepted([4.0, -1.0, 3.0, 2.0], 0.125, router, wrong)
+
+
+def test_nothing_is_known_of_scores_that_are_not_numbers() -> None:
+    """Any choice of distinct experts is accepted, for that token and no other."""
+    scores_TE = torch.tensor([[torch.nan, 3.0, 2.0, 1.0], [4.0, 3.0, 2.0, 1.0]], dtype=torch.float64)
+    allowed = allowed_choice(scores_TE, torch.full_like(scores_TE, 0.125), FOUR)
+    assert allowed.accepts(torch.tensor([[2, 3], [2, 3]])).tolist() == [True, False]
+    assert allowed.unambiguous_T.tolist() == [False, True]

@@ -17,7 +17,8 @@ from moe_ref.tiers.tiers import MINIMUM_EXECUTED, tier, with_tp
 NAMES = ("smoke", "quick", "full", "nightly")
 
 
-@pytest.mark.parametrize(("name", "fewest"), [("smoke", 24), ("quick", 250), ("full", 280), ("nightly", 500)])
+@pytest.mark.parametrize(("name", "fewest"), [("smoke", 24), ("quick", 250), ("full", 280), ("nightly", 500),
+                                              ("families", 60)])
 def test_a_tier_has_enough_cases(name: str, fewest: int) -> None:
     """More cases than must be executed, and the promise is not below the documented one."""
     one = tier(name)
@@ -25,7 +26,7 @@ def test_a_tier_has_enough_cases(name: str, fewest: int) -> None:
     assert len(one.cases) >= one.minimum_executed
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, "families"])
 def test_ids_are_unique_and_parse(name: str) -> None:
     """The same id twice would judge one case and count two; every case says why it is there."""
     cases = tier(name).cases
@@ -104,18 +105,18 @@ def test_every_axis_value_makes_a_case() -> None:
 def test_the_same_cases_in_every_process(hash_seed: str) -> None:
     """Sets iterate in an order that depends on PYTHONHASHSEED; the tiers must not, nor need torch."""
     script = ("import sys; from moe_ref.tiers.tiers import tier\n"
-              "for n in ('smoke', 'quick', 'full', 'nightly'):\n"
+              "for n in ('smoke', 'quick', 'full', 'nightly', 'families'):\n"
               "    for c in tier(n).cases: print(n, c.case_id, c.ranks.value, c.purpose)\n"
               "assert 'torch' not in sys.modules")
     output = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": hash_seed},
                             capture_output=True, text=True, check=True).stdout
     assert output.splitlines() == [f"{name} {one.case_id} {one.ranks.value} {one.purpose}"
-                                   for name in NAMES for one in tier(name).cases]
+                                   for name in (*NAMES, "families") for one in tier(name).cases]
 
 
 def test_an_unknown_tier_lists_the_known_ones() -> None:
     """Wrong use, with the way out in the message."""
-    with pytest.raises(UsageValueError, match="unknown tier 'fast'; known: smoke, quick, full, nightly"):
+    with pytest.raises(UsageValueError, match="unknown tier 'fast'; known: smoke, quick, full, nightly, families"):
         tier("fast")
 
 

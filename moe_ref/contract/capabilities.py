@@ -15,15 +15,22 @@ class Numerics:
 
     storage: stage -> format its rows are rounded to (nearest, even) when stored; a stage left out is kept
     in registers and belongs to the group that ends at the next stored stage.
+    `permute` are the rows that the first product takes, where the routing weight is on the input.
     accumulate: format of every long sum, in any order. reduce: format of partial sums between ranks.
     weight_at: "down": the routing weight multiplies in the down product's accumulator, before the store;
-    "merge": down rows are stored without it and weighted, in the accumulation format, when they are summed.
+    "merge": down rows are stored without it and weighted when they are summed; "act": it multiplies the
+    activation before that is stored, so that `act` and `down` hold weighted rows.
+    activation: format to which every elementwise step inside the activation is rounded (a sigmoid, tanh or erf is
+    one step); None: only its end. merge: format to which the product weight * row and the running sum over slots
+    and shared expert are rounded after every step; None: they are kept in the accumulation format.
     """
 
     storage: dict[Stage, Format]
     accumulate: Format = Format.FP32
     reduce: Format = Format.FP32
-    weight_at: Literal["down", "merge"] = "down"
+    weight_at: Literal["down", "merge", "act"] = "down"
+    activation: Format | None = None
+    merge: Format | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,8 +38,8 @@ class Problem:
                 faults.append(f"model {self.model!r}, but the spec is not that model's, nor that with fewer experts")
         if self.spec.router is None and self.pattern is not Pattern.UNIFORM:
             faults.append(f"pattern {self.pattern}, but a layer without a router has none to force")
-        if self.pattern is Pattern.EMPTY and self.spec.num_experts - self.spec.top_k < 2:
-            faults.append(f"pattern empty needs two experts to spare, but E={self.spec.num_experts}, "
+        if self.pattern is Pattern.EMPTY and self.spec.num_choices - self.spec.top_k < 2:
+            faults.append(f"pattern empty needs two experts to spare, but E={self.spec.num_choices}, "
                           f"K={self.spec.top_k}")
         raise_faults("Problem", faults)
 

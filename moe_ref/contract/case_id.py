@@ -6,37 +6,27 @@ Grammar, sections joined by "-", defaults left out, order fixed:
 
     SIZES   T33.H96.I160.E8.K2   tokens, hidden, intermediate, experts, top-k; without E and K: a dense MLP
             mixtral.8x7b.T32     a published model; .E4 cuts the number of experts, never a width
-    router  sigmoid | norm | eps1em20 | bias | g8.4 (groups.kept) | top2sum | scale2.5
-    mlp     gelu | gelutanh ; shared expert: sh256 | shgate | shgelu | shgelutanh
-    others  zipf | onehot | empty | allone | ties ; outlier ; s7 ; tp4 ; ep2 ; split60.40
+    router  sigmoid | norm | eps1em20 | bias | g8.4 (groups.kept) | top2sum | scale2.5 ... see spec_words.py
+    mlp     gelu | gelutanh ... ; shared expert: sh256 | shgate | shgelu | shgelutanh ... ; weightinput | outbias
+    others  zipf | onehot | empty | allone | ties ; outlier | large | nonfinite ; s7 ; tp4 ; ep2 ; split60.40
 
 Letters, digits, dot and hyphen only; "m" is minus, as in eps1em20. A later grammar gets another prefix;
 what an id means never changes.
 """
 
 import re
-from dataclasses import replace
 
 from moe_ref.contract.case import Case, Problem
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.parallel import Parallel
-from moe_ref.contract.spec import MLP, MoESpec, Router, SharedExpert
+from moe_ref.contract.spec import MoESpec, Router
+from moe_ref.contract.spec_words import COUNT, apply_spec_options, match_option, spec_words
 from moe_ref.contract.vocabulary import Data, Dtype, Pattern
 from moe_ref.models.registry import cut_experts, find_model
 
 PREFIX = "v1"
-_ACTIVATION_WORDS = {"silu": "", "gelu": "gelu", "gelu_tanh": "gelutanh"}
-_COUNT = r"\d{1,9}"
-_SIZES = re.compile(rf"T({_COUNT})\.H({_COUNT})\.I({_COUNT})(?:\.E({_COUNT})\.K({_COUNT}))?")
-_MODEL = re.compile(rf"([a-z][a-z0-9.]*?)\.T({_COUNT})(?:\.E({_COUNT}))?")
-
-
-def _number_to_text(value: float) -> str:
-    return repr(value).removesuffix(".0").replace("-", "m").replace("+", "")
-
-
-def _text_to_number(text: str) -> float:
-    return float(text.replace("m", "-"))
+_SIZES = re.compile(rf"T({COUNT})\.H({COUNT})\.I({COUNT})(?:\.E({COUNT})\.K({COUNT}))?")
+_MODEL = re.compile(rf"([a-z][a-z0-9.]*?)\.T({COUNT})(?:\.E({COUNT}))?")
 
 
 def format_case(case: Case) -> str:
@@ -62,29 +52,12 @@ def format_problem(problem: Problem) -> str:
         words = [PREFIX, f"T{problem.num_tokens}.H{spec.hidden_size}.I{spec.intermediate_size}{experts}"]
     words.append(problem.dtype)
     if not problem.model:
-        words += _spec_words(spec)
+        words += spec_words(spec)
     words += ["res"] * problem.residual
     words += [problem.pattern] * (problem.pattern is not Pattern.UNIFORM)
     words += [problem.data] * (problem.data is not Data.UNIT)
     words += [f"s{problem.seed}"] * (problem.seed != 0)
     return "-".join(words)
-
-
-def _spec_words(spec: MoESpec) -> list[str]:
-    router, words = spec.router, []
-    if router:
-        words += ["sigmoid"] * (router.score == "sigmoid") + ["norm"] * router.renormalize
-        words += [f"eps{_number_to_text(router.renormalize_epsilon)}"] * (router.renormalize_epsilon != 0)
-        words += ["bias"] * (router.selection_bias == "score")
-        words += [f"g{router.num_groups}.{router.num_groups_kept}"] * (router.num_groups > 1)
-        words += ["top2sum"] * (router.group_score == "top2_sum")
-        words += [f"scale{_number_to_text(router.scaling_factor)}"] * (router.scaling_factor != 1)
-    words += filter(None, [_ACTIVATION_WORDS[spec.experts.activation]])
-    if spec.shared:
-        activation = _ACTIVATION_WORDS[spec.shared.mlp.activation]
-        words += [f"sh{spec.shared.intermediate_size}"] + ["shgate"] * (spec.shared.gate == "sigmoid")
-        words += ["sh" + activation] * bool(activation)
-    return words
 
 
 def parse_case(text: str) -> Case:
@@ -98,7 +71,7 @@ def parse_case(text: str) -> Case:
     options = _read_options(text, words[3:])
     spec, num_tokens, model = _read_sizes(text, words[1])
     if not model:
-        spec = _apply_spec_options(text, spec, options)
+        spec = apply_spec_options(text, spec, options)
     problem = Problem(spec=spec, num_tokens=num_tokens, dtype=Dtype(words[2]), model=model,
                       residual="res" in options, seed=int(options.get("s", "0")),
                       pattern=Pattern(options.get("pattern", Pattern.UNIFORM)),
@@ -111,31 +84,31 @@ def parse_case(text: str) -> Case:
     return case
 
 
-_FLAGS = ("res", "sigmoid", "norm", "bias", "top2sum", "gelu", "gelutanh", "shgate", "shgelu", "shgelutanh")
-_NUMBER = r"\d{1,20}(?:\.\d{1,20})?(?:em?\d{1,3})?"
-_VALUED = {"eps": _NUMBER, "g": rf"{_COUNT}\.{_COUNT}", "scale": _NUMBER, "sh": _COUNT, "s": r"\d{1,10}",
-           "tp": _COUNT, "ep": _COUNT, "split": rf"{_COUNT}(?:\.{_COUNT})*"}
+_VALUED = {"s": r"\d{1,10}", "tp": COUNT, "ep": COUNT, "split": rf"{COUNT}(?:\.{COUNT})*"}
 
 
 def _read_options(text: str, words: list[str]) -> dict[str, str]:
     options: dict[str, str] = {}
     for word in words:
-        if word in _FLAGS:
-            name, value = word, ""
-        elif word in tuple(Pattern):
-            name, value = "pattern", word
-        elif word in tuple(Data):
-            name, value = "data", word
-        else:
-            matches = [(name, word[len(name):]) for name, form in _VALUED.items()
-                       if word.startswith(name) and re.fullmatch(form, word[len(name):])]
-            if not matches:
-                raise UsageValueError(f"case id {text!r}: unknown word {word!r}")
-            name, value = matches[0]
+        name, value = _read_word(text, word)
         if name in options:
             raise UsageValueError(f"case id {text!r}: {word!r} says {name} a second time")
         options[name] = value
     return options
+
+
+def _read_word(text: str, word: str) -> tuple[str, str]:
+    if word == "res":
+        return word, ""
+    for name, values in (("pattern", tuple(Pattern)), ("data", tuple(Data))):
+        if word in values:
+            return name, word
+    if option := match_option(word):
+        return option
+    for name, form in _VALUED.items():
+        if word.startswith(name) and re.fullmatch(form, word[len(name):]):
+            return name, word[len(name):]
+    raise UsageValueError(f"case id {text!r}: unknown word {word!r}")
 
 
 def _read_sizes(text: str, word: str) -> tuple[MoESpec, int, str]:
@@ -149,29 +122,3 @@ def _read_sizes(text: str, word: str) -> tuple[MoESpec, int, str]:
         return (cut_experts(spec, int(experts)) if experts else spec), int(tokens), name
     raise UsageValueError(f"case id {text!r}: sizes {word!r}, but should be as T33.H96.I160.E8.K2, "
                           "T33.H96.I160 or mixtral.8x7b.T32")
-
-
-def _apply_spec_options(text: str, spec: MoESpec, options: dict[str, str]) -> MoESpec:
-    router_words = {"sigmoid", "norm", "eps", "bias", "g", "top2sum", "scale"} & options.keys()
-    if spec.router is None and router_words:
-        raise UsageValueError(f"case id {text!r}: {', '.join(sorted(router_words))} need a router, E and K")
-    router = spec.router
-    if router:
-        groups, kept = (int(n) for n in options.get("g", "1.1").split("."))
-        router = Router(num_experts=router.num_experts, top_k=router.top_k,
-                        score="sigmoid" if "sigmoid" in options else "softmax",
-                        renormalize="norm" in options, selection_bias="score" if "bias" in options else None,
-                        renormalize_epsilon=_text_to_number(options.get("eps", "0")),
-                        num_groups=groups, num_groups_kept=kept,
-                        group_score="top2_sum" if "top2sum" in options else "max",
-                        scaling_factor=_text_to_number(options.get("scale", "1")))
-    shared = None
-    if "sh" in options:
-        shared = SharedExpert(intermediate_size=int(options["sh"]), mlp=_mlp(options, "sh"),
-                              gate="sigmoid" if "shgate" in options else "none")
-    return replace(spec, router=router, experts=_mlp(options, ""), shared=shared)
-
-
-def _mlp(options: dict[str, str], prefix: str) -> MLP:
-    chosen = [name for name, word in _ACTIVATION_WORDS.items() if word and prefix + word in options]
-    return MLP(activation=chosen[0]) if chosen else MLP()  # pyrefly: ignore

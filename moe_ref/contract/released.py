@@ -1,4 +1,4 @@
-"""In which dtype released code computes each step: rounding points that never change the result in real arithmetic."""
+"""In which dtype released code computes each step: rounding points, which are no part of the mathematics."""
 
 from dataclasses import dataclass
 from typing import Literal

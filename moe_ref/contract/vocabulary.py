@@ -87,11 +87,15 @@ class Data(StrEnum):
     """Distribution of tokens and weights, always exactly on the storage grid.
 
     `unit`: symmetric, pre-activations with a standard deviation between 0.9 and 1.8; `outlier`: one
-    channel of x in 64 is scaled by 64.
+    channel of x in 64 is scaled by 64; `large`: gate and up weights are 8 times larger, so that
+    pre-activations pass the clamps of released models; `nonfinite`: token 1 holds a NaN and token 2 an infinity,
+    as far as there are so many tokens.
     """
 
     UNIT = "unit"
     OUTLIER = "outlier"
+    LARGE = "large"
+    NON_FINITE = "nonfinite"
 
 
 class Schedule(StrEnum):

@@ -19,6 +19,7 @@ from moe_ref.inputs.philox import grid_tensor
 
 TOKEN_AMPLITUDE = WEIGHT_AMPLITUDE = 4.0
 BIAS_AMPLITUDE = 1.0
+LARGE_FACTOR = 8.0
 OUTLIER_EVERY, OUTLIER_FACTOR, OUTLIER_DAMPING = 64, 64.0, 0.125
 
 
@@ -36,38 +37,40 @@ class GeneratedWeights:
 
     In [-a, a) with a = WEIGHT_AMPLITUDE * inverse_root(fan in), so that pre-activations and logits have a standard
     deviation between 0.9 and 1.8, where activations differ from each other and gate from up; 8 times less
-    where outlier data comes in, whose tokens are larger.
+    where outlier data comes in, whose tokens are larger. Gate and up weights of large data are 8 times larger.
     """
 
     problem: Problem
 
-    def _draw(self, name: str, shape: tuple[int, ...], index: int = 0, damped: bool = False) -> torch.Tensor:
-        amplitude = WEIGHT_AMPLITUDE * inverse_root(shape[-1])
+    @cached_property
+    def _name(self) -> str:
+        return format_problem(self.problem)
+
+    def _draw(self, name: str, shape: tuple[int, ...], index: int = 0, damped: bool = False,
+              factor: float = 1.0) -> torch.Tensor:
+        amplitude = WEIGHT_AMPLITUDE * inverse_root(shape[-1]) * factor
         if damped and self.problem.data is Data.OUTLIER:
             amplitude *= OUTLIER_DAMPING
-        return grid_tensor(format_problem(self.problem), name, shape, self.problem.dtype, amplitude, index)
+        return grid_tensor(self._name, name, shape, self.problem.dtype, amplitude, index)
 
     def _small(self, name: str, amplitude: float, dtype: Dtype | None = None) -> torch.Tensor | None:
         """A parameter that is no matrix, in [-amplitude, amplitude); None where the layer has none of that name."""
         shape = parameter_shapes(self.problem.spec).get(name)
         if shape is None:
             return None
-        return grid_tensor(format_problem(self.problem), name.rpartition("_")[0], shape, dtype or self.problem.dtype,
-                           amplitude)
+        return grid_tensor(self._name, name.rpartition("_")[0], shape, dtype or self.problem.dtype, amplitude)
 
     def _mlp(self, prefix: str, mlp: MLP, intermediate_size: int, index: int) -> ExpertWeights:
         problem, hidden = self.problem, self.problem.spec.hidden_size
-        projections = mlp.num_projections
-        matrices = (self._draw(prefix + "w13", (projections, intermediate_size, hidden), index, damped=True),
+        projections, factor = mlp.num_projections, LARGE_FACTOR if problem.data is Data.LARGE else 1.0
+        matrices = (self._draw(prefix + "w13", (projections, intermediate_size, hidden), index, True, factor),
                     self._draw(prefix + "w2", (hidden, intermediate_size), index))
         if not mlp.bias:
             return ExpertWeights(*matrices)
-        name = format_problem(problem)
-        return ExpertWeights(
-            *matrices,
-            grid_tensor(name, prefix + "w13_bias", (projections, intermediate_size), problem.dtype, BIAS_AMPLITUDE,
-                        index),
-            grid_tensor(name, prefix + "w2_bias", (hidden,), problem.dtype, BIAS_AMPLITUDE, index))
+        shapes = {"w13_bias": (projections, intermediate_size), "w2_bias": (hidden,)}
+        return ExpertWeights(*matrices, *(
+            grid_tensor(self._name, prefix + bias, shape, problem.dtype, BIAS_AMPLITUDE, index)
+            for bias, shape in shapes.items()))
 
     def expert(self, e: int) -> ExpertWeights:
         """Expert e, drawn anew at every call."""
@@ -139,6 +142,9 @@ def build_inputs(problem: Problem) -> Inputs:
     x_TH = grid_tensor(name, "x", shape, problem.dtype, TOKEN_AMPLITUDE)
     if problem.data is Data.OUTLIER:
         x_TH[:, 17 % shape[1]::OUTLIER_EVERY] *= OUTLIER_FACTOR
+    if problem.data is Data.NON_FINITE:
+        x_TH[1:2, 5 % shape[1]] = torch.nan
+        x_TH[2:3, 3 % shape[1]] = torch.inf
     residual_TH = grid_tensor(name, "residual", shape, problem.dtype, TOKEN_AMPLITUDE) if problem.residual else None
     return Inputs(problem, x_TH, pattern_logits(problem), residual_TH, GeneratedWeights(problem))
 

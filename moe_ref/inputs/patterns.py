@@ -25,7 +25,7 @@ def pattern_logits(problem: Problem) -> torch.Tensor | None:
     """logits_TE in fp32 for the problem's pattern, or None where the router computes its own."""
     if problem.pattern is Pattern.UNIFORM:
         return None
-    tokens, experts = problem.num_tokens, problem.spec.num_experts
+    tokens, experts = problem.num_tokens, problem.spec.num_choices
     bits = 2 if problem.pattern is Pattern.TIES else 13
     integers = random_integers(format_problem(problem), "logits", 0, tokens * experts, bits)
     logits_TE = torch.from_numpy(integers).to(torch.float32).reshape(tokens, experts) * 2.0 ** (2 - bits)

@@ -5,9 +5,13 @@ from functools import cache
 from moe_ref.contract.case import Case
 from moe_ref.contract.case_id import format_problem, parse_case
 from moe_ref.contract.errors import UsageValueError
+from moe_ref.contract.features import Feature, features_of
 from moe_ref.contract.vocabulary import Stage
 
 UNREADABLE = {"case id": "not readable by this version"}
+
+_OWN_AXIS = {Feature.DENSE, Feature.GROUPS, Feature.SELECTION_BIAS, Feature.SHARED_EXPERT, Feature.RESIDUAL}
+"""Features that an axis of their own tells in every case; the others are axes of the cases that use them."""
 
 _HIDDEN_STAGES = (Stage.LOGITS, Stage.GATE_UP, Stage.ACT)
 _INTERMEDIATE_STAGES = (Stage.DOWN, Stage.MERGED, Stage.REDUCED)
@@ -37,12 +41,13 @@ def case_axes(text: str) -> dict[str, str]:
     if router:
         axes |= {"renormalize": yes_no[router.renormalize], "selection bias": yes_no[router.selection_bias is not None],
                  "expert groups": f"{router.num_groups_kept} of {router.num_groups}"}
-    shared = "none" if spec.shared is None else "gated" if spec.shared.gate == "sigmoid" else "plain"
+    gates = {"none": "plain", "sigmoid": "gated", "router": "router-gated"}
+    shared = "none" if spec.shared is None else gates[spec.shared.gate]
     axes |= {"shared expert": shared, "residual": yes_no[problem.residual], "model": problem.model or "none",
              "tokens": str(problem.num_tokens), "hidden": str(spec.hidden_size),
              "intermediate": str(spec.intermediate_size), "experts": str(spec.num_experts),
              "top-k": str(spec.top_k)}
-    return axes
+    return axes | {str(feature): "yes" for feature in sorted(features_of(spec) - _OWN_AXIS)}
 
 
 def axis_sort_key(value: str) -> tuple[int, float, str]:
@@ -56,8 +61,10 @@ def size_of(text: str) -> float:
     if case is None:
         return float("inf")
     spec, tokens = case.problem.spec, max(case.problem.num_tokens, 1)
-    shared = spec.shared.intermediate_size if spec.shared else 0
-    return tokens * spec.hidden_size * 3 * (spec.top_k * spec.intermediate_size + shared) * case.parallel.tp
+    columns = spec.top_k * spec.intermediate_size * (1 + spec.experts.num_projections)
+    if spec.shared:
+        columns += spec.shared.intermediate_size * (1 + spec.shared.mlp.num_projections)
+    return tokens * spec.hidden_size * columns * case.parallel.tp
 
 
 def reduction(stage: str, text: str) -> tuple[str, int] | None:

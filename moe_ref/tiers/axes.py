@@ -51,7 +51,7 @@ SHARED = ("none", "shared", "shared-gate")
 AXES: dict[str, tuple] = {
     "shape": tuple(shape.name for shape in SHAPES), "dtype": tuple(Dtype), "tp": (1, 2, 3, 4, 8),
     "pattern": tuple(Pattern), "router": ROUTERS, "activation": ("silu", "gelu", "gelu_tanh"), "shared": SHARED,
-    "residual": (False, True), "data": tuple(Data),
+    "residual": (False, True), "data": (Data.UNIT, Data.OUTLIER),
 }
 """Every axis and its values, the plainest first."""
 

@@ -1,4 +1,5 @@
-"""The tiers: smoke, quick, full, nightly. Each is pinned cases plus covers; each holds the one before it."""
+"""The tiers: smoke, quick, full, nightly, each of pinned cases plus covers, each holding the one before it; and
+families, pinned layers of released families."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from moe_ref.contract.vocabulary import Dtype, Pattern, Ranks
 from moe_ref.models.registry import models
 from moe_ref.tiers.axes import AXES, PLAIN, SHAPES, Row, row_case
 from moe_ref.tiers.cover import pairwise_rows, possible_pairs, row_pairs
+from moe_ref.tiers.families import family_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,7 @@ class PlannedCase:
 
 @dataclass(frozen=True)
 class Tier:
-    """Its cases, the fewest that must really run, and the axis pairs they cover of those possible."""
+    """Its cases, the fewest that must really run, and the axis pairs they cover of those possible; families: none."""
 
     name: str
     cases: tuple[PlannedCase, ...]
@@ -39,7 +41,9 @@ class Tier:
     pairs_possible: int
 
 
-MINIMUM_EXECUTED = {"smoke": 24, "quick": 250, "full": 280, "nightly": 500}
+MINIMUM_EXECUTED = {"smoke": 24, "quick": 250, "full": 280, "nightly": 500, "families": 60}
+"""families: what an implementation of softmax routers, expert groups and shared experts can run at least."""
+
 _TP_AND_DTYPE = tuple(product(AXES["tp"], Dtype))
 
 
@@ -107,6 +111,8 @@ def tier(name: str) -> Tier:
     """The tier of that name; raises UsageValueError that lists the names."""
     if name not in MINIMUM_EXECUTED:
         raise UsageValueError(f"unknown tier {name!r}; known: {', '.join(MINIMUM_EXECUTED)}")
+    if name == "families":
+        return _families()
     rows = _smoke_rows() if name == "smoke" else _quick_rows()
     planned = [PlannedCase(case=case, purpose=purpose) for row, purpose in rows if (case := row_case(row))]
     if name == "smoke":
@@ -120,6 +126,11 @@ def tier(name: str) -> Tier:
     covered = set().union(*(row_pairs(row) for row, _ in rows if row_case(row)))
     possible = possible_pairs()
     return Tier(name, cases, MINIMUM_EXECUTED[name], len(covered & possible), len(possible))
+
+
+def _families() -> Tier:
+    planned = tuple(PlannedCase(case=parse_case(text), purpose=purpose) for text, purpose in family_ids())
+    return Tier("families", planned, MINIMUM_EXECUTED["families"], 0, 0)
 
 
 def with_tp(planned: PlannedCase, tp: int) -> PlannedCase:

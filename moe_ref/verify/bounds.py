@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_ref.contract.spec import MLP, Router
+from moe_ref.contract.spec import Router
 from moe_ref.contract.vocabulary import Format
+from moe_ref.oracle.router import capped, softplus
+from moe_ref.verify.rows import Rows
 from moe_ref.verify.tolerances import Tolerances
 
 ORACLE_UNIT = 2.0**-53
@@ -20,10 +22,6 @@ ORACLE_UNIT = 2.0**-53
 FP32_UNIT = 2.0**-24
 FLUSH = 2.0**-126
 """Smallest normal fp32 number: what flushing subnormals to zero can cost one operation."""
-
-SLOPE = {"silu": 1.1, "gelu": 1.13, "gelu_tanh": 1.13}
-"""Largest |derivative| of each activation: silu 1.0998 at g = 2.40, gelu 1.1290 at g = sqrt 2."""
-
 
 @dataclass(frozen=True)
 class RoundingModel:
@@ -62,42 +60,66 @@ class RoundingModel:
         """Largest finite value of a stored format."""
         return math.inf if stored is None else self.tolerances.file.formats[stored].max
 
-    def activated(self, gate: torch.Tensor, up: torch.Tensor, act: torch.Tensor, gate_bound: torch.Tensor,
-                  up_bound: torch.Tensor, mlp: MLP) -> torch.Tensor:
-        """Error of activation(gate) * up before it is stored, from the errors of gate and up.
+    def elementwise(self, inner: Format | None) -> tuple[float, float]:
+        """Unit roundoff of elementwise steps, and what underflow can cost; `inner` is a format they round to."""
+        if inner is None:
+            return self.evaluation_unit, FLUSH
+        entry = self.tolerances.file.formats[inner]
+        # Half the distance of subnormals, for each of the four steps that an activation has at most.
+        underflow = 4 * (FLUSH + 2.0 ** (entry.min_exponent - entry.significand_bits))
+        return max(2.0**-entry.significand_bits, self.evaluation_unit), underflow
 
-        First order plus the cross term with the largest slope, plus the evaluation in fp32. silu's error is
-        relative to its value and grows with the exponent's argument; gelu cancels for negative gates, so its
-        error is relative to |gate * up|.
-        """
-        slope = SLOPE[mlp.activation]
-        value = act.abs() if mlp.activation == "silu" else (gate * up).abs()
-        activation = torch.where(up == 0, gate.abs(), (act / up).abs())
-        propagated = slope * gate_bound * (up.abs() + up_bound) + activation * up_bound
-        units = self.tolerances.file.evaluations.activation.units + gate.abs()
-        # The sigmoid of a large negative gate is flushed, or its exponential overflows: it may be 0 below 2^-126.
-        flushed = FLUSH * (1 + gate.abs()) * (1 + up.abs())
-        return propagated + units * self.evaluation_unit * (value + propagated) + flushed
+    def softcap_error(self, rows: Rows, cap: float, inner: Format | None) -> torch.Tensor:
+        """Error of evaluating cap * tanh(. / cap): absolute in the cap, since tanh may be made of a sigmoid."""
+        evaluated = self.tolerances.file.evaluations.softcap.units * self.evaluation_unit * cap
+        if inner is None:
+            return torch.full_like(rows.value, evaluated)
+        # Rounded to the format, division, tanh and product: once each, relative to a value of at most the cap.
+        return evaluated + 5 * self.elementwise(inner)[0] * rows.largest.clamp(max=cap)
+
+    def capped(self, logits: Rows, router: Router) -> Rows:
+        """Logits after their scale and cap; both keep or shrink an error but for the factor of the scale."""
+        value, bound = capped(logits.value, router), logits.bound * router.logit_scale
+        if router.logit_scale != 1.0:
+            bound = bound + 2 * self.evaluation_unit * router.logit_scale * logits.largest
+        if router.logit_softcap:
+            bound = bound + self.softcap_error(logits, router.logit_softcap, None)
+        return Rows(value, bound)
 
     def score_units(self, logits_TE: torch.Tensor, router: Router) -> torch.Tensor:
-        """Relative evaluation error of every score, in absolute terms of the unit, (T, E)."""
-        base = self.tolerances.file.evaluations.score.units
+        """Relative evaluation error of every score from capped logits, in absolute terms of the unit, (T, E)."""
+        base, unit = self.tolerances.file.evaluations.score.units, self.evaluation_unit
         if router.score == "softmax":
             spread = logits_TE.amax(-1, keepdim=True) - logits_TE
-            return (base + logits_TE.shape[1] + 2 * spread) * self.evaluation_unit
-        return (base + logits_TE.abs()) * self.evaluation_unit
+            return (base + logits_TE.shape[1] + 2 * spread) * unit
+        units = (base + logits_TE.abs()) * unit
+        if router.score == "sqrt_softplus":
+            # log(1 + exp(l)) written so is off by two units of 1, whose root changes by no more than theirs.
+            lost = 2 * unit / softplus(logits_TE).clamp(min=1e-300)
+            units = units + torch.minimum(lost, lost.sqrt())
+        return units
 
     @property
     def evaluation_unit(self) -> float:
         """Unit of elementwise functions: fp32, or fp64 for an implementation that accumulates in it."""
         return ORACLE_UNIT if self.accumulate is Format.FP64 else FP32_UNIT
 
-    def weight_units(self, score_units_TK: torch.Tensor, router: Router) -> torch.Tensor:
-        """Relative error of routing weights from that of the selected scores, (T, K)."""
-        units = score_units_TK
+    def weight_units(self, score_units_TK: torch.Tensor, router: Router,
+                     shared_units_TS: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Relative error of routing weights (T, K) and of shared weights (T, S) from that of the scores in them.
+
+        A denominator that is clamped or has an epsilon is off by no more than the largest score's relative error.
+        """
+        products = (2 + 2 * (router.learned_scale is not None)) * self.evaluation_unit
+        both = score_units_TK if shared_units_TS is None else torch.cat([score_units_TK, shared_units_TS], -1)
+        units = both
         if router.renormalize:
-            units = units + units.amax(-1, keepdim=True) + (router.top_k + 4) * self.evaluation_unit
-        return units + 2 * self.evaluation_unit
+            largest_T1 = both.amax(-1, keepdim=True)
+            quotient = (units + largest_T1) / (1 - largest_T1) + (both.shape[1] + 4) * self.evaluation_unit
+            units = torch.where(largest_T1 < 1, quotient, torch.inf)
+        units = units + products
+        top_k = score_units_TK.shape[1]
+        return units[:, :top_k], None if shared_units_TS is None else units[:, top_k:]
 
 
 def gamma(terms: int, unit: float) -> float:

@@ -70,9 +70,10 @@ def _model(stage: str, case: Case) -> str:
     spec = case.problem.spec
     return {
         Stage.LOGITS: f"sum of K = {spec.hidden_size}", Stage.IDS: "scores within their bound, ties to the lower id",
-        Stage.WEIGHTS: f"{spec.router.score if spec.router else 'none'} of {spec.num_experts} logits",
+        Stage.WEIGHTS: f"{spec.router.score if spec.router else 'none'} of {spec.num_choices} logits",
         Stage.GATE_UP: f"sum of K = {spec.hidden_size}",
-        Stage.ACT: f"two sums of K = {spec.hidden_size}, {spec.experts.activation}, one store",
+        Stage.ACT: f"{'two sums' if spec.experts.gated else 'one sum'} of K = {spec.hidden_size}, "
+                   f"{spec.experts.activation}, one store",
         Stage.DOWN: f"sum of K = {case.parallel.ranges(spec.intermediate_size)[0][1]} per rank, weight, one store",
         Stage.SHARED: "shared expert from the tokens", Stage.MERGED: f"sum of {spec.top_k} rows, one store",
         Stage.REDUCED: f"{case.parallel.tp - 1} additions between ranks", Stage.OUTPUT: "whole layer, propagated",

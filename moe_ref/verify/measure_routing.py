@@ -5,15 +5,15 @@ from dataclasses import dataclass
 import torch
 
 from moe_ref.contract.capabilities import Capabilities, Numerics
-from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.vocabulary import Format, Stage
 from moe_ref.inputs.build import Inputs
-from moe_ref.oracle.router import score, top_ids, weigh
-from moe_ref.oracle.router import selection_score as grouped_selection_score
 from moe_ref.records.schema import StageResult, Worst
-from moe_ref.verify.bounds import FLUSH, RoundingModel
-from moe_ref.verify.selection import AllowedChoice, allowed_choice, broken_ties
+from moe_ref.verify.bounds import RoundingModel
+from moe_ref.verify.rows import Rows, exact
+from moe_ref.verify.scores import Scores
+from moe_ref.verify.selection import broken_ties
 from moe_ref.verify.stage_meter import Place, StageMeter
+from moe_ref.verify.steps import Steps
 
 RankTensors = dict[Stage, torch.Tensor]
 
@@ -22,13 +22,13 @@ RankTensors = dict[Stage, torch.Tensor]
 class FollowedRouting:
     """The subject's choice with the oracle's weights.
 
-    ids_TK; weights_TK and their error bound from the layer's inputs; judged_T: tokens whose choice is known
-    (all of them when the subject shows its ids).
+    ids_TK; weights with their error bound from the layer's inputs, (T, K); shared: the same of shared experts that
+    the router gates, (T, S); judged_T: tokens whose choice is known (all of them when the subject shows its ids).
     """
 
     ids_TK: torch.Tensor
-    weights_TK: torch.Tensor
-    bound_TK: torch.Tensor
+    weights: Rows
+    shared: Rows | None
     judged_T: torch.Tensor
 
 
@@ -40,31 +40,58 @@ class RoutingMeasure:
     followed: FollowedRouting
 
 
+def tainted_tokens(inputs: Inputs) -> torch.Tensor:
+    """Tokens that hold a NaN or an infinity, (T,)."""
+    return ~torch.isfinite(inputs.x_TH).all(-1)
+
+
+@dataclass(frozen=True)
+class Router:
+    """What the routing of one case is judged with; tainted: tokens without finite logits of their own."""
+
+    inputs: Inputs
+    ranks: list[RankTensors]
+    steps: Steps
+    truth: Scores
+    tainted_T: torch.Tensor
+    tainted_weights_T: torch.Tensor
+
+    def own_scores(self, tensors: RankTensors) -> Scores:
+        """From the subject's own logits, which carry no error of their own; the oracle's where it shows none."""
+        if Stage.LOGITS not in tensors:
+            return self.truth
+        return Scores(exact(tensors[Stage.LOGITS]), _shared_logits(self.inputs, self.steps), self.inputs,
+                      self.steps.model)
+
+
 def measure_routing(inputs: Inputs, ranks: list[RankTensors], numerics: Numerics, capabilities: Capabilities,
                     model: RoundingModel) -> RoutingMeasure:
     """Every rank holds the whole routing, so every rank is compared."""
     spec, num_tokens = inputs.problem.spec, len(inputs.x_TH)
     if spec.router is None:
         return _dense(ranks, num_tokens)
-    logits_TE, bound_TE = _true_logits(inputs, numerics, model)
+    steps = Steps(spec, numerics, model)
+    logits, shared_logits = _true_logits(inputs, steps), _shared_logits(inputs, steps)
+    tainted_T = tainted_tokens(inputs)
+    own_logits_T = tainted_T & (inputs.logits_TE is None)
+    router = Router(inputs, ranks, steps, Scores(logits, shared_logits, inputs, model), own_logits_T,
+                    tainted_T if shared_logits is not None else own_logits_T)
     stages = []
     if Stage.LOGITS in ranks[0]:
-        meter = StageMeter(Stage.LOGITS, spec.num_experts)
+        meter = StageMeter(Stage.LOGITS, spec.num_choices, tainted_T=own_logits_T)
         for rank, tensors in enumerate(ranks):
-            meter.add(tensors[Stage.LOGITS], logits_TE, bound_TE, Place(rank, torch.arange(num_tokens)))
+            meter.add(tensors[Stage.LOGITS], logits.value, logits.bound, Place(rank, torch.arange(num_tokens)))
         stages.append(meter.result())
-    truth = _Scores(logits_TE, bound_TE, inputs, model)
     if Stage.IDS not in ranks[0]:
-        ids_TK = top_ids(grouped_selection_score(truth.score_TE, truth.logits_TE, truth.bias_E, spec.router),
-                         spec.router.top_k)
-        followed = truth.follow(ids_TK, truth.choice().unambiguous_T, numerics.storage.get(Stage.WEIGHTS))
-        return RoutingMeasure(stages, followed)
-    stages.append(_measure_ids(inputs, ranks, capabilities, truth))
+        return RoutingMeasure(stages, _follow(router, router.truth.ids(), router.truth.choice.unambiguous_T))
+    stages.append(_measure_ids(router, capabilities))
     if Stage.WEIGHTS in ranks[0]:
-        stages.append(_measure_weights(inputs, ranks, numerics, truth))
-    everyone = torch.ones(num_tokens, dtype=torch.bool)
-    return RoutingMeasure(stages, truth.follow(ranks[0][Stage.IDS].long(), everyone,
-                                               numerics.storage.get(Stage.WEIGHTS)))
+        stages.append(_measure_weights(router))
+    # Whatever was chosen for a token without finite logits, it must not vanish.
+    ids_TK = ranks[0][Stage.IDS].long()
+    in_range_TK = (ids_TK >= 0) & (ids_TK < spec.num_choices)
+    ids_TK = torch.where(own_logits_T[:, None] & ~in_range_TK, router.truth.ids(), ids_TK)
+    return RoutingMeasure(stages, _follow(router, ids_TK, torch.ones(num_tokens, dtype=torch.bool)))
 
 
 def _dense(ranks: list[RankTensors], num_tokens: int) -> RoutingMeasure:
@@ -78,112 +105,77 @@ def _dense(ranks: list[RankTensors], num_tokens: int) -> RoutingMeasure:
                 meter.add(tensors[stage], want, torch.zeros_like(want), Place(rank, torch.arange(num_tokens)))
             stages.append(meter.result())
     ones = torch.ones(num_tokens, 1, dtype=torch.float64)
-    return RoutingMeasure(stages, FollowedRouting(torch.zeros(num_tokens, 1, dtype=torch.int64), ones,
-                                                  torch.zeros_like(ones), torch.ones(num_tokens, dtype=torch.bool)))
+    return RoutingMeasure(stages, FollowedRouting(torch.zeros(num_tokens, 1, dtype=torch.int64), exact(ones), None,
+                                                  torch.ones(num_tokens, dtype=torch.bool)))
 
 
-def _true_logits(inputs: Inputs, numerics: Numerics, model: RoundingModel) -> tuple[torch.Tensor, torch.Tensor]:
-    stored = numerics.storage.get(Stage.LOGITS)
+def _true_logits(inputs: Inputs, steps: Steps) -> Rows:
     if inputs.logits_TE is not None:
-        logits_TE = inputs.logits_TE.double()
-        exact = stored in (None, Format.FP32, Format.FP64)
-        return logits_TE, torch.zeros_like(logits_TE) if exact else model.rounded(logits_TE.abs(), stored)
-    router_EH = inputs.weights.router_EH
+        rounded = steps.stored_in(Stage.LOGITS) not in (None, Format.FP32, Format.FP64)
+        return steps.stored(exact(inputs.logits_TE), Stage.LOGITS) if rounded else exact(inputs.logits_TE)
+    router_EH, bias_E = inputs.weights.router_EH, inputs.weights.router_bias_E
     assert router_EH is not None
-    x_TH, w_EH = inputs.x_TH.double(), router_EH.double()
-    logits_TE = x_TH @ w_EH.T
-    bound_TE = model.summed(x_TH.abs() @ w_EH.abs().T, x_TH.shape[1])
-    return logits_TE, bound_TE + model.rounded(logits_TE.abs() + bound_TE, stored)
+    bias = None if bias_E is None else exact(bias_E)
+    return steps.stored(steps.linear(exact(inputs.x_TH), router_EH, bias, Stage.LOGITS), Stage.LOGITS)
 
 
-class _Scores:
-    """Scores of given logits with their error bounds; the logits may be the oracle's or the subject's own."""
-
-    def __init__(self, logits_TE: torch.Tensor, bound_TE: torch.Tensor, inputs: Inputs, model: RoundingModel) -> None:
-        router = inputs.problem.spec.router
-        assert router is not None
-        self.router, self.model, self.bias_E = router, model, inputs.weights.selection_bias_E
-        self.logits_TE = logits_TE.double()
-        self.score_TE = score(self.logits_TE, router)
-        # |d score| <= score * (exp(2 b) - 1) when every logit of the token is off by at most b, for both scores.
-        propagated_T1 = torch.expm1(2 * bound_TE.amax(-1, keepdim=True))
-        self.relative_TE = propagated_T1 + model.score_units(self.logits_TE, router)
-
-    def choice(self) -> AllowedChoice:
-        """Which selections these scores allow."""
-        selection_TE, error_TE = self.score_TE, self.score_TE * self.relative_TE + FLUSH
-        if self.bias_E is not None:
-            selection_TE = selection_TE + self.bias_E.double()
-        error_TE = error_TE + 2 * self.model.evaluation_unit * (selection_TE.abs() + error_TE)
-        return allowed_choice(selection_TE, error_TE, self.router)
-
-    def weights(self, ids_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights of the chosen experts and their bound; a slot with an id out of range has weight 0."""
-        in_range = (ids_TK >= 0) & (ids_TK < self.router.num_experts)
-        safe_TK = torch.where(in_range, ids_TK, 0).long()
-        weights_TK = weigh(self.score_TE, safe_TK, self.router)[1]
-        units_TK = self.model.weight_units(self.relative_TE.gather(1, safe_TK), self.router)
-        bound_TK = weights_TK * units_TK + FLUSH * self.router.scaling_factor
-        return torch.where(in_range, weights_TK, 0.0), torch.where(in_range, bound_TK, 0.0)
-
-    def follow(self, ids_TK: torch.Tensor, judged_T: torch.Tensor, stored: Format | None) -> FollowedRouting:
-        weights_TK, bound_TK = self.weights(ids_TK)
-        bound_TK = bound_TK + self.model.rounded(weights_TK + bound_TK, stored)
-        return FollowedRouting(ids_TK, weights_TK, bound_TK, judged_T)
+def _shared_logits(inputs: Inputs, steps: Steps) -> Rows | None:
+    """Logits of the router's further columns, (T, S), which injected logits do not replace."""
+    shared, gate_SH = inputs.problem.spec.shared, inputs.weights.shared_gate_SH
+    if shared is None or shared.gate != "router" or gate_SH is None:
+        return None
+    return steps.stored(steps.linear(exact(inputs.x_TH), gate_SH, None, Stage.LOGITS), Stage.LOGITS)
 
 
-def _own_scores(inputs: Inputs, tensors: RankTensors, truth: _Scores) -> _Scores:
-    """Scores from the subject's own logits, which carry no error of their own; the oracle's where it shows none."""
-    if Stage.LOGITS not in tensors:
-        return truth
-    logits_TE = tensors[Stage.LOGITS].double()
-    return _Scores(logits_TE, torch.zeros_like(logits_TE), inputs, truth.model)
+def _follow(router: Router, ids_TK: torch.Tensor, judged_T: torch.Tensor) -> FollowedRouting:
+    weights = router.truth.weights(ids_TK)
+    routed = router.steps.stored(weights.routed, Stage.WEIGHTS)
+    shared = None if weights.shared is None else router.steps.stored(weights.shared, Stage.WEIGHTS)
+    # A weight that is not a number makes the result one, whichever expert it belongs to.
+    return FollowedRouting(ids_TK, routed, shared, judged_T | torch.isnan(routed.value).all(-1))
 
 
-def _measure_ids(inputs: Inputs, ranks: list[RankTensors], capabilities: Capabilities, truth: _Scores) -> StageResult:
+def _measure_ids(router: Router, capabilities: Capabilities) -> StageResult:
     """Exact stage: a refused choice, a tie broken against the declared rule, or ranks that differ."""
-    router, bad, notes = truth.router, {}, set()
-    for rank, tensors in enumerate(ranks):
-        ids_TK, scores = tensors[Stage.IDS], _own_scores(inputs, tensors, truth)
-        refused_T = ~scores.choice().accepts(ids_TK)
+    bad, notes, finite_T = {}, set(), ~router.tainted_T
+    for rank, tensors in enumerate(router.ranks):
+        ids_TK, scores = tensors[Stage.IDS], router.own_scores(tensors)
+        choice = scores.choice if scores.router.capacity is not None else scores.choice.chosen
+        refused_T = ~choice.accepts(ids_TK) & finite_T
         if bool(refused_T.any()):
             notes.add("outside the experts that the scores allow")
-        if capabilities.lower_id_ties and (Stage.LOGITS in tensors or inputs.logits_TE is not None):
-            tied_T = broken_ties(ids_TK, scores.logits_TE, scores.bias_E, router)
+        if capabilities.lower_id_ties and (Stage.LOGITS in tensors or router.inputs.logits_TE is not None):
+            tied_T = broken_ties(ids_TK, scores.logits.value, scores.bias_E, scores.router) & finite_T
             if bool((tied_T & ~refused_T).any()):
                 notes.add("exact tie not given to the lower id")
             refused_T |= tied_T
-        differs_T = (ids_TK != ranks[0][Stage.IDS]).any(-1)
+        differs_T = (ids_TK != router.ranks[0][Stage.IDS]).any(-1) & finite_T
         if bool(differs_T.any()):
             notes.add("ranks disagree")
         if bool((refused_T | differs_T).any()):
             bad[rank] = refused_T | differs_T
-    return _ids_result(inputs.problem.spec, ranks, bad, notes, truth)
+    return _ids_result(router, bad, notes)
 
 
-def _ids_result(spec: MoESpec, ranks: list[RankTensors], bad: dict[int, torch.Tensor], notes: set[str],
-                truth: _Scores) -> StageResult:
-    num_checked = sum(tensors[Stage.IDS].numel() for tensors in ranks)
+def _ids_result(router: Router, bad: dict[int, torch.Tensor], notes: set[str]) -> StageResult:
+    num_checked = sum(tensors[Stage.IDS].numel() for tensors in router.ranks)
     if not bad:
         return StageResult(stage=Stage.IDS, ratio=0.0, exact=True, num_checked=num_checked, num_bad=0)
     tokens = torch.stack(list(bad.values())).any(0).nonzero().flatten().tolist()
     rank, token = min(bad), int(bad[min(bad)].nonzero()[0, 0])
-    assert spec.router is not None
-    one = slice(token, token + 1)
-    selection_1E = grouped_selection_score(truth.score_TE[one], truth.logits_TE[one], truth.bias_E, spec.router)
-    want = top_ids(selection_1E, spec.top_k)[0]
-    got = ranks[rank][Stage.IDS][token].tolist()
-    notes.add(f"token {token} took experts {got}, the oracle takes {want.tolist()}")
+    want, got = (ids[token].tolist() for ids in (router.truth.ids(), router.ranks[rank][Stage.IDS]))
+    notes.add(f"token {token} took experts {got}, the oracle takes {want}")
     worst = Worst(rank=rank, token=token, got=float(got[0]), want=float(want[0]), allowed=0.0)
     return StageResult(stage=Stage.IDS, ratio="inf", exact=True, num_checked=num_checked,
-                       num_bad=sum(int(mask.sum()) for mask in bad.values()), worst=worst, num_bad_tokens=len(tokens),
-                       bad_tokens=tokens[:8], bad_ranks=sorted(bad), note="; ".join(sorted(notes)))
+                       num_bad=sum(int(mask.sum()) for mask in bad.values()), worst=worst,
+                       num_bad_tokens=len(tokens), bad_tokens=tokens[:8], bad_ranks=sorted(bad),
+                       note="; ".join(sorted(notes)))
 
 
-def _measure_weights(inputs: Inputs, ranks: list[RankTensors], numerics: Numerics, truth: _Scores) -> StageResult:
-    meter, stored = StageMeter(Stage.WEIGHTS, inputs.problem.spec.top_k), numerics.storage.get(Stage.WEIGHTS)
-    for rank, tensors in enumerate(ranks):
-        want, bound = _own_scores(inputs, tensors, truth).weights(tensors[Stage.IDS])
-        allowed = bound + truth.model.rounded(want + bound, stored)
-        meter.add(tensors[Stage.WEIGHTS], want, allowed, Place(rank, torch.arange(len(want))))
+def _measure_weights(router: Router) -> StageResult:
+    meter = StageMeter(Stage.WEIGHTS, router.truth.router.top_k, tainted_T=router.tainted_weights_T)
+    for rank, tensors in enumerate(router.ranks):
+        want = router.own_scores(tensors).weights(tensors[Stage.IDS]).routed
+        allowed = router.steps.stored(want, Stage.WEIGHTS).bound
+        meter.add(tensors[Stage.WEIGHTS], want.value, allowed, Place(rank, torch.arange(len(want.value))))
     return meter.result()

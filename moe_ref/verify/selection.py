@@ -14,7 +14,7 @@ from moe_ref.contract.spec import Router
 
 @dataclass(frozen=True)
 class AllowedChoice:
-    """may_TE, must_TE: booleans per token and expert."""
+    """may_TE, must_TE: booleans per token and choice, identity experts among them."""
 
     may_TE: torch.Tensor
     must_TE: torch.Tensor
@@ -51,7 +51,10 @@ def _nth_largest(values: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def allowed_choice(selection_TE: torch.Tensor, error_TE: torch.Tensor, router: Router) -> AllowedChoice:
-    """The sets for selection scores (before any group limit) that are off by at most error_TE."""
+    """The sets for selection scores (before any group limit) that are off by at most error_TE.
+
+    Of a token with a score that is not finite nothing is known: any choice is allowed.
+    """
     low_TE, high_TE = selection_TE - error_TE, selection_TE + error_TE
     everyone = torch.ones_like(selection_TE, dtype=torch.bool)
     certain_TE = possible_TE = everyone
@@ -62,8 +65,14 @@ def allowed_choice(selection_TE: torch.Tensor, error_TE: torch.Tensor, router: R
         may_TG, must_TG = _compete(group_low, group_high, all_groups, all_groups, router.num_groups_kept)
         size = router.num_experts // router.num_groups
         possible_TE, certain_TE = (kept.repeat_interleave(size, dim=1) for kept in (may_TG, must_TG))
+        if router.group_fill == "zero":
+            # Everyone competes: with 0 where the group is not kept, with either where that is not certain.
+            low_TE, high_TE = (torch.where(certain_TE, own, torch.where(possible_TE, hull, 0.0))
+                               for own, hull in ((low_TE, low_TE.clamp(max=0)), (high_TE, high_TE.clamp(min=0))))
+            certain_TE = possible_TE = everyone
     may_TE, must_TE = _compete(low_TE, high_TE, certain_TE, possible_TE, router.top_k)
-    return AllowedChoice(may_TE, must_TE)
+    known_T1 = (torch.isfinite(low_TE) & torch.isfinite(high_TE)).all(-1, keepdim=True)
+    return AllowedChoice(may_TE | ~known_T1, must_TE & known_T1)
 
 
 def _group_score(values_TE: torch.Tensor, router: Router) -> torch.Tensor:
@@ -73,7 +82,10 @@ def _group_score(values_TE: torch.Tensor, router: Router) -> torch.Tensor:
 
 def broken_ties(ids_TK: torch.Tensor, logits_TE: torch.Tensor, selection_bias_E: torch.Tensor | None,
                 router: Router) -> torch.Tensor:
-    """Per token: an expert was passed over for one of higher id with the very same logit and bias, in its own group."""
+    """Per token: an expert was passed over for one of higher id with the same logit and bias, in its own group.
+
+    Tokens with a dropped slot are left out: who was dropped was not passed over.
+    """
     num_experts = logits_TE.shape[1]
     chosen_TK = ids_TK.long().clamp(0, num_experts - 1)
     expert_E = torch.arange(num_experts)
@@ -84,4 +96,4 @@ def broken_ties(ids_TK: torch.Tensor, logits_TE: torch.Tensor, selection_bias_E:
     same_TEK &= (expert_E // size)[None, :, None] == (chosen_TK // size)[:, None, :]
     same_TEK &= expert_E[None, :, None] < chosen_TK[:, None, :]
     passed_over_TE = ~torch.zeros_like(logits_TE, dtype=torch.bool).scatter(1, chosen_TK, True)
-    return (same_TEK & passed_over_TE[:, :, None]).any(-1).any(-1)
+    return (same_TEK & passed_over_TE[:, :, None]).any(-1).any(-1) & (ids_TK >= 0).all(-1)

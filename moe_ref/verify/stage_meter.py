@@ -26,11 +26,16 @@ class Place:
 
 @dataclass
 class StageMeter:
-    """Collects one stage block by block; holds tensors only while a block is added."""
+    """Collects one stage block by block; holds tensors only while a block is added.
+
+    tainted_T: tokens that hold a NaN or an infinity before the layer: what is not finite in them must stay so, and
+    of the rest nothing is said.
+    """
 
     stage: Stage
     num_columns: int = 0
     largest: float = math.inf
+    tainted_T: torch.Tensor | None = None
     ratio: float = 0.0
     power: float = 0.0
     worst: Worst | None = None
@@ -57,6 +62,9 @@ class StageMeter:
         # An infinite bound times a zero weight is NaN: still no bound. Nothing is said of such elements.
         allowed = torch.nan_to_num(allowed, nan=math.inf, posinf=math.inf)
         ratio = self._ratios(got, want, allowed)
+        if self.tainted_T is not None:
+            lost = torch.where(torch.isfinite(got) & ~torch.isfinite(want), math.inf, 0.0)
+            ratio = torch.where(self.tainted_T[place.token_R][:, None], lost, ratio)
         self.num_checked += ratio.numel()
         finite = torch.isfinite(got) & torch.isfinite(want) & torch.isfinite(allowed) & (allowed > 0)
         signed = torch.where(finite, (got - want) * want.sign() / allowed.clamp(min=1e-300), 0.0)

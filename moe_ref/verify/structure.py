@@ -15,8 +15,9 @@ def stage_shapes(case: Case, rank: int) -> dict[Stage, tuple[int, ...]]:
     rows = tokens * spec.top_k
     start, stop = case.parallel.ranges(spec.intermediate_size)[rank]
     return {
-        Stage.LOGITS: (tokens, spec.num_experts), Stage.IDS: (tokens, spec.top_k), Stage.WEIGHTS: (tokens, spec.top_k),
-        Stage.GATE_UP: (rows, 2, stop - start), Stage.ACT: (rows, stop - start), Stage.DOWN: (rows, spec.hidden_size),
+        Stage.LOGITS: (tokens, spec.num_choices), Stage.IDS: (tokens, spec.top_k), Stage.WEIGHTS: (tokens, spec.top_k),
+        Stage.GATE_UP: (rows, spec.experts.num_projections, stop - start),
+        Stage.ACT: (rows, stop - start), Stage.DOWN: (rows, spec.hidden_size),
         Stage.SHARED: (tokens, spec.hidden_size), Stage.MERGED: (tokens, spec.hidden_size),
         Stage.REDUCED: (tokens, spec.hidden_size),
     }

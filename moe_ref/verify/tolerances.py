@@ -65,6 +65,7 @@ class _Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class _Evaluations(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     activation: EvaluationEntry
     score: EvaluationEntry
+    softcap: EvaluationEntry
 
 
 class TolerancesFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

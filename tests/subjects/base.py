@@ -67,25 +67,33 @@ class Call:
 
 
 class TorchMoE:
-    """The layer, one expert at a time. stored and reduce: formats, MODEL for the dtype of the case."""
+    """The layer, one expert at a time. stored and reduce: formats, MODEL for the dtype of the case.
+
+    steps_in_model: every step inside the activation and the merge is rounded to that dtype.
+    """
 
     stored = ROUND_EACH_STAGE
     reduce_in: Format | None = MODEL
+    steps_in_model: bool = False
     shows: tuple[Stage, ...] = ALL_STAGES
-    weight_at: Literal["down", "merge"] = "down"
+    weight_at: Literal["down", "merge", "act"] = "down"
+    activations: tuple[str, ...] = ("silu", "gelu", "gelu_tanh")
+    scores: tuple[str, ...] = ("softmax", "sigmoid")
+    features: tuple[Feature, ...] = (Feature.DENSE, Feature.GROUPS, Feature.SELECTION_BIAS, Feature.SHARED_EXPERT,
+                                     Feature.RESIDUAL)
     promises: Mapping[str, object] = {"deterministic": True, "equal_ranks": True, "lower_id_ties": True,
                                       "collectives_through_groups": True}
 
     def __init__(self) -> None:
         def numerics(dtype: Dtype) -> Numerics:
             of_model = Format(dtype.value)
+            inner = of_model if self.steps_in_model else None
             return Numerics(storage={stage: stored or of_model for stage, stored in self.stored.items()},
-                            reduce=self.reduce_in or of_model, weight_at=self.weight_at)
+                            reduce=self.reduce_in or of_model, weight_at=self.weight_at, activation=inner, merge=inner)
 
         self.CAPABILITIES = Capabilities(
             name=type(self).__name__, version="1", numerics={dtype: numerics(dtype) for dtype in Dtype},
-            stages=self.shows, activations=("silu", "gelu", "gelu_tanh"), scores=("softmax", "sigmoid"),
-            features=(Feature.DENSE, Feature.GROUPS, Feature.SELECTION_BIAS, Feature.SHARED_EXPERT, Feature.RESIDUAL),
+            stages=self.shows, activations=self.activations, scores=self.scores, features=self.features,
             max_tp=64, ranks=(Ranks.LOCAL, Ranks.GLOO), devices=("cpu",), **self.promises)  # pyrefly: ignore
 
     def moe(self, x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, parallel: Parallel | None = None,

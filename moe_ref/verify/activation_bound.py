@@ -1,0 +1,98 @@
+"""How far activation(gate) * (up + offset) may be off, from the errors of gate and up; see docs/bounds.md."""
+
+import torch
+
+from moe_ref.contract.spec import MLP
+from moe_ref.contract.vocabulary import Format
+from moe_ref.oracle import expert as formula
+from moe_ref.verify.bounds import RoundingModel
+from moe_ref.verify.rows import Rows, exact
+
+SLOPE = {"silu": 1.1, "gelu": 1.13, "gelu_tanh": 1.13, "relu": 1.0}
+"""Largest |derivative|: silu 1.0998 at g = 2.40 for every sigmoid_scale and gate_softcap, gelu 1.1290 at
+g = sqrt 2. That of relu_squared grows with the gate."""
+
+_LIMIT_UNITS = 3.0
+"""A limit that the format cannot hold is rounded; its relative error grows by a factor of at most 2."""
+
+
+def activated(model: RoundingModel, gate_up_RGI: Rows, mlp: MLP, inner: Format | None) -> Rows:
+    """act before it is stored, (R, I); `inner` is the format of every step inside, None the evaluation's."""
+    unit, floor = model.elementwise(inner)
+    gate = Rows(gate_up_RGI.value[:, 0], gate_up_RGI.bound[:, 0])
+    factor = _activation(model, gate, mlp, inner)
+    if mlp.gated:
+        up = Rows(gate_up_RGI.value[:, 1], gate_up_RGI.bound[:, 1])
+        other = _up_factor(model, up, mlp, inner)
+    else:
+        up = other = exact(torch.ones_like(gate.value))
+    error = factor.bound * other.largest + factor.value.abs() * other.bound
+    # The sigmoid of a large negative gate is flushed, or its exponential overflows: it may be 0 below 2^-126.
+    error = error + floor * (1 + gate.value.abs()) * (1 + up.value.abs())
+    value = formula.activate(gate_up_RGI.value, mlp)
+    if inner is None:
+        return Rows(value, error)
+    # A step that overflows its format makes everything after it right.
+    widest = torch.stack([gate.largest, factor.largest, up.largest, other.largest, value.abs() + error]).amax(0)
+    return Rows(value, torch.where(widest < model.largest(inner), error + unit * (value.abs() + error), torch.inf))
+
+
+def _activation(model: RoundingModel, gate: Rows, mlp: MLP, inner: Format | None) -> Rows:
+    """activation(gate) with its limit, and the error of evaluating it.
+
+    silu's error is relative to its value and grows with the exponent's argument; gelu cancels for negative
+    gates, so its error is relative to the gate.
+    """
+    unit, _ = model.elementwise(inner)
+    units = torch.full_like(gate.value, model.tolerances.file.evaluations.activation.units)
+    if mlp.limit is not None:
+        units = units + _LIMIT_UNITS
+        if mlp.limit_at == "before":
+            gate = _clamped(gate, -torch.inf, mlp.limit)
+    value = formula.activation(gate.value, mlp)
+    propagated = _propagated(gate, mlp)
+    argument = gate.value.abs()
+    if mlp.activation == "silu":
+        # Two roundings of the exponent's argument where it is scaled.
+        units = units + argument * (mlp.sigmoid_scale * (1 + (mlp.sigmoid_scale != 1.0)))
+    elif mlp.activation.startswith("gelu"):
+        units = units + argument
+    scale = argument if mlp.activation.startswith("gelu") else value.abs()
+    error = propagated + torch.expm1(units * unit) * (scale + propagated)
+    if mlp.gate_softcap:
+        error = error + model.softcap_error(gate, mlp.gate_softcap, inner)
+    result = Rows(value, error)
+    if mlp.limit is not None and mlp.limit_at == "after":
+        result = _clamped(result, -torch.inf, mlp.limit)
+    return Rows(result.value, result.bound + (0.0 if mlp.limit is None else unit * result.value.abs()))
+
+
+def _propagated(gate: Rows, mlp: MLP) -> torch.Tensor:
+    """What the gate's error does, by the mean value theorem on [gate - d, gate + d]."""
+    if mlp.activation == "relu_squared":
+        return gate.bound * (2 * torch.relu(gate.value) + gate.bound)
+    return SLOPE[mlp.activation] * gate.bound
+
+
+def _up_factor(model: RoundingModel, up: Rows, mlp: MLP, inner: Format | None) -> Rows:
+    """up, clamped or soft-capped, plus the offset."""
+    unit, floor = model.elementwise(inner)
+    error, plain = up.bound, mlp.limit is None and not mlp.up_softcap and not mlp.up_offset
+    if mlp.limit is not None:
+        error = _clamped(up, -mlp.limit, mlp.limit).bound
+    if mlp.up_softcap:
+        error = error + model.softcap_error(up, mlp.up_softcap, inner)
+    value = formula.up_factor(up.value, mlp)
+    if plain and inner is None:
+        return Rows(value, error)
+    # One rounding of up, of the limit or the offset, and of the sum.
+    gauge = value.abs() + 2 * abs(mlp.up_offset) + error
+    return Rows(value, error + torch.expm1(torch.tensor(3 * unit)) * gauge + floor)
+
+
+def _clamped(rows: Rows, low: float, high: float) -> Rows:
+    """Clamped values; the error is that of the clamped interval, which is never wider."""
+    value = rows.value.clamp(low, high)
+    above = (rows.value + rows.bound).clamp(low, high) - value
+    below = value - (rows.value - rows.bound).clamp(low, high)
+    return Rows(value, torch.maximum(above, below))

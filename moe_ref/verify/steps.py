@@ -1,0 +1,198 @@
+"""The steps of a layer with the error of each, under one rounding contract: what both chains are made of."""
+
+from dataclasses import dataclass
+
+import torch
+
+from moe_ref.contract.capabilities import Numerics
+from moe_ref.contract.spec import MLP, MoESpec
+from moe_ref.contract.vocabulary import Format, Stage
+from moe_ref.contract.weights import ExpertWeights, WeightSource
+from moe_ref.verify.activation_bound import activated
+from moe_ref.verify.bounds import RoundingModel
+from moe_ref.verify.rows import DownRows, Partials, Rows, exact
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Each step takes rows with the bound of their error and returns rows with theirs."""
+
+    spec: MoESpec
+    numerics: Numerics
+    model: RoundingModel
+
+    def stored_in(self, stage: Stage) -> Format | None:
+        """The declared format of a stage; None while it stays in registers."""
+        return self.numerics.storage.get(stage)
+
+    def stored(self, rows: Rows, stage: Stage) -> Rows:
+        """Rows after the store of a stage."""
+        return Rows(rows.value, rows.bound + self.model.rounded(rows.largest, self.stored_in(stage)))
+
+    @property
+    def on_input(self) -> bool:
+        """Whether the routing weight multiplies the tokens."""
+        return self.spec.weight_on == "input"
+
+    def tokens(self, x_RH: torch.Tensor, weight: Rows) -> Rows:
+        """What the first product of routed experts takes: the token, times its weight where the spec says so."""
+        if not self.on_input:
+            return exact(x_RH)
+        return self.stored(self.product(exact(x_RH), weight, None), Stage.PERMUTE)
+
+    def product(self, rows: Rows, factor: Rows, rounded_to: Format | None) -> Rows:
+        """factor * rows: one product, rounded to a format or kept in the accumulation format."""
+        value = factor.value * rows.value
+        error = factor.value.abs() * rows.bound + factor.bound * rows.largest
+        error = error + self.model.evaluation_unit * (value.abs() + error)
+        return Rows(value, error + self.model.rounded(value.abs() + error, rounded_to))
+
+    def linear(self, rows: Rows, w_NK: torch.Tensor, bias: Rows | None, stage: Stage) -> Rows:
+        """rows @ w^T + bias before the store of `stage`; a bias may be added to the product once stored."""
+        w_NK = w_NK.double()
+        value, gauge = rows.value @ w_NK.T, rows.largest @ w_NK.abs().T
+        bound = torch.zeros_like(value) if not bool(rows.bound.any()) else rows.bound @ w_NK.abs().T
+        terms = max(1, w_NK.shape[1])
+        if bias is None:
+            return Rows(value, bound + self.model.summed(gauge, terms))
+        bound = bound + bias.bound + self.model.summed(gauge + bias.largest, terms + 1)
+        before = self.model.rounded(value.abs() + bound, self.stored_in(stage))
+        return Rows(value + bias.value, bound + before)
+
+    def gate_up(self, tokens: Rows, expert: ExpertWeights) -> Rows:
+        """Both projections as they are stored, (R, G, I)."""
+        w_NH, shape = expert.w13_GIH.flatten(0, 1), expert.w13_GIH.shape[:2]
+        bias = None if expert.w13_bias_GI is None else exact(expert.w13_bias_GI.flatten())
+        rows = self.stored(self.linear(tokens, w_NH, bias, Stage.GATE_UP), Stage.GATE_UP)
+        return Rows(rows.value.unflatten(1, shape), rows.bound.unflatten(1, shape))
+
+    def act(self, gate_up: Rows, mlp: MLP, weight: Rows | None = None) -> Rows:
+        """The activation as it is stored, (R, I); times `weight` where the routing weight joins there.
+
+        Whether it is stored before that as well is not declared: it may be.
+        """
+        rows = self.stored(activated(self.model, gate_up, mlp, self.numerics.activation), Stage.ACT)
+        if weight is None:
+            return rows
+        return self.stored(self.product(rows, weight, self.numerics.activation), Stage.ACT)
+
+    def act_weight(self, weight: Rows) -> Rows | None:
+        """The weight that routed activations are multiplied with; None where it joins elsewhere."""
+        return weight if self.numerics.weight_at == "act" and not self.on_input else None
+
+    def down(self, act: Rows, expert: ExpertWeights, weight: Rows, adds_bias: bool) -> DownRows:
+        """Routed rows of one rank from its activation; weighted before or after the store, or there."""
+        joined = self.on_input or self.numerics.weight_at == "act"
+        bias = None if expert.w2_bias_H is None or not adds_bias else exact(expert.w2_bias_H)
+        if bias is not None and joined:
+            bias = self.product(bias, weight, None)
+        rows = self.linear(act, expert.w2_HI, bias, Stage.DOWN)
+        if joined:
+            stored = self.stored(rows, Stage.DOWN)
+            return DownRows(stored, stored)
+        return self._weighted(rows, weight)
+
+    def identity(self, x_RH: torch.Tensor, weight: Rows, is_first: bool) -> DownRows:
+        """Rows of an identity expert: the weighted token on rank 0, nothing on the others."""
+        if not is_first:
+            nothing = exact(torch.zeros_like(x_RH))
+            return DownRows(nothing, nothing)
+        if self.numerics.weight_at == "act":
+            stored = self.stored(self.weigh(exact(x_RH), weight), Stage.DOWN)
+            return DownRows(stored, stored)
+        return self._weighted(exact(x_RH), weight)
+
+    def _weighted(self, rows: Rows, weight: Rows) -> DownRows:
+        if self.numerics.weight_at == "merge":
+            stored = self.stored(rows, Stage.DOWN)
+            return DownRows(stored, self.weigh(stored, weight))
+        stored = self.stored(self.weigh(rows, weight), Stage.DOWN)
+        return DownRows(stored, stored)
+
+    def weigh(self, rows: Rows, weight: Rows) -> Rows:
+        """weight * rows, rounded as the merge declares."""
+        return self.product(rows, weight, self.numerics.merge)
+
+    def shared(self, act: Rows, expert: ExpertWeights, gate: Rows | None, adds_bias: bool) -> Rows:
+        """Rows of a shared expert on one rank as they are stored, times its sigmoid gate if it has one."""
+        bias = None if expert.w2_bias_H is None or not adds_bias else exact(expert.w2_bias_H)
+        rows = self.linear(act, expert.w2_HI, bias, Stage.SHARED)
+        if gate is None:
+            return self.stored(rows, Stage.SHARED)
+        if self.numerics.weight_at != "down":
+            # Whether the gate comes before or after the store, or between two, is not declared: allow for all.
+            rows = self.stored(rows, Stage.SHARED)
+        return self.stored(self.weigh(rows, gate), Stage.SHARED)
+
+    def shared_blocks(self, acts: list[Rows], w2_HIs: list[torch.Tensor], gates: list[Rows]) -> Rows:
+        """Shared experts of which each has a weight of its own.
+
+        Released code weights activations, rows of each, or one fused row; all of them are allowed for: two stores
+        of the weighted activation, three of each row, and their sum in the format of the merge.
+        """
+        total, gauge = None, torch.zeros((), device=gates[0].value.device)
+        for act, w2_HI, gate in zip(acts, w2_HIs, gates, strict=True):
+            weighted = self.weigh(act, gate)
+            weighted = self.stored(self.stored(weighted, Stage.ACT), Stage.ACT)
+            rows = self.linear(weighted, w2_HI, None, Stage.SHARED)
+            half = self.model.rounded(rows.largest, self.stored_in(Stage.SHARED))
+            rows = Rows(rows.value, rows.bound + half * (1 + 2 * gate.largest.clamp(min=1.0)))
+            gauge = gauge + rows.largest
+            total = rows if total is None else Rows(total.value + rows.value, total.bound + rows.bound)
+        assert total is not None
+        return self.stored(Rows(total.value, self._summed(total.bound, gauge, len(gates))), Stage.SHARED)
+
+    def shared_gate(self, x_TH: torch.Tensor, weights: WeightSource) -> Rows:
+        """sigmoid(x @ shared_gate^T), (T, 1)."""
+        assert weights.shared_gate_SH is not None
+        logit = self.stored(self.linear(exact(x_TH), weights.shared_gate_SH, None, Stage.LOGITS), Stage.LOGITS)
+        value_T1 = torch.sigmoid(logit.value)
+        units = self.model.tolerances.file.evaluations.score.units + logit.value.abs()
+        error_T1 = value_T1 * (torch.expm1(2 * logit.bound) + units * self.model.evaluation_unit)
+        return Rows(value_T1, error_T1 + self.model.rounded(value_T1, self.stored_in(Stage.WEIGHTS)))
+
+    def merged(self, partials: Partials, output_bias_H: torch.Tensor | None) -> Partials:
+        """Sums of all addends as they are stored; rank 0's holds the output bias.
+
+        What travels between ranks is rounded to the reduction's format even where no rounding of it is declared.
+        """
+        shared, value, bound, gauge = self.spec.shared, partials.value, partials.bound, partials.gauge
+        num_addends = self.spec.top_k + (shared is not None)
+        if shared is not None and shared.merge == "mean":
+            # Halves are exact above the subnormals, whether they are taken of the sum or of each part.
+            value, bound, gauge = value / 2, bound / 2 + self.model.summed(torch.zeros_like(bound), 1), gauge / 2
+        if output_bias_H is not None:
+            bias_H, num_addends = output_bias_H.double(), num_addends + 1
+            value, gauge = (torch.cat([sums[:1] + one, sums[1:]]) for sums, one in ((value, bias_H),
+                                                                                   (gauge, bias_H.abs())))
+        bound = self._summed(bound, gauge, num_addends)
+        stored = self.stored_in(Stage.MERGED) or (self.numerics.reduce if len(value) > 1 else None)
+        bound = bound + self.model.rounded(value.abs() + bound, stored)
+        return Partials(value, bound, value.abs() + bound)
+
+    def _summed(self, bound: torch.Tensor, gauge: torch.Tensor, num_addends: int) -> torch.Tensor:
+        """Error of a running sum whose absolute addends, errors included, sum up to `gauge`."""
+        if self.numerics.merge is None:
+            return bound + self.model.summed(gauge, num_addends)
+        error = torch.zeros_like(bound)
+        for _ in range(num_addends):
+            error = error + self.model.rounded(gauge + error, self.numerics.merge)
+        return bound + error
+
+    def reduced(self, partials: Partials, want: torch.Tensor, residual_TH: torch.Tensor | None,
+                bias_H: torch.Tensor | None = None) -> torch.Tensor:
+        """Bound of the output: additions between ranks, each rounded in the reduction's format in whatever order.
+
+        A residual, and an output bias that is not yet in the partial sums, may join any of them or their total, as
+        long as it joins once.
+        """
+        ranks = len(partials.value)
+        bound, additions = partials.bound.sum(0), ranks - 1
+        summed_in = self.numerics.reduce if additions else self.stored_in(Stage.MERGED)
+        gauge, late = partials.gauge.sum(0) + bound, [one for one in (residual_TH, bias_H) if one is not None]
+        for one in late:
+            gauge, additions = gauge + one.double().abs(), additions + 1
+        bound = bound + additions * self.model.rounded(gauge, summed_in)
+        if late or summed_in != self.stored_in(Stage.REDUCED):
+            bound = bound + self.model.rounded(want.abs() + bound, self.stored_in(Stage.REDUCED))
+        return bound

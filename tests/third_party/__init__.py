@@ -1,0 +1,1 @@
+"""The oracle against code that nobody here wrote: the mixture-of-experts blocks of transformers, on the CPU."""
