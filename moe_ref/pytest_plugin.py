@@ -66,7 +66,7 @@ def _planned(config: pytest.Config) -> list:
 def moe_session(request: pytest.FixtureRequest) -> Iterator:
     """One child for all cases of a worker; raises a usage error when the implementation cannot be loaded."""
     from moe_ref.contract.errors import UsageError
-    from moe_ref.verify.session import Session
+    from moe_ref.verify.run.session import Session
     config = request.config
     record = config.getoption("moe_record")
     worker = getattr(config, "workerinput", {}).get("workerid", "")

@@ -8,11 +8,11 @@ from typing import Any
 from moe_ref.contract.case_id import parse_case
 from moe_ref.records.schema import CaseLine, Implementation
 from moe_ref.tiers.tiers import PlannedCase
-from moe_ref.verify.case_runner import RunSettings, run_case
+from moe_ref.verify.bounds.tolerances import load_tolerances
 from moe_ref.verify.child.execute import execute
 from moe_ref.verify.child.messages import Request, unpack_runs
-from moe_ref.verify.children import Answer
-from moe_ref.verify.tolerances import load_tolerances
+from moe_ref.verify.run.case_runner import RunSettings, run_case
+from moe_ref.verify.run.children import Answer
 
 
 class _InProcess:

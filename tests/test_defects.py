@@ -18,7 +18,7 @@ from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.vocabulary import Stage, Verdict
 from moe_ref.records.schema import CaseLine
 from moe_ref.tiers.tiers import PlannedCase
-from moe_ref.verify.session import Session
+from moe_ref.verify.run.session import Session
 
 PLAIN = "v1-T33.H96.I160.E8.K2"
 ALL = tuple(range(8))

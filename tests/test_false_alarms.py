@@ -9,7 +9,7 @@ from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.vocabulary import Verdict
 from moe_ref.records.schema import CaseLine
 from moe_ref.tiers.tiers import PlannedCase
-from moe_ref.verify.session import Session
+from moe_ref.verify.run.session import Session
 
 RIGHT = ("round_each_stage", "gate_up_stored", "fp32_partials", "bf16_weights", "hidden_bf16_weights",
          "bf16_router", "black_box", "topk_reversed", "split_k", "batched", "weight_at_merge", "grouped_mm",

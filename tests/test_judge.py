@@ -10,7 +10,7 @@ from moe_ref.contract.vocabulary import Stage, Verdict
 from moe_ref.records.schema import CaseLine, Implementation, StageResult, Worst
 from moe_ref.verify.explain import explain
 from moe_ref.verify.judge import Judgement, RunFacts, judge
-from moe_ref.verify.measurement import Measurement
+from moe_ref.verify.measure.measurement import Measurement
 
 REDUCE = (("all_reduce", 40),)
 FACTS = RunFacts(calls=(REDUCE, REDUCE), allowed_calls=(REDUCE,), same_bits=True, differing_stages=(),

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from moe_ref.contract.spec import Capacity, Router
 from moe_ref.oracle.router import top_ids, weigh
-from moe_ref.verify.kept_choice import KeptChoice, kept_choice
-from moe_ref.verify.selection import allowed_choice
+from moe_ref.verify.bounds.kept_choice import KeptChoice, kept_choice
+from moe_ref.verify.bounds.selection import allowed_choice
 
 PRIORITIES = ("token", "choice", "weight")
 

@@ -19,12 +19,12 @@ from moe_ref.inputs.build import Inputs, build_inputs
 from moe_ref.oracle import expert as formula
 from moe_ref.oracle.router import route
 from moe_ref.records.schema import StageResult, from_number
-from moe_ref.verify.bounds import RoundingModel
+from moe_ref.verify.bounds.rounding import RoundingModel
+from moe_ref.verify.bounds.tolerances import load_tolerances
 from moe_ref.verify.judge import failing
-from moe_ref.verify.measure import measure
-from moe_ref.verify.measurement import Measurement
-from moe_ref.verify.stage_meter import Place, StageMeter
-from moe_ref.verify.tolerances import load_tolerances
+from moe_ref.verify.measure.measurement import Measurement
+from moe_ref.verify.measure.stage_meter import Place, StageMeter
+from moe_ref.verify.measure.stages import measure
 
 ROWS = (Stage.ACT, Stage.DOWN, Stage.SHARED, Stage.MERGED, Stage.REDUCED)
 SHOWN = (Stage.LOGITS, Stage.IDS, Stage.WEIGHTS, *ROWS)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moe_ref.contract.spec import Router
 from moe_ref.oracle.router import select, selection_score
-from moe_ref.verify.selection import allowed_choice, broken_ties
+from moe_ref.verify.bounds.selection import allowed_choice, broken_ties
 
 # Scores on a grid of 1/8 and errors of 0, 1/8 or 1/4, so that intervals touch, overlap and tie exactly.
 grid = st.integers(-8, 8).map(lambda n: n / 8)

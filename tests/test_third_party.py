@@ -26,7 +26,7 @@ from moe_ref.contract.spec import MLP, MoESpec
 from moe_ref.contract.vocabulary import Format
 from moe_ref.contract.weights import MoEWeights
 from moe_ref.oracle.released import moe_as_released
-from moe_ref.verify.released_numerics import released_bound
+from moe_ref.verify.bounds.released import released_bound
 from tests.third_party import mistakes, rounding
 from tests.third_party.blocks import build, run
 from tests.third_party.compare import MODEL

@@ -9,7 +9,7 @@ import torch
 from moe_ref.contract.dtypes import TORCH_DTYPES
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import Format
-from moe_ref.verify.tolerances import default_path, load_tolerances
+from moe_ref.verify.bounds.tolerances import default_path, load_tolerances
 
 TEXT = default_path().read_text()
 

@@ -8,7 +8,7 @@ import pytest
 from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.vocabulary import Ranks
 from moe_ref.tiers.tiers import PlannedCase
-from moe_ref.verify.run import EXIT_USAGE, Plan, run_plan, usage_errors
+from moe_ref.verify.run.run import EXIT_USAGE, Plan, run_plan, usage_errors
 
 CASE = "v1-T9.H64.I48.E4.K2-fp32-norm-tp2"
 

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moe_ref.contract.vocabulary import RED_VERDICTS
 from moe_ref.records.schema import CaseLine
-from moe_ref.verify.run import Observer
+from moe_ref.verify.run.run import Observer
 
 _LINE_EVERY_CASES = 25
 _TELL_EVERY_SECONDS = 15.0

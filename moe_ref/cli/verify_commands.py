@@ -16,8 +16,8 @@ from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import RED_VERDICTS, Ranks, Verdict
 from moe_ref.records.schema import CaseLine, from_number
 from moe_ref.tiers.tiers import MINIMUM_EXECUTED, PlannedCase, tier, with_tp
-from moe_ref.verify.environment import default_device
-from moe_ref.verify.run import EXIT_USAGE, Plan, RunResult, end_on_terminate, run_plan, usage_errors
+from moe_ref.verify.run.environment import default_device
+from moe_ref.verify.run.run import EXIT_USAGE, Plan, RunResult, end_on_terminate, run_plan, usage_errors
 
 _SHOWN_FAILURES = 10
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from moe_ref.contract.vocabulary import Stage, Verdict
 from moe_ref.records.schema import StageResult, from_number
-from moe_ref.verify.measurement import Measurement
+from moe_ref.verify.measure.measurement import Measurement
 
 Calls = tuple[tuple[str, int], ...]
 

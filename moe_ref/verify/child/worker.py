@@ -24,7 +24,7 @@ from moe_ref.contract.errors import UsageError
 from moe_ref.verify.child.execute import execute
 from moe_ref.verify.child.messages import Hello, Progress, RankReport, Reply, Request, read_frame, write_frame
 from moe_ref.verify.child.process_ranks import RanksHung
-from moe_ref.verify.subjects import load_subject, source_digest
+from moe_ref.verify.run.subjects import load_subject, source_digest
 
 _ORACLE_SIDE = ("moe_ref.oracle", "moe_ref.verify.measure", "moe_ref.verify.bounds", "moe_ref.verify.judge")
 

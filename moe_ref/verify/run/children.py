@@ -18,7 +18,7 @@ import msgspec
 from moe_ref.contract.capabilities import Capabilities
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.verify.child.messages import Hello, Progress, RankTensors, Reply, Request, unpack_runs, write_frame
-from moe_ref.verify.last_words import cut_lines, describe_exit, innermost_frames
+from moe_ref.verify.run.last_words import cut_lines, describe_exit, innermost_frames
 
 START_LIMIT_SECONDS = 180.0
 STACK_DUMP_SECONDS = 1.0

@@ -13,8 +13,8 @@ import torch
 from moe_ref.contract.spec import Router
 from moe_ref.contract.vocabulary import Format
 from moe_ref.oracle.router import capped, softplus
-from moe_ref.verify.rows import Rows
-from moe_ref.verify.tolerances import Tolerances
+from moe_ref.verify.bounds.rows import Rows
+from moe_ref.verify.bounds.tolerances import Tolerances
 
 ORACLE_UNIT = 2.0**-53
 """The oracle's own sums are in fp64; their error is part of every bound."""

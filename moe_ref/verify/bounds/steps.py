@@ -8,9 +8,9 @@ from moe_ref.contract.capabilities import Numerics
 from moe_ref.contract.spec import MLP, MoESpec
 from moe_ref.contract.vocabulary import Format, Stage
 from moe_ref.contract.weights import ExpertWeights, WeightSource
-from moe_ref.verify.activation_bound import activated
-from moe_ref.verify.bounds import RoundingModel
-from moe_ref.verify.rows import DownRows, Partials, Rows, exact
+from moe_ref.verify.bounds.activation import activated
+from moe_ref.verify.bounds.rounding import RoundingModel
+from moe_ref.verify.bounds.rows import DownRows, Partials, Rows, exact
 
 
 @dataclass(frozen=True)

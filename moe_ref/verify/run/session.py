@@ -9,10 +9,10 @@ import torch
 from moe_ref.records.schema import CaseLine
 from moe_ref.records.store import RecordWriter
 from moe_ref.tiers.tiers import PlannedCase
-from moe_ref.verify.case_runner import RunSettings, run_case
-from moe_ref.verify.children import Child, ChildPool
-from moe_ref.verify.environment import default_device
-from moe_ref.verify.run import Plan, end_line, new_header, run_settings
+from moe_ref.verify.run.case_runner import RunSettings, run_case
+from moe_ref.verify.run.children import Child, ChildPool
+from moe_ref.verify.run.environment import default_device
+from moe_ref.verify.run.run import Plan, end_line, new_header, run_settings
 
 
 @dataclass

@@ -8,12 +8,12 @@ from moe_ref.contract.capabilities import Capabilities, Numerics
 from moe_ref.contract.vocabulary import Format, Stage
 from moe_ref.inputs.build import Inputs
 from moe_ref.records.schema import StageResult, Worst
-from moe_ref.verify.bounds import RoundingModel
-from moe_ref.verify.rows import Rows, exact
-from moe_ref.verify.scores import Scores
-from moe_ref.verify.selection import broken_ties
-from moe_ref.verify.stage_meter import Place, StageMeter
-from moe_ref.verify.steps import Steps
+from moe_ref.verify.bounds.rounding import RoundingModel
+from moe_ref.verify.bounds.rows import Rows, exact
+from moe_ref.verify.bounds.scores import Scores
+from moe_ref.verify.bounds.selection import broken_ties
+from moe_ref.verify.bounds.steps import Steps
+from moe_ref.verify.measure.stage_meter import Place, StageMeter
 
 RankTensors = dict[Stage, torch.Tensor]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_ref.contract.spec import Router
-from moe_ref.verify.selection import AllowedChoice
+from moe_ref.verify.bounds.selection import AllowedChoice
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ class Tolerances:
 
 def default_path() -> Path:
     """tolerances.yaml beside the packages in a checkout, inside moe_ref in an installed wheel."""
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parents[2]
     installed = package / "tolerances.yaml"
     return installed if installed.exists() else package.parent / "tolerances.yaml"
 

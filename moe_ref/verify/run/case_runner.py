@@ -15,15 +15,15 @@ from moe_ref.contract.vocabulary import Ranks, Verdict
 from moe_ref.inputs.build import build_inputs
 from moe_ref.records.schema import CaseLine, CollectiveCount, Implementation, to_number
 from moe_ref.tiers.tiers import PlannedCase
-from moe_ref.verify.bounds import RoundingModel
+from moe_ref.verify.bounds.rounding import RoundingModel
+from moe_ref.verify.bounds.tolerances import Tolerances
 from moe_ref.verify.child.messages import RankReport, Reply, Request
-from moe_ref.verify.children import Answer, ChildDied, ChildHung, ChildPool
 from moe_ref.verify.explain import explain
 from moe_ref.verify.judge import Calls, Judgement, RunFacts, judge
-from moe_ref.verify.last_words import cut_lines
-from moe_ref.verify.measure import measure
-from moe_ref.verify.measurement import Measurement
-from moe_ref.verify.tolerances import Tolerances
+from moe_ref.verify.measure.measurement import Measurement
+from moe_ref.verify.measure.stages import measure
+from moe_ref.verify.run.children import Answer, ChildDied, ChildHung, ChildPool
+from moe_ref.verify.run.last_words import cut_lines
 
 
 @dataclass(frozen=True, kw_only=True)

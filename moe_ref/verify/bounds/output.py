@@ -8,10 +8,10 @@ from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.weights import WeightSource
-from moe_ref.verify.bounds import RoundingModel
-from moe_ref.verify.output_chain import OutputChain
-from moe_ref.verify.rows import Rows, exact
-from moe_ref.verify.steps import Steps
+from moe_ref.verify.bounds.output_chain import OutputChain
+from moe_ref.verify.bounds.rounding import RoundingModel
+from moe_ref.verify.bounds.rows import Rows, exact
+from moe_ref.verify.bounds.steps import Steps
 
 
 def output_bound(x_TH: torch.Tensor, routing: Routing, weights: WeightSource, spec: MoESpec, numerics: Numerics,

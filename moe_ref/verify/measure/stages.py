@@ -17,14 +17,14 @@ from moe_ref.contract.vocabulary import Stage
 from moe_ref.contract.weights import ExpertWeights
 from moe_ref.inputs.build import Inputs
 from moe_ref.records.schema import from_number
-from moe_ref.verify.bounds import RoundingModel
-from moe_ref.verify.measure_routing import FollowedRouting, RankTensors, measure_routing, tainted_tokens
-from moe_ref.verify.measurement import Measurement
-from moe_ref.verify.output_chain import ExpertRows, OutputChain
-from moe_ref.verify.rows import DownRows, Partials, Rows, exact
-from moe_ref.verify.stage_meter import Place, StageMeter
-from moe_ref.verify.steps import Steps
-from moe_ref.verify.structure import struct_faults
+from moe_ref.verify.bounds.output_chain import ExpertRows, OutputChain
+from moe_ref.verify.bounds.rounding import RoundingModel
+from moe_ref.verify.bounds.rows import DownRows, Partials, Rows, exact
+from moe_ref.verify.bounds.steps import Steps
+from moe_ref.verify.measure.measurement import Measurement
+from moe_ref.verify.measure.routing import FollowedRouting, RankTensors, measure_routing, tainted_tokens
+from moe_ref.verify.measure.stage_meter import Place, StageMeter
+from moe_ref.verify.measure.structure import struct_faults
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ import torch
 
 from moe_ref.inputs.build import Inputs
 from moe_ref.oracle.router import capped, score, selection_score, top_ids, weigh
-from moe_ref.verify.bounds import FLUSH, RoundingModel
-from moe_ref.verify.kept_choice import KeptChoice, kept_choice
-from moe_ref.verify.rows import Rows
-from moe_ref.verify.selection import allowed_choice
+from moe_ref.verify.bounds.kept_choice import KeptChoice, kept_choice
+from moe_ref.verify.bounds.rounding import FLUSH, RoundingModel
+from moe_ref.verify.bounds.rows import Rows
+from moe_ref.verify.bounds.selection import allowed_choice
 
 
 @dataclass(frozen=True)

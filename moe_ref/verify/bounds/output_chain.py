@@ -7,8 +7,8 @@ import torch
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.weights import ExpertWeights
 from moe_ref.oracle import expert as formula
-from moe_ref.verify.rows import Partials, Rows, exact
-from moe_ref.verify.steps import Steps
+from moe_ref.verify.bounds.rows import Partials, Rows, exact
+from moe_ref.verify.bounds.steps import Steps
 
 
 @dataclass(frozen=True)

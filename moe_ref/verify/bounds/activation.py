@@ -5,8 +5,8 @@ import torch
 from moe_ref.contract.spec import MLP
 from moe_ref.contract.vocabulary import Format
 from moe_ref.oracle import expert as formula
-from moe_ref.verify.bounds import RoundingModel
-from moe_ref.verify.rows import Rows, exact
+from moe_ref.verify.bounds.rounding import RoundingModel
+from moe_ref.verify.bounds.rows import Rows, exact
 
 SLOPE = {"silu": 1.1, "gelu": 1.13, "gelu_tanh": 1.13, "relu": 1.0}
 """Largest |derivative|: silu 1.0998 at g = 2.40 for every sigmoid_scale and gate_softcap, gelu 1.1290 at

@@ -22,10 +22,10 @@ from moe_ref.contract.vocabulary import EXECUTED_VERDICTS, RED_VERDICTS, Verdict
 from moe_ref.records.schema import CaseLine, EndLine, Implementation, RunLine
 from moe_ref.records.store import FILE_NAME, RecordWriter, holds_lines, read_run
 from moe_ref.tiers.tiers import PlannedCase
-from moe_ref.verify.case_runner import USAGE_PREFIX, RunSettings, run_case, unrun_line
-from moe_ref.verify.children import Child, ChildPool
-from moe_ref.verify.environment import environment
-from moe_ref.verify.tolerances import load_tolerances
+from moe_ref.verify.bounds.tolerances import load_tolerances
+from moe_ref.verify.run.case_runner import USAGE_PREFIX, RunSettings, run_case, unrun_line
+from moe_ref.verify.run.children import Child, ChildPool
+from moe_ref.verify.run.environment import environment
 
 EXIT_OK, EXIT_MISMATCH, EXIT_USAGE, EXIT_HARNESS, EXIT_TOO_FEW = range(5)
 

@@ -10,8 +10,8 @@ from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.vocabulary import Format, Stage
 from moe_ref.contract.weights import MoEWeights
-from moe_ref.verify.bounds import RoundingModel
-from moe_ref.verify.output_bound import output_bound
+from moe_ref.verify.bounds.output import output_bound
+from moe_ref.verify.bounds.rounding import RoundingModel
 
 
 def released_numerics(released: ReleasedNumerics, model_format: Format) -> Numerics:

@@ -6,7 +6,7 @@ from moe_ref.contract.capabilities import Capabilities
 from moe_ref.contract.case import Case
 from moe_ref.contract.dtypes import TORCH_DTYPES
 from moe_ref.contract.vocabulary import Stage
-from moe_ref.verify.measure_routing import RankTensors
+from moe_ref.verify.measure.routing import RankTensors
 
 
 def stage_shapes(case: Case, rank: int) -> dict[Stage, tuple[int, ...]]:

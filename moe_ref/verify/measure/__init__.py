@@ -1,0 +1,1 @@
+"""What a subject showed, compared with the oracle and brought down to plain numbers."""

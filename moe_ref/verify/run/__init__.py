@@ -1,0 +1,1 @@
+"""A run: finding the subject, starting its processes, asking case by case, resuming."""
