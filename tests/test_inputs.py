@@ -10,7 +10,7 @@ from moe_ref.contract.case import Problem
 from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.dtypes import TORCH_DTYPES
 from moe_ref.contract.parallel import Parallel
-from moe_ref.contract.vocabulary import Data, Dtype
+from moe_ref.contract.vocabulary import Data, Dtype, Storage
 from moe_ref.contract.weights import MoEWeights
 from moe_ref.inputs.build import GeneratedWeights, build_inputs, build_shards, inverse_root
 from moe_ref.inputs.patterns import empty_experts, favourite_expert
@@ -118,6 +118,25 @@ def test_sharding_cuts_and_never_redraws(text: str, parallel: Parallel) -> None:
         for (_, one), (_, two) in zip(shard.named_tensors(), cut.named_tensors(), strict=True):
             assert torch.equal(one, two)
             assert one.dtype == two.dtype
+
+
+@pytest.mark.parametrize("storage", Storage)
+@pytest.mark.parametrize("text", ["T9.H32.I16.E4.K2-bf16-norm-mlpbias-sh16-shmlpbias", "T9.H16.I16.E16.K2-fp32-nogate"])
+def test_storage_changes_strides_and_no_number(text: str, storage: Storage) -> None:
+    """Canonical views of memory in another order, also where H = 2 I or H = I = E; rank 1 of 3, an uneven share."""
+    parallel = Parallel(tp=3)
+    plain, stored = (build_shards(problem(text), parallel, storage=order)[1] for order in (Storage.OUT_IN, storage))
+    for (name, one), (_, two) in zip(plain.named_tensors(), stored.named_tensors(), strict=True):
+        assert torch.equal(one, two), name
+    experts, projections, inner, hidden = stored.w13_EGIH.shape
+    expected = {Storage.OUT_IN: (projections * inner * hidden, inner * hidden, hidden, 1),
+                Storage.IN_OUT: (projections * inner * hidden, inner, 1, projections * inner),
+                Storage.INTERLEAVED: (projections * inner * hidden, hidden, projections * hidden, 1),
+                Storage.IN_OUT_INTERLEAVED: (projections * inner * hidden, 1, projections, projections * inner)}
+    assert stored.w13_EGIH.stride() == expected[storage]
+    transposed = storage in (Storage.IN_OUT, Storage.IN_OUT_INTERLEAVED)
+    assert stored.w2_EHI.stride() == (hidden * inner, 1 if transposed else inner, hidden if transposed else 1)
+    assert experts == len(stored.w2_EHI)
 
 
 def routed(text: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -66,7 +66,7 @@ def case_values(case: object) -> dict[str, object]:
     return {"shape": f"T{problem.num_tokens}.H{spec.hidden_size}.I{spec.intermediate_size}{experts}",
             "dtype": problem.dtype, "tp": case.parallel.tp, "pattern": problem.pattern, "router": kind,
             "activation": spec.experts.activation, "shared": shared, "residual": problem.residual,
-            "data": problem.data}
+            "data": problem.data, "storage": case.storage}
 
 
 def test_impossible_pairs_are_impossible() -> None:

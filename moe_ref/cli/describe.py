@@ -8,7 +8,7 @@ from moe_ref.contract.case_id import format_case
 from moe_ref.contract.features import features_of
 from moe_ref.contract.parallel import PLACEMENTS, Parallel
 from moe_ref.contract.spec import MoESpec
-from moe_ref.contract.vocabulary import Dtype
+from moe_ref.contract.vocabulary import Dtype, Storage
 from moe_ref.models.registry import Model
 from moe_ref.models.words import mlp_formula, numerics_words, router_steps, shared_words
 
@@ -91,6 +91,7 @@ def describe_case(case: Case) -> Lines:
               ("inputs", f"pattern {problem.pattern}, data {problem.data}, seed {problem.seed}"
                          + (", a residual added once" if problem.residual else ""))]
     lines += _ranks(spec, parallel, tokens)
+    lines += [("storage", f"{case.storage}: strided views of that order")] * (case.storage is not Storage.OUT_IN)
     lines.append(("placements", ", ".join(f"{name} {PLACEMENTS[name].kind}"
                                           for name in _shapes(spec, parallel, 0))))
     elements = tokens * spec.hidden_size

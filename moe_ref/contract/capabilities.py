@@ -6,7 +6,7 @@ from typing import Literal
 from moe_ref.contract.case import Case
 from moe_ref.contract.features import Feature, features_of
 from moe_ref.contract.spec import MoESpec
-from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Schedule, Stage
+from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Schedule, Stage, Storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,7 @@ class Capabilities:
 
     stages:                      the stages it records in `trace`, beyond the output
     features:                    options of the mathematics, beyond the activations and scores named
+    storages:                    orders of weights in memory that it reads through strides
     deterministic:               the same bits whenever it is run again
     equal_ranks:                 every rank returns the same bits
     lower_id_ties:               exact ties go to the lower expert id
@@ -53,6 +54,7 @@ class Capabilities:
     scores: tuple[str, ...] = ("softmax",)
     features: tuple[Feature, ...] = ()
     max_tp: int = 1
+    storages: tuple[Storage, ...] = (Storage.OUT_IN,)
     schedules: tuple[Schedule, ...] = (Schedule.ALL_REDUCE,)
     ranks: tuple[Ranks, ...] = (Ranks.LOCAL,)
     devices: tuple[str, ...] = ("cpu", "cuda")
@@ -67,6 +69,7 @@ class Capabilities:
             (case.problem.dtype not in self.numerics, f"dtype {case.problem.dtype}"),
             (case.parallel.tp > self.max_tp, f"tp {case.parallel.tp} above {self.max_tp}"),
             (case.parallel.ep > 1, f"ep {case.parallel.ep}"),
+            (case.storage not in self.storages, f"weights stored as {case.storage}"),
             (case.parallel.schedule not in self.schedules, f"schedule {case.parallel.schedule}"),
             (ranks not in self.ranks, f"{ranks} ranks"),
             (device not in self.devices, f"device {device}"),

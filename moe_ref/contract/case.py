@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from moe_ref.contract.errors import is_integer, raise_faults
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.spec import MoESpec
-from moe_ref.contract.vocabulary import Data, Direction, Dtype, Pattern
+from moe_ref.contract.vocabulary import Data, Direction, Dtype, Pattern, Storage
 from moe_ref.models.registry import cut_experts, find_model
 
 
@@ -46,8 +46,9 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A problem, its parallelism and its direction; equal to its id, see case_id.py."""
+    """A problem, its parallelism, how its weights lie in memory, its direction; equal to its id, see case_id.py."""
 
     problem: Problem
     parallel: Parallel = field(default_factory=Parallel)
+    storage: Storage = Storage.OUT_IN
     direction: Direction = Direction.FORWARD

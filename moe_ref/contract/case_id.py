@@ -3,6 +3,7 @@
 Grammar, sections joined by "-", defaults left out, order fixed:
 
     v1 - SIZES - DTYPE [- router words] [- mlp words] [-res] [-PATTERN] [-DATA] [-sSEED] [-tpN] [-epN] [-splitA.B]
+      [-STORAGE]
 
     SIZES   T33.H96.I160.E8.K2   tokens, hidden, intermediate, experts, top-k; without E and K: a dense MLP
             mixtral.8x7b.T32     a published model; .E4 cuts the number of experts, never a width
@@ -21,7 +22,7 @@ from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.spec import MoESpec, Router
 from moe_ref.contract.spec_words import COUNT, apply_spec_options, match_option, spec_words
-from moe_ref.contract.vocabulary import Data, Dtype, Pattern
+from moe_ref.contract.vocabulary import Data, Dtype, Pattern, Storage
 from moe_ref.models.registry import cut_experts, find_model
 
 PREFIX = "v1"
@@ -38,6 +39,7 @@ def format_case(case: Case) -> str:
         words.append(f"ep{case.parallel.ep}")
     if case.parallel.splits:
         words.append("split" + ".".join(str(share) for share in case.parallel.splits))
+    words += [case.storage] * (case.storage is not Storage.OUT_IN)
     return "-".join(words)
 
 
@@ -78,7 +80,8 @@ def parse_case(text: str) -> Case:
                       data=Data(options.get("data", Data.UNIT)))
     splits = tuple(int(share) for share in options["split"].split(".")) if "split" in options else None
     case = Case(problem=problem, parallel=Parallel(tp=int(options.get("tp", "1")), ep=int(options.get("ep", "1")),
-                                                   splits=splits))
+                                                   splits=splits),
+                storage=Storage(options.get("storage", Storage.OUT_IN)))
     if (canonical := format_case(case)) != text:
         raise UsageValueError(f"case id {text!r}: not in canonical form, which is {canonical!r}")
     return case
@@ -100,7 +103,7 @@ def _read_options(text: str, words: list[str]) -> dict[str, str]:
 def _read_word(text: str, word: str) -> tuple[str, str]:
     if word == "res":
         return word, ""
-    for name, values in (("pattern", tuple(Pattern)), ("data", tuple(Data))):
+    for name, values in (("pattern", tuple(Pattern)), ("data", tuple(Data)), ("storage", tuple(Storage))):
         if word in values:
             return name, word
     if option := match_option(word):

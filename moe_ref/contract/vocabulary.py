@@ -98,6 +98,19 @@ class Data(StrEnum):
     NON_FINITE = "nonfinite"
 
 
+class Storage(StrEnum):
+    """The order in which weights lie in memory, behind the canonical view that an implementation is handed.
+
+    `outin`: (out, in), gate rows before up rows, contiguous; `interleaved`: gate, up, gate, up;
+    `inout`: (in, out), as gpt-oss and Llama 4 store it; `inoutinterleaved`: both. Strides say which; no number differs.
+    """
+
+    OUT_IN = "outin"
+    IN_OUT = "inout"
+    INTERLEAVED = "interleaved"
+    IN_OUT_INTERLEAVED = "inoutinterleaved"
+
+
 class Schedule(StrEnum):
     """How partial results of tensor-parallel ranks become the result."""
 

@@ -10,12 +10,21 @@ import torch
 from moe_ref.contract.case import Problem
 from moe_ref.contract.case_id import format_problem
 from moe_ref.contract.dtypes import TORCH_DTYPES
-from moe_ref.contract.parallel import PLACEMENTS, Parallel
+from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.spec import MLP
-from moe_ref.contract.vocabulary import Data, Dtype
-from moe_ref.contract.weights import WHOLE_PARAMETERS, ExpertWeights, MoEWeights, parameter_shapes
+from moe_ref.contract.vocabulary import Data, Dtype, Storage
+from moe_ref.contract.weights import (
+    EXPERT_PARAMETERS,
+    SHARED_PARAMETERS,
+    WHOLE_PARAMETERS,
+    ExpertWeights,
+    MoEWeights,
+    parameter_shapes,
+    rank_part,
+)
 from moe_ref.inputs.patterns import pattern_logits, pattern_selection_bias
 from moe_ref.inputs.philox import grid_tensor
+from moe_ref.inputs.storage import empty_stored
 
 TOKEN_AMPLITUDE = WEIGHT_AMPLITUDE = 4.0
 BIAS_AMPLITUDE = 1.0
@@ -150,11 +159,16 @@ def build_inputs(problem: Problem) -> Inputs:
 
 
 def build_shards(problem: Problem, parallel: Parallel, device: torch.device | str = "cpu",
-                 progress: Callable[[int], None] = lambda expert: None) -> list[MoEWeights]:
-    """Every tp rank's weights, filled expert by expert, so that no unsharded copy exists beside them."""
+                 progress: Callable[[int], None] = lambda expert: None,
+                 storage: Storage = Storage.OUT_IN) -> list[MoEWeights]:
+    """Every tp rank's weights, filled expert by expert, so that no unsharded copy exists beside them.
+
+    With another storage the matrices are strided views of memory in that order.
+    """
     weights, options = GeneratedWeights(problem), {"dtype": TORCH_DTYPES[problem.dtype], "device": device}
     shards: list[dict[str, torch.Tensor]] = [
-        {name: torch.empty(shape, **options) for name, shape in parameter_shapes(problem.spec, parallel, rank).items()}
+        {name: empty_stored(name, shape, storage, **options)
+         for name, shape in parameter_shapes(problem.spec, parallel, rank).items()}
         for rank in range(parallel.tp)]
     for name in WHOLE_PARAMETERS:
         tensor = getattr(weights, name)
@@ -163,10 +177,9 @@ def build_shards(problem: Problem, parallel: Parallel, device: torch.device | st
             for shard in shards:
                 shard[name] = tensor
     if shared := weights.shared_expert():
-        names = ("shared_w13_GIH", "shared_w2_HI", "shared_w13_bias_GI", "shared_w2_bias_H")
-        _cut(shared, names, shards, parallel, None)
+        _cut(shared, SHARED_PARAMETERS, shards, parallel, None)
     for e in range(problem.spec.num_experts):
-        _cut(weights.expert(e), ("w13_EGIH", "w2_EHI", "w13_bias_EGI", "w2_bias_EH"), shards, parallel, e)
+        _cut(weights.expert(e), EXPERT_PARAMETERS, shards, parallel, e)
         progress(e)
     return [MoEWeights(**shard) for shard in shards]
 
@@ -174,14 +187,6 @@ def build_shards(problem: Problem, parallel: Parallel, device: torch.device | st
 def _cut(expert: ExpertWeights, names: tuple[str, ...], shards: list[dict[str, torch.Tensor]], parallel: Parallel,
          e: int | None) -> None:
     for name, tensor in zip(names, expert, strict=True):
-        if tensor is None:
-            continue
-        dim = PLACEMENTS[name].shard_dim
-        for rank, shard in enumerate(shards):
-            target = shard[name] if e is None else shard[name][e]
-            if dim is None:
-                target.copy_(tensor)
-                continue
-            expert_dim = dim - (e is not None)
-            start, stop = parallel.ranges(tensor.shape[expert_dim])[rank]
-            target.copy_(tensor.narrow(expert_dim, start, stop - start))
+        if tensor is not None:
+            for rank, shard in enumerate(shards):
+                (shard[name] if e is None else shard[name][e]).copy_(rank_part(name, tensor, parallel, rank))

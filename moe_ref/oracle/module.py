@@ -7,7 +7,7 @@ from moe_ref.contract.features import Feature
 from moe_ref.contract.module import LayerModule
 from moe_ref.contract.router_spec import Score
 from moe_ref.contract.spec import Activation
-from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Stage
+from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Stage, Storage
 from moe_ref.oracle.layer import moe
 
 
@@ -25,5 +25,5 @@ CAPABILITIES = Capabilities(
     numerics={dtype: Numerics(storage=dict.fromkeys(_STORED, Format.FP64), accumulate=Format.FP64,
                               reduce=Format.FP64) for dtype in Dtype},
     stages=(*_STORED, Stage.IDS), activations=get_args(Activation), scores=get_args(Score), features=tuple(Feature),
-    max_tp=64, ranks=tuple(Ranks), deterministic=True, equal_ranks=True, lower_id_ties=True,
+    max_tp=64, storages=tuple(Storage), ranks=tuple(Ranks), deterministic=True, equal_ranks=True, lower_id_ties=True,
     collectives_through_groups=True)

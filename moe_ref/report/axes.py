@@ -35,7 +35,8 @@ def case_axes(text: str) -> dict[str, str]:
     problem, spec, router = case.problem, case.problem.spec, case.problem.spec.router
     yes_no = {True: "yes", False: "no"}
     axes = {"dtype": str(problem.dtype), "tp": str(case.parallel.tp),
-            "split": "uneven" if case.parallel.splits else "even", "pattern": str(problem.pattern),
+            "split": "uneven" if case.parallel.splits else "even", "storage": str(case.storage),
+            "pattern": str(problem.pattern),
             "data": str(problem.data), "activation": spec.experts.activation,
             "score": router.score if router else "no router"}
     if router:

@@ -6,7 +6,7 @@ from moe_ref.contract.case import Case, Problem
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.spec import MLP, MoESpec, Router, SharedExpert
-from moe_ref.contract.vocabulary import Data, Dtype, Pattern
+from moe_ref.contract.vocabulary import Data, Dtype, Pattern, Storage
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ SHARED = ("none", "shared", "shared-gate")
 AXES: dict[str, tuple] = {
     "shape": tuple(shape.name for shape in SHAPES), "dtype": tuple(Dtype), "tp": (1, 2, 3, 4, 8),
     "pattern": tuple(Pattern), "router": ROUTERS, "activation": ("silu", "gelu", "gelu_tanh"), "shared": SHARED,
-    "residual": (False, True), "data": (Data.UNIT, Data.OUTLIER),
+    "residual": (False, True), "data": (Data.UNIT, Data.OUTLIER), "storage": tuple(Storage),
 }
 """Every axis and its values, the plainest first."""
 
@@ -83,7 +83,7 @@ def row_case(row: Row) -> Case | None:
                           pattern=Pattern(row["pattern"]), data=Data(row["data"]), residual=bool(row["residual"]))
     except UsageValueError:
         return None
-    return Case(problem=problem, parallel=Parallel(tp=int(str(row["tp"]))))
+    return Case(problem=problem, parallel=Parallel(tp=int(str(row["tp"]))), storage=Storage(row["storage"]))
 
 
 def _router(kind: object, shape: Shape) -> Router | None:

@@ -18,7 +18,7 @@ from moe_ref.contract.features import Feature
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.spec import MLP, MoESpec, Router
 from moe_ref.contract.trace import Trace
-from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Stage
+from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Stage, Storage
 from moe_ref.contract.weights import MoEWeights
 
 MODEL = None
@@ -94,7 +94,7 @@ class TorchMoE:
         self.CAPABILITIES = Capabilities(
             name=type(self).__name__, version="1", numerics={dtype: numerics(dtype) for dtype in Dtype},
             stages=self.shows, activations=self.activations, scores=self.scores, features=self.features,
-            max_tp=64, ranks=(Ranks.LOCAL, Ranks.GLOO), devices=("cpu",), **self.promises)  # pyrefly: ignore
+            max_tp=64, storages=tuple(Storage), ranks=(Ranks.LOCAL, Ranks.GLOO), devices=("cpu",), **self.promises)  # pyrefly: ignore
 
     def moe(self, x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, parallel: Parallel | None = None,
             groups: Groups | None = None, *, routing: None = None, logits_TE: torch.Tensor | None = None,

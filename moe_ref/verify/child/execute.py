@@ -34,7 +34,8 @@ class Job:
         local = request.ranks == Ranks.LOCAL
         # Process ranks are forked, so weights are made once before, in shared pages, and moved by each rank.
         self.shards: list[MoEWeights] = build_shards(self.case.problem, self.case.parallel,
-                                                     request.device if local else "cpu", self._tell_expert)
+                                                     request.device if local else "cpu", self._tell_expert,
+                                                     self.case.storage)
 
     def _tell_expert(self, expert: int) -> None:
         self.tell(f"weights of expert {expert + 1} of {self.case.problem.spec.num_experts}")
