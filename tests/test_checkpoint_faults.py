@@ -92,7 +92,7 @@ def test_a_layer_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rank", [-1, 2, True])
 def test_a_rank_that_is_not_there(rank: int, tmp_path: Path) -> None:
     """-1 would read another rank's slices."""
-    with pytest.raises(UsageValueError, match=r"rank=.*should be in \[0, 2\)"):
+    with pytest.raises(UsageValueError, match=r"rank=.*should be .* below tp=2"):
         open_checkpoint(write(tmp_path, mixtral()), 0, "mixtral", PLAIN, Parallel(tp=2), rank)
 
 

@@ -5,23 +5,27 @@ Every run happens in a thread that is joined with a time limit: a hang fails the
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import pytest
 import torch
 
 from moe_ref.contract.comm import CommCall, CountingComm, SoloComm
+from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.local_comm import CollectiveMismatch, LocalComm, run_virtual_ranks
 
 TIME_LIMIT_SECONDS = 20.0
 
 
-def run(size: int, body: Callable[[LocalComm], object]) -> list:
-    """run_virtual_ranks under a wall-clock guard."""
+def run(size: int, body: Callable[[LocalComm], object],
+        mode: Callable[[], AbstractContextManager] = nullcontext) -> list:
+    """run_virtual_ranks under a wall-clock guard, called inside `mode`."""
     outcome: dict[str, object] = {}
 
     def guarded() -> None:
         try:
-            outcome["results"] = run_virtual_ranks(size, body)
+            with mode():
+                outcome["results"] = run_virtual_ranks(size, body)
         except BaseException as error:
             outcome["error"] = error
 
@@ -188,6 +192,45 @@ def test_parts_that_do_not_fit_the_group_are_refused(body: Callable[[LocalComm],
     """Two ranks: dropping what is left over would be a wrong result without an error."""
     with pytest.raises((CollectiveMismatch, ValueError)):
         run(2, body)
+
+
+@pytest.mark.parametrize("rows", [(7, -2), (2.5, 2.5), (True, 4)])
+def test_rows_that_are_no_counts_are_refused(rows: tuple) -> None:
+    """Their sum is right: 5 rows. But a slice to -2 leaves rows out, and nobody has half of one."""
+    with pytest.raises(UsageValueError) as caught:
+        run(2, lambda comm: comm.reduce_scatter(torch.ones(5), rows))
+    assert f"rows {rows}, but should be 2 integers of at least 0 that sum to 5" in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, -1, True, 2.0])
+def test_no_ranks_are_refused(size: int) -> None:
+    """An empty list of results would pass for a run."""
+    with pytest.raises(UsageValueError, match=f"run_virtual_ranks: size={size}, but should be an integer"):
+        run(size, lambda comm: comm.rank)
+
+
+def gradients_again() -> AbstractContextManager:
+    """Inference mode in which the grad mode is switched on again."""
+    stack = ExitStack()
+    stack.enter_context(torch.inference_mode())
+    stack.enter_context(torch.enable_grad())
+    return stack
+
+
+@pytest.mark.parametrize(("mode", "expected"), [
+    (nullcontext, (True, False)), (torch.no_grad, (False, False)), (torch.inference_mode, (False, True)),
+    (gradients_again, (True, True)),
+])
+def test_ranks_compute_in_the_callers_mode(mode: Callable[[], AbstractContextManager],
+                                           expected: tuple[bool, bool]) -> None:
+    """Both modes belong to a thread; a judge's no_grad must hold in the ranks that it starts."""
+    def body(comm: LocalComm) -> tuple[bool, bool]:
+        comm.all_reduce(torch.ones(1))
+        product = torch.ones(1, requires_grad=True) * 2
+        assert product.requires_grad == (expected == (True, False))
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    assert run(2, body, mode) == [expected] * 2
 
 
 @pytest.mark.parametrize("failing", [0, 1, 2])

@@ -136,6 +136,43 @@ def test_sequence_balance_gradient(name: str) -> None:
                                     logits_TE.requires_grad_())
 
 
+@pytest.mark.parametrize("shift", [0.0, -60.0])
+@pytest.mark.parametrize("name", SCORES)
+def test_sequence_balance_by_definition(name: str, shift: float) -> None:
+    """Computed from logarithms, n_e is s_e / sum of s all the same, as long as fp64 holds the scores."""
+    logits_TE, router = drawn(5) + shift, SCORES[name]
+    ids_TK = best(logits_TE)
+    share_BE = losses._sequence_shares(logits_TE, ids_TK, LENGTH)
+
+    def defined(leaf: torch.Tensor) -> torch.Tensor:
+        score_TE = score(leaf, router)
+        normed_BLE = (score_TE / score_TE.sum(-1, keepdim=True)).unflatten(0, (-1, LENGTH))
+        return (share_BE * normed_BLE.mean(1)).sum() / len(share_BE)
+
+    value = sequence_balance_loss(logits_TE, ids_TK, router, LENGTH)
+    assert (value - defined(logits_TE)).abs() <= allowed(value, logits_TE)
+    off = sequence_balance_gradient(logits_TE, ids_TK, router, LENGTH) - by_autograd(defined, logits_TE)
+    assert (off.abs() <= allowed(sequence_gauge(logits_TE, ids_TK, router), logits_TE)).all()
+
+
+@pytest.mark.parametrize(("name", "slope"), [("softmax", 1.0), ("sigmoid", 1.0), ("sqrt_softplus", 0.5)])
+def test_scores_that_underflow(name: str, slope: float) -> None:
+    """Scores of -1600 are 0 in fp64, their shares 1/2 each, so that f = (2, 0) gives 1 and (1/2, -1/2) * slope.
+
+    Beside a logit of 0 the share is 0, and the token that chose the other expert gives 2 without a gradient.
+    """
+    router = Router(num_experts=2, top_k=1, score=name)  # type: ignore[arg-type]
+    for logits_TE, ids_TK, value, gradient in (
+            (torch.tensor([[-1600.0, -1600.0]]), torch.tensor([[0]]), 1.0, [[slope / 2, -slope / 2]]),
+            (torch.tensor([[-1600.0, 0.0]]), torch.tensor([[1]]), 2.0, [[0.0, 0.0]])):
+        logits_TE = logits_TE.double()
+        assert sequence_balance_loss(logits_TE, ids_TK, router) == value
+        expected_TE = torch.tensor(gradient, dtype=torch.float64)
+        assert torch.equal(sequence_balance_gradient(logits_TE, ids_TK, router), expected_TE)
+        found_TE = by_autograd(lambda leaf, ids_TK=ids_TK: sequence_balance_loss(leaf, ids_TK, router), logits_TE)
+        assert torch.equal(found_TE, expected_TE)
+
+
 def test_z_gradient() -> None:
     """Likewise for the z-loss."""
     logits_TE = drawn(2)
@@ -240,5 +277,25 @@ def test_wrong_use() -> None:
         load_balancing_loss(logits_TE, best(logits_TE), MASK[:4])
     with pytest.raises(UsageValueError, match=r"sequence_length=5, but should divide the number of tokens, 12"):
         sequence_balance_loss(logits_TE, best(logits_TE), SCORES["sigmoid"], 5)
+    with pytest.raises(UsageValueError, match=r"ids_TK: shape \(12, 0\) of torch.int64, .* with K of at least 1"):
+        load_balancing_loss(logits_TE, best(logits_TE)[:, :0])
     with pytest.raises(UsageTypeError, match=r"logits_TE: shape \(12, 5\) of torch.int64, but should be"):
         router_z_loss(logits_TE.long())
+
+
+@pytest.mark.parametrize("function", [sequence_balance_loss, sequence_balance_gradient])
+def test_wrong_use_of_sequences(function: Callable[..., torch.Tensor]) -> None:
+    """The loss and its gradient refuse the same, before anything is computed, with all faults at once."""
+    logits_TE, router = drawn(), SCORES["sigmoid"]
+    ids_TK = best(logits_TE)
+    for length in (2.0, True, 0, -4):
+        with pytest.raises(UsageValueError, match=f"sequence_length={length}, but should be an integer of at"):
+            function(logits_TE, ids_TK, router, length)
+    with pytest.raises(UsageTypeError, match="router=None, but should be a Router"):
+        function(logits_TE, ids_TK, None)
+    with pytest.raises(UsageValueError, match=r"ids_TK: shape \(12, 0\)"):
+        function(logits_TE, ids_TK[:, :0], router)
+    with pytest.raises(UsageValueError) as caught:
+        function(logits_TE, ids_TK, Router(num_experts=6, top_k=2, num_zero_experts=2), 5)
+    assert "logits_TE: 5 columns, but should be one per choice of the router, 8" in str(caught.value)
+    assert "sequence_length=5, but should divide the number of tokens, 12" in str(caught.value)

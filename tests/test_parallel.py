@@ -64,6 +64,32 @@ def test_all_faults_at_once() -> None:
         assert fault in str(caught.value)
 
 
+def test_shares_from_a_list() -> None:
+    """A file has shares as a list: the same value, usable as a key, and the same text, which ranks compare."""
+    given = Parallel(tp=2, splits=[1, 2], schedule="all_reduce")  # type: ignore[arg-type]
+    plain = Parallel(tp=2, splits=(1, 2))
+    assert given == plain
+    assert hash(given) == hash(plain)
+    assert repr(given) == repr(plain)
+
+
+@pytest.mark.parametrize("splits", [3, "12", {1: 1, 2: 2}])
+def test_shares_that_are_no_sequence(splits: object) -> None:
+    """A number has no length; letters and keys in the place of shares are a mistake too."""
+    with pytest.raises(UsageValueError, match="but should be a tuple of one share per rank, or None"):
+        Parallel(tp=2, splits=splits)  # type: ignore[arg-type]
+
+
+def test_a_rank_of_the_group() -> None:
+    """-1 would be read from the end, and True as 1."""
+    parallel = Parallel(tp=3)
+    for rank in range(3):
+        parallel.check_rank(rank)
+    for rank in (-1, 3, 1.0, True, None):
+        with pytest.raises(UsageValueError, match=f"rank={rank}, but should be an integer .* below tp=3"):
+            parallel.check_rank(rank)  # type: ignore[arg-type]
+
+
 def test_every_parameter_has_a_placement() -> None:
     """A new weight without a rule would be replicated by accident."""
     assert set(PLACEMENTS) == set(MoEWeights.__dataclass_fields__)

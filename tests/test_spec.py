@@ -1,5 +1,6 @@
 """Protects the mathematics of a layer: invalid ones cannot be built, and all faults are listed at once."""
 
+import numpy as np
 import pytest
 
 from moe_ref.contract.errors import UsageError, UsageValueError
@@ -34,6 +35,72 @@ def test_all_faults_of_the_combination_at_once() -> None:
                   "num_groups_kept=4, but should be at most num_groups=3", "renormalize_epsilon=-1.0",
                   "scaling_factor=0.0"):
         assert fault in text
+
+
+def test_all_faults_of_the_kinds_at_once() -> None:
+    """A switch in words is true whatever it says, and a part of another kind would fail far from here."""
+    text = message(lambda: Router(num_experts=8, top_k=2, logit_bias=1, renormalize="false", capacity=8,
+                                  logit_scale="1"))
+    for fault in ("logit_bias=1, but should be True or False", "renormalize='false', but should be True or False",
+                  "capacity=8, but should be a Capacity or None",
+                  "logit_scale='1', but should be finite and above 0"):
+        assert fault in text
+    text = message(lambda: MoESpec(hidden_size=0, intermediate_size=4, router=8, experts="silu", shared=64,
+                                   output_bias=None))
+    for fault in ("hidden_size=0", "router=8, but should be a Router or None",
+                  "experts='silu', but should be an MLP", "shared=64, but should be a SharedExpert or None",
+                  "output_bias=None, but should be True or False"):
+        assert fault in text
+    text = message(lambda: SharedExpert(intermediate_size=8, mlp=None, gate="router",
+                                        merge=np.array(["sum", "mean"])))
+    assert "mlp=None, but should be an MLP" in text
+    assert "but should be one of sum, mean" in text
+    text = message(lambda: MLP(gated="no", bias=0, limit=True))
+    for fault in ("gated='no'", "bias=0, but should be True or False",
+                  "limit=True, but should be finite and above 0"):
+        assert fault in text
+
+
+@pytest.mark.parametrize(("build", "fault"), [
+    (lambda: MoESpec(hidden_size=4, intermediate_size=4, experts=None), "experts=None, but should be an MLP"),
+    (lambda: MoESpec(hidden_size=4, intermediate_size=4, router=MLP(), weight_on="input"),
+     "but should be a Router or None"),
+    (lambda: SharedExpert(intermediate_size=4, mlp=None), "mlp=None, but should be an MLP"),
+    (lambda: Capacity(tokens=1, renormalize_after="no"), "renormalize_after='no', but should be True or False"),
+    (lambda: Router(num_experts=4, top_k=2, epsilon_rule="clamp", renormalize=True,
+                    renormalize_epsilon=np.ones(2)),
+     "renormalize_epsilon=array([1., 1.]), but should be finite and at least 0"),
+], ids=["no experts", "an MLP as router", "no MLP", "a word as switch", "an array as epsilon"])
+def test_a_part_of_another_kind(build: object, fault: str) -> None:
+    """Alone, and where a combination would ask the part for something."""
+    assert fault in message(build)
+
+
+@pytest.mark.parametrize(("build", "fault"), [
+    (lambda: Router(num_experts=4, top_k=2, scaling_factor=10**400), "scaling_factor=an integer of 1329 bits"),
+    (lambda: Router(num_experts=4, top_k=2, scaling_factor=10**5000), "scaling_factor=an integer of 16610 bits"),
+    (lambda: Router(num_experts=10**5000, top_k=2), "num_experts=an integer of 16610 bits, but should be below"),
+    (lambda: Router(num_experts=4, top_k=-(10**5000)), "top_k=an integer of 16610 bits, but should be an integer"),
+    (lambda: Router(num_experts=4, top_k=2, num_zero_experts=2**63), "num_zero_experts=9223372036854775808, but"),
+    (lambda: Capacity(tokens=10**5000, factor=10**5000), "factor=an integer of 16610 bits, but exactly one"),
+], ids=["no float", "not printed", "too many experts", "too few", "too many identity experts", "capacity"])
+def test_numbers_beyond_the_machine(build: object, fault: str) -> None:
+    """No float holds them, no tensor has so many rows, and Python refuses to print more than 4300 digits."""
+    assert fault in message(build)
+
+
+def test_equal_specs_print_alike() -> None:
+    """Ranks compare the text of their specs, so a factor of 1 must not differ from 1.0, nor 0 from -0.0."""
+    def spec(one: object, zero: object) -> MoESpec:
+        mlp = MLP(limit=one, sigmoid_scale=one, up_offset=zero, gate_softcap=zero, up_softcap=zero)
+        router = Router(num_experts=4, top_k=2, logit_scale=one, logit_softcap=zero, renormalize_epsilon=zero,
+                        scaling_factor=one, capacity=Capacity(factor=one))
+        return MoESpec(hidden_size=4, intermediate_size=4, router=router, experts=mlp)
+
+    plain = spec(1.0, 0.0)
+    for other in (spec(1, 0), spec(np.float64(1), np.float64(0)), spec(1.0, -0.0)):
+        assert other == plain
+        assert repr(other) == repr(plain)
 
 
 @pytest.mark.parametrize(("options", "fault"), [
@@ -87,6 +154,12 @@ def test_capacity_that_limits_nothing(options: dict, fault: str) -> None:
     (Capacity(factor=1.25), 8, 5),
     (Capacity(factor=0.125), 1, 1),
     (Capacity(factor=1.0), 0, 0),
+    # 1e308 * 50 is infinite in double precision; there are 100 slots to take
+    (Capacity(factor=1e308), 50, 100),
+    (Capacity(factor=1e308), 0, 0),
+    # 3 * 8 * 2 / 4 = 12 of 16 slots; 5 * 8 * 2 / 4 = 20 would be more than there are
+    (Capacity(factor=3.0), 8, 12),
+    (Capacity(factor=5.0), 8, 16),
 ])
 def test_the_limit_of_a_capacity(capacity: Capacity, num_tokens: int, limit: int) -> None:
     """Rounded up: four experts, K = 2."""

@@ -4,6 +4,10 @@ Nothing is executed or unpickled, and no file outside the checkpoint's folder is
 followed: a download cache keeps a folder of links to its files.
 """
 
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
@@ -11,6 +15,7 @@ import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 
+from moe_ref.checkpoints.name_ranges import name_ranges
 from moe_ref.contract.errors import UsageValueError, raise_faults
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -37,11 +42,13 @@ class CheckpointFiles:
     """Names of all tensors of a checkpoint; files are mapped once, when a tensor is asked for.
 
     path: a folder with model.safetensors or model.safetensors.index.json, one of the two files, or any other
-    .safetensors file. Raises UsageValueError for pickled files, broken files and an index that leaves the folder.
+    .safetensors file. Raises UsageValueError for pickled files, broken or unreadable files, keys that stand twice
+    in an index or a header, and an index that leaves the folder.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = _find(Path(path))
+        with _readable(path):
+            self.path = _find(Path(path))
         self._handles: dict[Path, Any] = {}
         if self.path.name.endswith(".json"):
             self._files = _read_index(self.path)
@@ -66,13 +73,25 @@ class CheckpointFiles:
 
     def _open(self, file: Path) -> Any:
         if file not in self._handles:
-            if not file.is_file():
-                raise UsageValueError(f"{file}: no such file")
-            try:
-                self._handles[file] = safe_open(file, framework="pt")
-            except SafetensorError as error:
-                raise UsageValueError(f"{file}: not a safetensors file: {error}") from error
+            with _readable(file):
+                if not file.is_file():
+                    raise UsageValueError(f"{file}: no such file")
+                try:
+                    handle = safe_open(file, framework="pt")
+                except SafetensorError as error:
+                    raise UsageValueError(f"{file}: not a safetensors file: {error}") from error
+                _check_header(file)
+            self._handles[file] = handle
         return self._handles[file]
+
+
+@contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
+    """A path that the system refuses, by its length or by permissions, is the caller's mistake."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageValueError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _find(path: Path) -> Path:
@@ -101,14 +120,43 @@ def _refusal(path: Path) -> str:
 
 
 def _read_index(path: Path) -> dict[str, Path]:
+    with _readable(path):
+        text = path.read_bytes()
     try:
-        weight_map = msgspec.json.decode(path.read_bytes(), type=_Index).weight_map
-    except msgspec.DecodeError as error:
+        weight_map = msgspec.convert(_decode(text), type=_Index).weight_map
+    except (ValueError, RecursionError, msgspec.ValidationError) as error:
         raise UsageValueError(f"{path}: not an index of safetensors files: {error}") from error
     faults = [f"{name} is in {file!r}, but should be in a .safetensors file inside the folder of the index"
               for name, file in weight_map.items() if not _is_inside(file)]
     raise_faults(str(path), faults)
     return {name: path.parent / file for name, file in weight_map.items()}
+
+
+def _check_header(file: Path) -> None:
+    """Refuse keys that stand twice.
+
+    The format forbids them, but safetensors 0.8 takes the last one, so that F16 may become BF16
+    (https://github.com/safetensors/safetensors/issues/401). Delete this when safe_open refuses such a file.
+    """
+    with file.open("rb") as stream:
+        header = stream.read(int.from_bytes(stream.read(8), "little"))
+    try:
+        _decode(header)
+    except (ValueError, RecursionError) as error:
+        raise UsageValueError(f"{file}: not a safetensors file: {error}") from error
+
+
+def _decode(text: bytes) -> object:
+    """JSON in which a key that stands twice in one object is an error: parsers differ in which one they take."""
+    return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(found := dict(pairs)) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        twice = name_ranges(name for name, count in counts.items() if count > 1)
+        raise ValueError(f"keys that stand there more than once, but should once: {', '.join(twice)}")
+    return found
 
 
 def _is_inside(file: str) -> bool:

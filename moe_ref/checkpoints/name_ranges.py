@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterable
 from itertools import groupby
 
-_LAST_NUMBER = re.compile(r"(.*[._])(\d+)(\..*)")
+# No leading zeros, which would not be printed, and no more digits than Python turns into an integer.
+_LAST_NUMBER = re.compile(r"(.*[._])(0|[1-9]\d{0,17})(\..*)", re.ASCII | re.DOTALL)
 
 
 def name_ranges(names: Iterable[str]) -> list[str]:

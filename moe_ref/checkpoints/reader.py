@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from moe_ref.checkpoints.files import CheckpointFiles, StoredSlice
 from moe_ref.checkpoints.name_ranges import name_ranges
 from moe_ref.checkpoints.naming import Naming, find_naming
@@ -10,13 +12,15 @@ from moe_ref.contract.errors import UsageValueError, is_integer, raise_faults
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.weights import WHOLE_PARAMETERS
+from moe_ref.layouts.arguments import check_place, raise_type_faults, type_faults
 from moe_ref.layouts.convert import layout_shapes
+from moe_ref.layouts.dtypes import StoredDtype, dtype_faults
 from moe_ref.layouts.layout import mlp_axes
 from moe_ref.layouts.source import LayoutSource
 from moe_ref.layouts.stored import StoredMLP, layout_sizes
 
-DTYPES = ("F64", "F32", "F16", "BF16")
-"""Names, in a safetensors header, of the dtypes that are read."""
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The dtypes that are read, by their names in a safetensors header."""
 
 
 def open_checkpoint(path: str | Path, layer: int | str, naming: str | Naming, spec: MoESpec,
@@ -26,10 +30,14 @@ def open_checkpoint(path: str | Path, layer: int | str, naming: str | Naming, sp
     layer: its number, or the prefix of its names, "model.language_model.layers.3". naming: one of namings(), its
     name, or a family (model_type). Only this rank's slices are read, along the axis that PLACEMENTS cuts; gate
     and up of one expert are copied together where they are not stored so that one view holds both.
-    Raises UsageValueError that lists all tensors that are missing, unknown, of another shape or quantised.
+    Raises UsageValueError that lists all tensors that are missing, unknown, of another shape, quantised or of a
+    dtype that dtype_faults refuses; also for a rank outside [0, tp), ep > 1, and files that cannot be read or mean
+    two things. Raises UsageTypeError that lists the arguments of another type.
     """
-    parallel = parallel or Parallel()
-    _check_rank(parallel, rank)
+    raise_type_faults("open_checkpoint", type_faults(
+        path=(path, str | Path), layer=(layer, int | str), naming=(naming, str | Naming), spec=(spec, MoESpec),
+        parallel=(parallel, Parallel | None)))
+    parallel = check_place("open_checkpoint", parallel, rank)
     naming = find_naming(naming) if isinstance(naming, str) else naming
     files = CheckpointFiles(path)
     prefix = naming.layer.format(layer=layer) if is_integer(layer) else f"{str(layer).rstrip('.')}."
@@ -48,15 +56,6 @@ def open_checkpoint(path: str | Path, layer: int | str, naming: str | Naming, sp
                                           for name, tensor in whole.items()})
 
 
-def _check_rank(parallel: Parallel, rank: int) -> None:
-    faults = []
-    if parallel.ep > 1:
-        faults.append(f"ep={parallel.ep}, but expert parallelism is not implemented yet, only ep=1")
-    if not is_integer(rank) or not 0 <= rank < parallel.tp:
-        faults.append(f"rank={rank!r}, but should be in [0, {parallel.tp})")
-    raise_faults("open_checkpoint", faults)
-
-
 def _one_or_list(tensors: list[StoredSlice], naming: Naming) -> StoredSlice | list[StoredSlice]:
     return tensors[0] if naming.experts.stacked else tensors
 
@@ -70,13 +69,15 @@ def _open_tensors(files: CheckpointFiles, prefix: str, naming: Naming,
               for key in shapes if key not in wanted]
     faults += _name_faults(files, prefix, naming, {name for names in wanted.values() for name in names},
                            _identity_names(prefix, naming, spec))
-    stored = {}
+    stored, dtypes = {}, []
     for key, names in wanted.items():
         held = {name: files.stored(name) for name in names if name in files}
         shape = ((1,) if key in naming.unit_axes else ()) + shapes[key]
         faults += _tensor_faults(held, shape)
         stored[key] = list(held.values())
-    raise_faults(f"{files.path}, {prefix}*", faults)
+        dtypes += [StoredDtype(name, key, DTYPES[tensor.dtype]) for name, tensor in held.items()
+                   if tensor.dtype in DTYPES]
+    raise_faults(f"{files.path}, {prefix}*", faults + dtype_faults(dtypes))
     return stored
 
 

@@ -7,13 +7,21 @@ from moe_ref.contract.errors import UsageTypeError, UsageValueError, raise_fault
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec
-from moe_ref.contract.weights import WeightSource
+from moe_ref.contract.weights import WHOLE_PARAMETERS, WeightSource, check_whole_parameters
 
 CHECKS = ("metadata", "values")
 
 
+def check_is(name: str, value: object, kind: type, wanted: str) -> None:
+    """Raise UsageTypeError that names the type at hand and what should be there."""
+    if not isinstance(value, kind):
+        raise UsageTypeError(f"{name}: {type(value).__name__}, but should be {wanted}")
+
+
 def check_tokens(x_TH: torch.Tensor, spec: MoESpec, dtypes: tuple[torch.dtype, ...], who: str) -> None:
-    """x_TH must be (T, H) of one of `dtypes`; T = 0 is valid."""
+    """x_TH must be a tensor (T, H) of one of `dtypes`; T = 0 is valid."""
+    check_is("x_TH", x_TH, torch.Tensor, f"a tensor (T, {spec.hidden_size}), the first argument")
+    check_is("spec", spec, MoESpec, "a MoESpec")
     if x_TH.dtype not in dtypes:
         raise UsageTypeError(f"x_TH: dtype {x_TH.dtype}, but should be one of "
                              f"{', '.join(str(dtype) for dtype in dtypes)} [{who}]")
@@ -24,6 +32,8 @@ def check_tokens(x_TH: torch.Tensor, spec: MoESpec, dtypes: tuple[torch.dtype, .
 def check_groups(parallel: Parallel | None, groups: Groups | None) -> tuple[Parallel, Groups]:
     """The pair to work with; raises unless the group sizes are the declared degrees."""
     parallel, groups = parallel or Parallel(), groups or Groups()
+    check_is("parallel", parallel, Parallel, "a Parallel")
+    check_is("groups", groups, Groups, "Groups(tp=comm, ep=comm)")
     faults = [f"world size: the {axis} group has {comm.size} ranks, but parallel.{axis} is {degree}"
               for axis, comm, degree in (("tp", groups.tp, parallel.tp), ("ep", groups.ep, parallel.ep))
               if comm.size != degree]
@@ -37,6 +47,9 @@ def check_routing(routing: Routing, spec: MoESpec, num_tokens: int, check: str) 
     """Shapes and kinds of a routing; with check="values" also that every id is -1 or inside [0, E + Z)."""
     if check not in CHECKS:
         raise UsageValueError(f"check={check!r}, but should be one of {', '.join(CHECKS)}")
+    check_is("routing", routing, Routing, "Routing(ids_TK, weights_TK)")
+    for name in ("ids_TK", "weights_TK"):
+        check_is(f"routing.{name}", getattr(routing, name), torch.Tensor, "a tensor (T, K)")
     shape = (num_tokens, spec.top_k)
     faults = [f"{name}: shape {tuple(tensor.shape)}, but should be {shape}"
               for name, tensor in (("ids_TK", routing.ids_TK), ("weights_TK", routing.weights_TK))
@@ -60,19 +73,35 @@ def check_routing(routing: Routing, spec: MoESpec, num_tokens: int, check: str) 
 
 
 def check_router(weights: WeightSource, spec: MoESpec) -> None:
-    """Whatever the spec's routing reads must be there."""
-    router = spec.router
-    needed = {"router_EH": router is not None,
-              "router_bias_E": router is not None and router.logit_bias,
-              "selection_bias_E": router is not None and router.selection_bias is not None,
-              "weight_scale_E": router is not None and router.learned_scale is not None,
-              "shared_gate_SH": spec.shared is not None and spec.shared.num_gates > 0}
-    raise_faults("weights", [f"{name} is missing, but the spec needs it"
-                             for name, is_needed in needed.items() if is_needed and getattr(weights, name) is None])
+    """Whatever the spec's routing reads must be there in its shape, and nothing it does not ask for."""
+    check_whole_parameters(weights, spec)
+
+
+def check_injected(routing: Routing | None, logits_TE: torch.Tensor | None) -> None:
+    """Only one of them can replace what the router computes."""
+    if routing is not None and logits_TE is not None:
+        raise UsageValueError("routing and logits_TE are both given, but only one of them can be injected")
+
+
+def check_devices(x_TH: torch.Tensor, weights: WeightSource, *others: Routing | torch.Tensor | None) -> None:
+    """Everything must lie where x_TH does, and hold numbers: a meta tensor has none."""
+    held = {name: getattr(weights, name, None)
+            for name in ("w13_EGIH", "w2_EHI", *WHOLE_PARAMETERS)} | {"x_TH": x_TH}
+    for other in others:
+        if isinstance(other, Routing):
+            held |= {f"routing.{name}": getattr(other, name) for name in ("ids_TK", "weights_TK", "shared_TS")}
+        elif other is not None:
+            held["gradient or residual"] = other
+    for name, tensor in held.items():
+        if tensor is not None and tensor.is_meta:
+            raise UsageTypeError(f"{name}: on the meta device, which holds no numbers; call to_empty and load weights")
+        if tensor is not None and tensor.device != x_TH.device:
+            raise UsageTypeError(f"{name}: device {tensor.device}, but should be {x_TH.device} as x_TH")
 
 
 def check_logits(logits_TE: torch.Tensor, spec: MoESpec, num_tokens: int) -> None:
     """Injected logits must be floating point and (T, E + Z)."""
+    check_is("logits_TE", logits_TE, torch.Tensor, f"a tensor (T, {spec.num_choices})")
     shape = (num_tokens, spec.num_choices)
     if tuple(logits_TE.shape) != shape:
         raise UsageValueError(f"logits_TE: shape {tuple(logits_TE.shape)}, but should be {shape}")
@@ -82,6 +111,7 @@ def check_logits(logits_TE: torch.Tensor, spec: MoESpec, num_tokens: int) -> Non
 
 def check_residual(residual_TH: torch.Tensor, x_TH: torch.Tensor) -> None:
     """The residual must look like x."""
+    check_is("residual_TH", residual_TH, torch.Tensor, "a tensor as x_TH")
     if residual_TH.shape != x_TH.shape or residual_TH.dtype != x_TH.dtype:
         raise UsageValueError(f"residual_TH: {tuple(residual_TH.shape)} {residual_TH.dtype}, but should be "
                               f"{tuple(x_TH.shape)} {x_TH.dtype} as x_TH")

@@ -97,7 +97,10 @@ class CountingComm:
 
 @dataclass(frozen=True)
 class Groups:
-    """The process groups of one rank: tp and ep, each a Comm."""
+    """The process groups of one rank: tp and ep, each a Comm; a copy of whatever holds them shares them."""
 
     tp: Comm = field(default_factory=SoloComm)
     ep: Comm = field(default_factory=SoloComm)
+
+    def __deepcopy__(self, memo: dict) -> "Groups":
+        return self

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from moe_ref.contract.errors import UsageValueError
+from moe_ref.contract.errors import UsageValueError, is_integer, positive_faults, raise_faults
 
 Result = TypeVar("Result")
 
@@ -117,9 +117,10 @@ class LocalComm:
         return [part.clone() for part in parts]
 
     def reduce_scatter(self, tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        if len(rows) != self.size or sum(rows) != tensor.shape[0]:
-            raise UsageValueError(f"reduce_scatter: rows {tuple(rows)}, but should be {self.size} numbers that sum to "
-                                  f"{tensor.shape[0]}")
+        counts = all(is_integer(count) and count >= 0 for count in rows)
+        if not counts or len(rows) != self.size or sum(rows) != tensor.shape[0]:
+            raise UsageValueError(f"reduce_scatter: rows {tuple(rows)}, but should be {self.size} integers of at "
+                                  f"least 0 that sum to {tensor.shape[0]}")
         signature = (tuple(tensor.shape), str(tensor.dtype), tuple(rows))
         parts = self._exchange("reduce_scatter", signature, tensor.clone())
         start = sum(rows[:self.rank])
@@ -140,10 +141,14 @@ def _sum_in_rank_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def run_virtual_ranks(size: int, body: Callable[[LocalComm], Result]) -> list[Result]:
-    """Run `body(comm)` once per rank and return the results in rank order.
+    """Run `body(comm)` once per rank, in the caller's grad and inference mode; the results in rank order.
 
     Raises the failing rank's own exception, with a note and an attribute `rank` that name it; the others are unwound.
+    UsageValueError unless size is an integer of at least 1.
     """
+    raise_faults("run_virtual_ranks", positive_faults(size=size))
+    # Both modes belong to a thread: a new one starts with gradients whatever its maker does.
+    inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
     baton = _Baton(size)
     results: dict[int, Result] = {}
     errors: dict[int, BaseException] = {}
@@ -151,7 +156,9 @@ def run_virtual_ranks(size: int, body: Callable[[LocalComm], Result]) -> list[Re
     def rank_main(rank: int) -> None:
         try:
             baton.wait_turn(rank)
-            results[rank] = body(LocalComm(baton, rank))
+            # Inference mode first: entering or refusing it sets the grad mode too.
+            with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+                results[rank] = body(LocalComm(baton, rank))
             baton.finish(rank)
         except _PeerFailed:
             pass

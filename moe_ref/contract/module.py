@@ -7,17 +7,19 @@ import torch
 
 from moe_ref.contract.checks import check_groups
 from moe_ref.contract.comm import Comm, Groups
-from moe_ref.contract.errors import UsageValueError
+from moe_ref.contract.errors import UsageTypeError, UsageValueError
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.weights import (
     EXPERT_PARAMETERS,
+    KEPT_PRECISE,
     SHARED_PARAMETERS,
     WHOLE_PARAMETERS,
     MoEWeights,
     WeightSource,
     check_expert,
+    check_shared,
     check_weights,
     parameter_shapes,
     rank_part,
@@ -29,22 +31,27 @@ class LayerModule(torch.nn.Module):
 
     A package subclasses it and sets `layer_function` to its own `moe`. Builds on the meta device. That all
     ranks have the same spec and splits is checked once, here, by one all_gather; UsageValueError shows both.
-    selection_bias_E is a buffer in fp32, since training updates it without a gradient.
+    selection_bias_E is a buffer in fp32 or better, since training updates it without a gradient. router_dtype:
+    dtype of what a checkpoint may keep more precise (KEPT_PRECISE: router, gates, scales); default `dtype`.
     """
 
     layer_function: ClassVar[Callable[..., torch.Tensor]]
 
     def __init__(self, spec: MoESpec, parallel: Parallel | None = None, groups: Groups | None = None, *,
-                 dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> None:
+                 dtype: torch.dtype | None = None, router_dtype: torch.dtype | None = None,
+                 device: torch.device | str | None = None) -> None:
         super().__init__()
         self.spec = spec
         self.parallel, self.groups = check_groups(parallel, groups)
         _check_agreement(self.groups.tp, repr((spec, self.parallel)))
         for name, shape in parameter_shapes(spec, self.parallel, self.groups.tp.rank).items():
+            kind = dtype or torch.get_default_dtype()
             if name == "selection_bias_E":
-                self.register_buffer(name, torch.zeros(shape, dtype=torch.float32, device=device))
+                precise = torch.promote_types(kind, torch.float32)
+                self.register_buffer(name, torch.zeros(shape, dtype=precise, device=device))
             else:
-                self.register_parameter(name, torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
+                kind = router_dtype or kind if name in KEPT_PRECISE else kind
+                self.register_parameter(name, torch.nn.Parameter(torch.empty(shape, dtype=kind, device=device)))
 
     @property
     def weights(self) -> MoEWeights:
@@ -60,21 +67,24 @@ class LayerModule(torch.nn.Module):
         """
         unsharded, rank = Parallel(), self.groups.tp.rank
         parallel = self.parallel if sharded else unsharded
-        check_weights(weights, self.spec, parallel, rank if sharded else 0)
+        source_rank = rank if sharded else 0
+        check_weights(weights, self.spec, parallel, source_rank)
 
         def copy(name: str, tensor: torch.Tensor, e: int | None = None) -> None:
             part = tensor if sharded else rank_part(name, tensor, self.parallel, rank)
             target = getattr(self, name)
+            _check_target(name, part, target)
             (target if e is None else target[e]).copy_(part)
 
         for name in WHOLE_PARAMETERS:
             if (tensor := getattr(weights, name)) is not None:
                 copy(name, tensor)
-        for name, tensor in zip(SHARED_PARAMETERS, weights.shared_expert() or (), strict=False):
+        shared = check_shared(weights.shared_expert(), self.spec, parallel, source_rank)
+        for name, tensor in zip(SHARED_PARAMETERS, shared or (), strict=False):
             if tensor is not None:
                 copy(name, tensor)
         for e in range(self.spec.num_experts):
-            expert = check_expert(weights.expert(e), self.spec, parallel, rank if sharded else 0, e)
+            expert = check_expert(weights.expert(e), self.spec, parallel, source_rank, e)
             for name, tensor in zip(EXPERT_PARAMETERS, expert, strict=True):
                 if tensor is not None:
                     copy(name, tensor, e)
@@ -84,6 +94,15 @@ class LayerModule(torch.nn.Module):
         """The layer's output, (T, H)."""
         return self.layer_function(x_TH, self.weights, self.spec, self.parallel, self.groups,
                                    residual_TH=residual_TH, trace=trace)
+
+
+def _check_target(name: str, part: torch.Tensor, target: torch.Tensor) -> None:
+    if target.is_meta:
+        raise UsageTypeError(f"{name}: the layer is on the meta device; call to_empty(device=...) before load_weights")
+    if torch.promote_types(part.dtype, target.dtype) != target.dtype:
+        option = "router_dtype" if name in KEPT_PRECISE else "dtype"
+        raise UsageTypeError(f"{name}: {part.dtype} does not fit into the layer's {target.dtype} without rounding; "
+                             f"build the layer with {option}={part.dtype}, or convert the weights first")
 
 
 def _check_agreement(comm: Comm, description: str) -> None:

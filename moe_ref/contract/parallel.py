@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Literal
 
-from moe_ref.contract.errors import is_integer, raise_faults
+from moe_ref.contract.errors import is_integer, positive_faults, raise_faults
 from moe_ref.contract.vocabulary import Schedule
 
 
@@ -23,16 +23,33 @@ class Parallel:
     splits: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        faults = [f"{name}={value!r}, but should be an integer of at least 1"
-                  for name, value in (("tp", self.tp), ("ep", self.ep)) if not is_integer(value) or value < 1]
-        if self.schedule not in tuple(Schedule):
+        faults = positive_faults(tp=self.tp, ep=self.ep)
+        # Ranks compare the text of their Parallel, so equal ones are brought into one form.
+        if isinstance(self.schedule, str) and self.schedule in tuple(Schedule):
+            object.__setattr__(self, "schedule", Schedule(self.schedule))
+        else:
             faults.append(f"schedule={self.schedule!r}, but should be one of {', '.join(Schedule)}")
-        if self.splits is not None:
-            if len(self.splits) != self.tp:
-                faults.append(f"splits has {len(self.splits)} shares, but should have one per rank, tp={self.tp}")
-            if not all(is_integer(share) and share > 0 for share in self.splits):
-                faults.append(f"splits={self.splits}, but shares should be positive integers")
-        raise_faults("Parallel", faults)
+        if isinstance(self.splits, list | tuple):
+            object.__setattr__(self, "splits", tuple(self.splits))
+        raise_faults("Parallel", faults + self._split_faults())
+
+    def _split_faults(self) -> list[str]:
+        if self.splits is None:
+            return []
+        if not isinstance(self.splits, tuple):
+            return [f"splits={self.splits!r}, but should be a tuple of one share per rank, or None"]
+        faults = []
+        if len(self.splits) != self.tp:
+            faults.append(f"splits has {len(self.splits)} shares, but should have one per rank, tp={self.tp}")
+        if not all(is_integer(share) and share > 0 for share in self.splits):
+            faults.append(f"splits={self.splits}, but shares should be positive integers")
+        return faults
+
+    def check_rank(self, rank: int) -> None:
+        """Raise UsageValueError unless `rank` is an integer in [0, tp)."""
+        if not is_integer(rank) or not 0 <= rank < self.tp:
+            raise_faults("Parallel", [f"rank={rank!r}, but should be an integer of at least 0 and below "
+                                      f"tp={self.tp}"])
 
     def ranges(self, size: int) -> tuple[tuple[int, int], ...]:
         """[start, stop) of each tp rank along an axis of `size` elements."""

@@ -3,7 +3,8 @@
 What no option is needed for, because the numbers are the same either way:
 - softmax over the selected experts only (gpt-oss, Granite): exp(l_i) / sum_S exp(l_j) is softmax over all
   experts followed by renormalisation, so `Router(score="softmax", renormalize=True)`;
-- sigmoid before or after the selection: it is monotone;
+- sigmoid before or after the selection: it is monotone. Without selection bias and groups the selection is made
+  on the logits, so that scores which saturate (sigmoid(40) and sigmoid(50) are both 1 in fp64) do not tie;
 - a factor on the weights or on the routed sum: `scaling_factor`.
 Noise on logits or tokens (jitter) is off by contract: it belongs to training and has no expected result.
 """
@@ -12,7 +13,17 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from moe_ref.contract.errors import is_integer, number_faults, one_of_faults, positive_faults, raise_faults
+from moe_ref.contract.errors import (
+    flag_faults,
+    is_number,
+    kind_faults,
+    number_faults,
+    one_of_faults,
+    positive_faults,
+    raise_faults,
+    shown,
+    size_faults,
+)
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"]
 SelectionBias = Literal["score", "logit"]
@@ -21,6 +32,13 @@ GroupFill = Literal["minus_inf", "zero"]
 EpsilonRule = Literal["add", "clamp"]
 LearnedScale = Literal["layer", "expert"]
 Priority = Literal["token", "choice", "weight"]
+
+
+def store_floats(spec: object, *names: str) -> None:
+    """Make checked numbers of a frozen `spec` plain floats, so that equal specs print alike; -0.0 becomes 0.0."""
+    for name in names:
+        if (value := getattr(spec, name)) is not None:
+            object.__setattr__(spec, name, float(value) + 0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,20 +62,24 @@ class Capacity:
 
     def __post_init__(self) -> None:
         faults = one_of_faults("priority", self.priority, Priority)
+        faults += flag_faults(renormalize_after=self.renormalize_after)
         if (self.tokens is None) == (self.factor is None):
-            faults.append(f"tokens={self.tokens}, factor={self.factor}, but exactly one of them should be given")
+            faults.append(f"tokens={shown(self.tokens)}, factor={shown(self.factor)}, but exactly one of them "
+                          "should be given")
         given = {"tokens": self.tokens, "sequence_length": self.sequence_length}
         faults += positive_faults(**{name: value for name, value in given.items() if value is not None})
         if self.factor is not None:
             faults += number_faults("factor", self.factor, above=0.0)
         raise_faults("Capacity", faults)
+        store_floats(self, "factor")
 
     def limit(self, num_tokens: int, top_k: int, num_experts: int) -> int:
-        """Tokens that one expert takes out of `num_tokens`."""
+        """Tokens that one expert takes out of `num_tokens`; by a factor at most their num_tokens * top_k slots."""
         if self.tokens is not None:
             return self.tokens
         assert self.factor is not None
-        return math.ceil(self.factor * num_tokens * top_k / num_experts)
+        # The product may be infinite, which has no integer above it: then nothing is dropped.
+        return math.ceil(min(self.factor * num_tokens * top_k / num_experts, num_tokens * top_k))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,27 +129,37 @@ class Router:
         return self.num_experts + self.num_zero_experts
 
     def __post_init__(self) -> None:
+        kinds, numbers = self._kind_faults(), self._number_faults()
+        raise_faults("Router", kinds + numbers + ([] if kinds else self._combination_faults()))
+        store_floats(self, "logit_scale", "logit_softcap", "renormalize_epsilon", "scaling_factor")
+
+    def _kind_faults(self) -> list[str]:
         faults = positive_faults(num_experts=self.num_experts, top_k=self.top_k,
                                  num_groups=self.num_groups, num_groups_kept=self.num_groups_kept)
-        if not is_integer(self.num_zero_experts) or self.num_zero_experts < 0:
-            faults.append(f"num_zero_experts={self.num_zero_experts!r}, but should be an integer of at least 0")
+        faults += size_faults(0, num_zero_experts=self.num_zero_experts)
+        faults += flag_faults(logit_bias=self.logit_bias, renormalize=self.renormalize)
+        faults += kind_faults("capacity", self.capacity, Capacity | None, "a Capacity or None")
         for name, choices in (("score", Score), ("group_score", GroupScore), ("group_fill", GroupFill),
                               ("epsilon_rule", EpsilonRule)):
             faults += one_of_faults(name, getattr(self, name), choices)
         for name, choices in (("selection_bias", SelectionBias), ("learned_scale", LearnedScale)):
             if getattr(self, name) is not None:
                 faults += one_of_faults(name, getattr(self, name), choices, "None")
-        raise_faults("Router", faults or self._combination_faults())
+        return faults
+
+    def _number_faults(self) -> list[str]:
+        return (number_faults("renormalize_epsilon", self.renormalize_epsilon, least=0.0)
+                + number_faults("scaling_factor", self.scaling_factor, above=0.0)
+                + number_faults("logit_scale", self.logit_scale, above=0.0)
+                + number_faults("logit_softcap", self.logit_softcap, least=0.0))
 
     def _combination_faults(self) -> list[str]:
         faults, choices = self._group_faults(), self.num_choices
-        faults += number_faults("renormalize_epsilon", self.renormalize_epsilon, least=0.0)
-        faults += number_faults("scaling_factor", self.scaling_factor, above=0.0)
-        faults += number_faults("logit_scale", self.logit_scale, above=0.0)
-        faults += number_faults("logit_softcap", self.logit_softcap, least=0.0)
         if self.top_k > choices:
             faults.append(f"top_k={self.top_k}, but should be at most num_experts={choices}")
-        if self.epsilon_rule == "clamp" and not (self.renormalize and self.renormalize_epsilon):
+        # What is no number is reported as such, and may have no truth value (an array).
+        has_epsilon = not is_number(self.renormalize_epsilon) or self.renormalize_epsilon != 0
+        if self.epsilon_rule == "clamp" and not (self.renormalize and has_epsilon):
             faults.append("epsilon_rule='clamp', but there is no renormalize_epsilon to clamp at")
         if self.learned_scale == "expert" and self.num_zero_experts:
             faults.append("learned_scale='expert' is not defined for zero experts")

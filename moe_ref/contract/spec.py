@@ -8,8 +8,15 @@ per layer.
 from dataclasses import dataclass, field
 from typing import Literal
 
-from moe_ref.contract.errors import number_faults, one_of_faults, positive_faults, raise_faults
-from moe_ref.contract.router_spec import Capacity, Router
+from moe_ref.contract.errors import (
+    flag_faults,
+    kind_faults,
+    number_faults,
+    one_of_faults,
+    positive_faults,
+    raise_faults,
+)
+from moe_ref.contract.router_spec import Capacity, Router, store_floats
 
 __all__ = ["MLP", "Capacity", "MoESpec", "Router", "SharedExpert"]
 
@@ -53,6 +60,7 @@ class MLP:
     def __post_init__(self) -> None:
         faults = one_of_faults("activation", self.activation, Activation)
         faults += one_of_faults("limit_at", self.limit_at, LimitAt)
+        faults += flag_faults(gated=self.gated, bias=self.bias)
         if self.limit is not None:
             faults += number_faults("limit", self.limit, above=0.0)
         faults += number_faults("sigmoid_scale", self.sigmoid_scale, above=0.0)
@@ -60,6 +68,7 @@ class MLP:
         faults += number_faults("gate_softcap", self.gate_softcap, least=0.0)
         faults += number_faults("up_softcap", self.up_softcap, least=0.0)
         raise_faults("MLP", faults or self._combination_faults())
+        store_floats(self, "limit", "sigmoid_scale", "up_offset", "gate_softcap", "up_softcap")
 
     def _combination_faults(self) -> list[str]:
         faults = []
@@ -93,6 +102,7 @@ class SharedExpert:
     def __post_init__(self) -> None:
         faults = positive_faults(intermediate_size=self.intermediate_size, num_experts=self.num_experts)
         faults += one_of_faults("gate", self.gate, SharedGate) + one_of_faults("merge", self.merge, SharedMerge)
+        faults += kind_faults("mlp", self.mlp, MLP, "an MLP")
         if not faults:
             if self.num_experts > 1 and self.gate != "router":
                 faults.append(f"num_experts={self.num_experts}, but only gate='router' tells shared experts apart")
@@ -126,8 +136,15 @@ class MoESpec:
     output_bias: bool = False
 
     def __post_init__(self) -> None:
-        faults = positive_faults(hidden_size=self.hidden_size, intermediate_size=self.intermediate_size)
-        faults += one_of_faults("weight_on", self.weight_on, WeightOn)
+        sizes = positive_faults(hidden_size=self.hidden_size, intermediate_size=self.intermediate_size)
+        kinds = one_of_faults("weight_on", self.weight_on, WeightOn) + flag_faults(output_bias=self.output_bias)
+        kinds += kind_faults("router", self.router, Router | None, "a Router or None")
+        kinds += kind_faults("experts", self.experts, MLP, "an MLP")
+        kinds += kind_faults("shared", self.shared, SharedExpert | None, "a SharedExpert or None")
+        raise_faults("MoESpec", sizes + (kinds or self._combination_faults()))
+
+    def _combination_faults(self) -> list[str]:
+        faults = []
         if self.weight_on == "input":
             if self.experts.bias:
                 # Implementations disagree: some weight before the bias is added, some after.
@@ -139,7 +156,7 @@ class MoESpec:
                 faults.append("shared.gate='router', but there is no router")
             elif self.router.score == "softmax":
                 faults.append("shared.gate='router' and score='softmax' are not defined together")
-        raise_faults("MoESpec", faults)
+        return faults
 
     @property
     def num_experts(self) -> int:

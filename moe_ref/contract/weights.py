@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from moe_ref.contract.dtypes import PLAIN_DTYPES
 from moe_ref.contract.errors import UsageTypeError, raise_faults
 from moe_ref.contract.parallel import PLACEMENTS, Parallel
 from moe_ref.contract.spec import MoESpec
@@ -78,7 +79,9 @@ class MoEWeights:
 
     def shard(self, parallel: Parallel, rank: int) -> "MoEWeights":
         """Contiguous copies of this rank's part of an unsharded set, by placement; replicated ones are shared."""
-        return replace(self, **{name: rank_part(name, tensor, parallel, rank).contiguous()
+        parallel.check_rank(rank)
+        return replace(self, **{name: rank_part(name, tensor, parallel, rank).clone(
+                                    memory_format=torch.contiguous_format)
                                 for name, tensor in self.named_tensors() if PLACEMENTS[name].shard_dim is not None})
 
     def named_tensors(self) -> list[tuple[str, torch.Tensor]]:
@@ -156,29 +159,49 @@ def check_weights(weights: WeightSource, spec: MoESpec, parallel: Parallel | Non
     """Raise with both numbers unless every tensor has the shape of this rank's shard, its dtype and its device.
 
     A source that yields experts one at a time is checked for what it holds beside them; its experts are
-    checked by check_expert when they are read.
+    checked by check_expert and check_shared when they are read.
     """
-    shapes = parameter_shapes(spec, parallel or Parallel(), rank)
-    if isinstance(weights, MoEWeights):
-        held = dict(weights.named_tensors())
-        if (inner := held["w13_EGIH"].shape[2]) != (outer := held["w2_EHI"].shape[2]):
-            raise_faults("weights", [f"K mismatch: w13_EGIH makes an activation shard of {inner} columns, "
-                                     f"but the w2_EHI shard takes {outer}"])
-    else:
-        held = {name: tensor for name in WHOLE_PARAMETERS if (tensor := getattr(weights, name)) is not None}
-        shapes = {name: shape for name, shape in shapes.items() if name in WHOLE_PARAMETERS}
+    parallel = parallel or Parallel()
+    parallel.check_rank(rank)
+    if not isinstance(weights, MoEWeights):
+        if not callable(getattr(weights, "expert", None)):
+            raise UsageTypeError(f"weights: {type(weights).__name__}, but should be MoEWeights, or a source as "
+                                 "open_checkpoint and from_layout return it")
+        check_whole_parameters(weights, spec, f" of rank {rank}")
+        return
+    shapes, held = parameter_shapes(spec, parallel, rank), dict(weights.named_tensors())
+    if (inner := _columns(held, "w13_EGIH", 4, 2)) != (outer := _columns(held, "w2_EHI", 3, 2)) and inner and outer:
+        raise_faults("weights", [f"K mismatch: w13_EGIH makes an activation shard of {inner} columns, "
+                                 f"but the w2_EHI shard takes {outer}"])
+    raise_faults(f"weights of rank {rank}", _shape_faults(held, shapes))
+    _check_kinds(held)
+
+
+def check_whole_parameters(weights: WeightSource, spec: MoESpec, whose: str = "") -> None:
+    """Raise unless the parameters that belong to no expert are those of the spec, in their shapes."""
+    held = {name: tensor for name in WHOLE_PARAMETERS if (tensor := getattr(weights, name, None)) is not None}
+    shapes = {name: shape for name, shape in parameter_shapes(spec).items() if name in WHOLE_PARAMETERS}
+    raise_faults(f"weights{whose}", _shape_faults(held, shapes))
+
+
+def _columns(held: dict[str, torch.Tensor], name: str, dims: int, dim: int) -> int | None:
+    tensor = held.get(name)
+    return tensor.shape[dim] if tensor is not None and tensor.dim() == dims else None
+
+
+def _shape_faults(held: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> list[str]:
     faults = [f"{name} is missing, but the spec needs {shape}" for name, shape in shapes.items() if name not in held]
     faults += [f"{name} is given, but the spec has no such parameter" for name in held if name not in shapes]
-    faults += [f"{name}: shape {tuple(tensor.shape)}, but should be {shapes[name]}"
-               for name, tensor in held.items() if name in shapes and tuple(tensor.shape) != shapes[name]]
-    raise_faults(f"weights of rank {rank}", faults)
-    if isinstance(weights, MoEWeights):
-        _check_kinds(held)
+    return faults + [f"{name}: shape {tuple(tensor.shape)}, but should be {shapes[name]}"
+                     for name, tensor in held.items() if name in shapes and tuple(tensor.shape) != shapes[name]]
 
 
 def _check_kinds(held: dict[str, torch.Tensor]) -> None:
     reference = held["w13_EGIH"]
     for name, tensor in held.items():
+        if tensor.dtype not in PLAIN_DTYPES:
+            raise UsageTypeError(f"{name}: dtype {tensor.dtype}, but should be one of "
+                                 f"{', '.join(str(dtype) for dtype in PLAIN_DTYPES)}")
         allowed = {reference.dtype, torch.float32} if name in KEPT_PRECISE else {reference.dtype}
         if tensor.dtype not in allowed:
             also = " or torch.float32" if len(allowed) > 1 else ""
@@ -188,11 +211,34 @@ def _check_kinds(held: dict[str, torch.Tensor]) -> None:
 
 
 def check_expert(expert: ExpertWeights, spec: MoESpec, parallel: Parallel, rank: int, e: int) -> ExpertWeights:
-    """The expert itself, after comparing its shapes with those of this rank's shard; for sources of single experts."""
+    """The expert itself, after comparing shapes and kinds with those of this rank's shard."""
     shapes = parameter_shapes(spec, parallel, rank)
-    faults = [f"{name.replace('_E', '_', 1)}: shape {None if tensor is None else tuple(tensor.shape)}, "
-              f"but should be {shapes[name][1:] if name in shapes else None}"
-              for name, tensor in zip(EXPERT_PARAMETERS, expert, strict=True)
-              if (None if tensor is None else tuple(tensor.shape)) != (shapes[name][1:] if name in shapes else None)]
-    raise_faults(f"expert {e} of rank {rank}", faults)
+    wanted = [shapes[name][1:] if name in shapes else None for name in EXPERT_PARAMETERS]
+    return _check_one(expert, wanted, [name.replace("_E", "_", 1) for name in EXPERT_PARAMETERS],
+                      f"expert {e} of rank {rank}")
+
+
+def check_shared(expert: ExpertWeights | None, spec: MoESpec, parallel: Parallel, rank: int) -> ExpertWeights | None:
+    """The shared expert itself, after the same comparison; it must be there exactly where the spec has one."""
+    if (expert is None) != (spec.shared is None):
+        raise_faults(f"shared expert of rank {rank}", [
+            "missing, but the spec has one" if expert is None else "given, but the spec has none"])
+    if expert is None:
+        return None
+    shapes = parameter_shapes(spec, parallel, rank)
+    return _check_one(expert, [shapes.get(name) for name in SHARED_PARAMETERS], list(SHARED_PARAMETERS),
+                      f"shared expert of rank {rank}")
+
+
+def _check_one(expert: ExpertWeights, wanted: list[tuple[int, ...] | None], names: list[str],
+               whose: str) -> ExpertWeights:
+    if not isinstance(expert, ExpertWeights):
+        raise UsageTypeError(f"{whose}: {type(expert).__name__}, but should be ExpertWeights")
+    found = [None if tensor is None else tuple(tensor.shape) for tensor in expert]
+    raise_faults(whose, [f"{name}: shape {got}, but should be {want}"
+                         for name, got, want in zip(names, found, wanted, strict=True) if got != want])
+    for name, tensor in zip(names, expert, strict=True):
+        if tensor is not None and (tensor.dtype not in PLAIN_DTYPES or tensor.dtype != expert.w13_GIH.dtype):
+            raise UsageTypeError(f"{whose}: {name}: dtype {tensor.dtype}, but should be one of "
+                                 f"{', '.join(str(dtype) for dtype in PLAIN_DTYPES)}, the same for all of it")
     return expert

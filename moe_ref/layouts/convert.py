@@ -1,13 +1,24 @@
 """From stored tensors of a layout to the canonical weights, and back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
 from moe_ref.contract.errors import raise_faults
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.spec import MLP, MoESpec
-from moe_ref.contract.weights import WHOLE_PARAMETERS, ExpertWeights, MoEWeights, WeightSource, parameter_shapes
+from moe_ref.contract.weights import (
+    WHOLE_PARAMETERS,
+    ExpertWeights,
+    MoEWeights,
+    WeightSource,
+    check_expert,
+    check_shared,
+    check_weights,
+    parameter_shapes,
+)
+from moe_ref.layouts.arguments import check_place, raise_type_faults, type_faults
+from moe_ref.layouts.dtypes import StoredDtype, dtype_faults
 from moe_ref.layouts.layout import Layout, mlp_axes, stored_shape
 from moe_ref.layouts.source import LayoutSource
 from moe_ref.layouts.stored import StoredMLP, layout_sizes, stored_shapes
@@ -26,8 +37,12 @@ def from_layout(tensors: StoredTensors, layout: Layout, spec: MoESpec, parallel:
     shared_layout: that of the shared expert if it is another one. Layouts that have views of all experts
     (stacked, merged or interleaved, gate first) give MoEWeights of such views; the others a source that puts gate
     and up of one expert together when it is read. A shared expert with separate w1 and w3 is always copied.
-    Raises UsageValueError that lists everything missing, unknown or of another shape, with both numbers.
+    Raises UsageValueError that lists everything missing, unknown, of another shape, with both numbers, or of a
+    dtype that dtype_faults refuses; also for a rank outside [0, tp) and for ep > 1. Raises UsageTypeError for
+    arguments of another type, and for tensors that are none.
     """
+    _check_types("from_layout", layout, shared_layout, spec, parallel, _tensor_type_faults(tensors))
+    check_place("from_layout", parallel, rank)
     shared_layout = shared_layout or layout
     _check(tensors, layout, shared_layout, spec, parallel, rank)
     others = {name: tensor for name in WHOLE_PARAMETERS if isinstance(tensor := tensors.get(name), torch.Tensor)}
@@ -52,14 +67,36 @@ def layout_shapes(layout: Layout, spec: MoESpec, parallel: Parallel | None = Non
     """Names and shapes of everything from_layout takes, of one expert's tensors where the experts are a list.
 
     w13, or w1 and w3 (w1 alone without a gate); w2; the same names with _bias; all of these with shared_ before
-    them for the shared expert; router_EH and the other parameters outside the experts.
+    them for the shared expert; router_EH and the other parameters outside the experts. Raises UsageTypeError and
+    UsageValueError for the arguments as from_layout does.
     """
+    _check_types("layout_shapes", layout, shared_layout, spec, parallel, [])
+    check_place("layout_shapes", parallel, rank)
     shapes = stored_shapes(layout, spec.experts, "experts", layout_sizes(spec, "experts", parallel, rank))
     if spec.shared:
         sizes = layout_sizes(spec, "shared", parallel, rank)
         shared = stored_shapes(shared_layout or layout, spec.shared.mlp, "shared", sizes)
         shapes |= {_SHARED + name: shape for name, shape in shared.items()}
     return shapes | {name: shape for name, shape in parameter_shapes(spec).items() if name in WHOLE_PARAMETERS}
+
+
+def _check_types(function: str, layout: Layout, shared_layout: Layout | None, spec: MoESpec,
+                 parallel: Parallel | None, faults: list[str]) -> None:
+    """faults: those of further arguments."""
+    raise_type_faults(function, faults + type_faults(layout=(layout, Layout), spec=(spec, MoESpec),
+                                                     parallel=(parallel, Parallel | None),
+                                                     shared_layout=(shared_layout, Layout | None)))
+
+
+def _tensor_type_faults(tensors: StoredTensors) -> list[str]:
+    faults = type_faults(tensors=(tensors, Mapping))
+    for name, given in ({} if faults else tensors).items():
+        if isinstance(given, Sequence):
+            faults += [f"{name}[{e}]: {type(one).__name__}, but should be a tensor"
+                       for e, one in enumerate(given) if not isinstance(one, torch.Tensor)]
+        elif not isinstance(given, torch.Tensor):
+            faults.append(f"{name}: {type(given).__name__}, but should be a tensor or a list of tensors")
+    return faults
 
 
 def _check(tensors: StoredTensors, layout: Layout, shared_layout: Layout, spec: MoESpec, parallel: Parallel | None,
@@ -72,7 +109,16 @@ def _check(tensors: StoredTensors, layout: Layout, shared_layout: Layout, spec: 
     for name, shape in shapes.items():
         if name in tensors:
             faults += _shape_faults(name, tensors[name], shape, spec.num_experts if name in listed else None)
-    raise_faults(f"tensors of {layout}", faults)
+    known = {name: tensors[name] for name in shapes if name in tensors}
+    raise_faults(f"tensors of {layout}", faults + dtype_faults(_stored_dtypes(known)))
+
+
+def _stored_dtypes(tensors: StoredTensors) -> Iterator[StoredDtype]:
+    for name, given in tensors.items():
+        if isinstance(given, torch.Tensor):
+            yield StoredDtype(name, name, given.dtype)
+        else:
+            yield from (StoredDtype(f"{name}[{e}]", name, tensor.dtype) for e, tensor in enumerate(given))
 
 
 def _shape_faults(name: str, given: torch.Tensor | Sequence[torch.Tensor], shape: tuple[int, ...],
@@ -91,11 +137,18 @@ def _shape_faults(name: str, given: torch.Tensor | Sequence[torch.Tensor], shape
                      for e, tensor in enumerate(given) if tuple(tensor.shape) != shape]
 
 
-def to_layout(weights: WeightSource, layout: Layout, spec: MoESpec, *,
+def to_layout(weights: WeightSource, layout: Layout, spec: MoESpec, parallel: Parallel | None = None,
+              rank: int = 0, *,
               shared_layout: Layout | None = None) -> dict[str, torch.Tensor | list[torch.Tensor]]:
     """The stored tensors of a layout, as from_layout takes them; contiguous copies, but for parameters outside
-    the experts, which are passed on. No value is changed."""
-    rows = [_stored_tensors(weights.expert(e), layout, spec.experts) for e in range(spec.num_experts)]
+    the experts, which are passed on. No value is changed.
+
+    With `parallel` the weights are `rank`'s part. Raises UsageValueError and UsageTypeError, as from_layout does,
+    unless the weights have exactly the parameters of the spec, in their shapes: nothing is left out.
+    """
+    _check_types("to_layout", layout, shared_layout, spec, parallel, _source_faults(weights))
+    experts, shared = _checked_experts(weights, spec, check_place("to_layout", parallel, rank), rank)
+    rows = [_stored_tensors(expert, layout, spec.experts) for expert in experts]
     tensors: dict[str, torch.Tensor | list[torch.Tensor]] = {}
     for name in rows[0]:
         column = [row[name] for row in rows]
@@ -103,11 +156,35 @@ def to_layout(weights: WeightSource, layout: Layout, spec: MoESpec, *,
             tensors[name] = [tensor.clone(memory_format=torch.contiguous_format) for tensor in column]
         else:
             tensors[name] = torch.cat(column) if layout.folded else torch.stack(column)
-    shared = weights.shared_expert()
     if spec.shared and shared is not None:
         for name, tensor in _stored_tensors(shared, shared_layout or layout, spec.shared.mlp).items():
             tensors[_SHARED + name] = tensor.clone(memory_format=torch.contiguous_format)
     return tensors | {name: tensor for name in WHOLE_PARAMETERS if (tensor := getattr(weights, name)) is not None}
+
+
+def _source_faults(weights: WeightSource) -> list[str]:
+    lacking = [name for name in ("expert", "shared_expert", *WHOLE_PARAMETERS) if not hasattr(weights, name)]
+    return [f"weights: {type(weights).__name__}, but should be a WeightSource, which has {', '.join(lacking)}"
+            ] if lacking else []
+
+
+def _checked_experts(weights: WeightSource, spec: MoESpec, parallel: Parallel,
+                     rank: int) -> tuple[list[ExpertWeights], ExpertWeights | None]:
+    """All experts and the shared one, after every check of the contract, and of dtypes across experts."""
+    check_weights(weights, spec, parallel, rank)
+    # The router does not tell: E + Z rows may be those of fewer experts and more identity experts.
+    if isinstance(weights, LayoutSource) and weights.num_experts != spec.num_experts:
+        raise_faults("weights", [f"{weights.num_experts} experts, but the spec has {spec.num_experts}"])
+    experts = [check_expert(weights.expert(e), spec, parallel, rank, e) for e in range(spec.num_experts)]
+    shared = weights.shared_expert()
+    check_shared(shared, spec, parallel, rank)
+    parts = [(f"expert {e}, ", expert) for e, expert in enumerate(experts)]
+    parts += [("shared expert, ", shared)] if shared else []
+    held = [(label, name, tensor) for label, part in parts for name, tensor in part._asdict().items()]
+    held += [("", name, getattr(weights, name)) for name in WHOLE_PARAMETERS]
+    raise_faults("weights", dtype_faults(StoredDtype(label + name, name, tensor.dtype)
+                                         for label, name, tensor in held if tensor is not None))
+    return experts, shared
 
 
 def _stored_tensors(expert: ExpertWeights, layout: Layout, mlp: MLP) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from moe_ref.contract.spec import MLP
 
 def gate_up(x_RH: torch.Tensor, w13_GIH: torch.Tensor, bias_GI: torch.Tensor | None = None) -> torch.Tensor:
     """Both projections of R rows, (R, G, I), in fp64."""
-    gate_up_RGI = (x_RH.double() @ _packed(w13_GIH).flatten(0, 1).T).unflatten(1, w13_GIH.shape[:2])
+    gate_up_RGI = (x_RH.double() @ packed(w13_GIH).flatten(0, 1).T).unflatten(1, w13_GIH.shape[:2])
     return gate_up_RGI if bias_GI is None else gate_up_RGI + bias_GI.double()
 
 
@@ -30,16 +30,17 @@ def activate(gate_up_RGI: torch.Tensor, mlp: MLP) -> torch.Tensor:
 
 
 def activation(gate: torch.Tensor, mlp: MLP) -> torch.Tensor:
-    """silu: g * sigmoid(scale * g), its first factor soft-capped where declared; gelu: g * Phi(g), erf form;
-    gelu_tanh: its tanh approximation (Hendrycks, Gimpel 2016); relu; relu_squared (So et al. 2021)."""
+    """silu: g * sigmoid(scale * g), its first factor soft-capped where declared; gelu: g * Phi(g), Phi by erfc;
+    gelu_tanh: g * (1 + tanh z) / 2 (Hendrycks, Gimpel 2016), written g * sigmoid(2 z); relu; relu_squared (So et al.
+    2021). 1 + erf and 1 + tanh would cancel for negative gates."""
     if mlp.activation == "silu":
         if mlp.gate_softcap:
             return softcap(gate, mlp.gate_softcap) * torch.sigmoid(mlp.sigmoid_scale * gate)
         return F.silu(gate) if mlp.sigmoid_scale == 1.0 else gate * torch.sigmoid(mlp.sigmoid_scale * gate)
     if mlp.activation == "gelu":
-        return 0.5 * gate * (1 + torch.erf(gate / math.sqrt(2)))
+        return 0.5 * gate * torch.erfc(-gate / math.sqrt(2))
     if mlp.activation == "gelu_tanh":
-        return 0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
+        return gate * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))
     return torch.relu(gate) if mlp.activation == "relu" else torch.relu(gate) ** 2
 
 
@@ -59,10 +60,10 @@ def softcap(value: torch.Tensor, cap: float) -> torch.Tensor:
 
 def down(act_RI: torch.Tensor, w2_HI: torch.Tensor) -> torch.Tensor:
     """Back to the model width, (R, H), in fp64; the bias is added by the caller, once for all ranks."""
-    return act_RI.double() @ _packed(w2_HI).T
+    return act_RI.double() @ packed(w2_HI).T
 
 
-def _packed(weight: torch.Tensor) -> torch.Tensor:
+def packed(weight: torch.Tensor) -> torch.Tensor:
     """In fp64 and contiguous: BLAS sums in another order for other strides, and the layout of the weights must not
     show in the result."""
     return weight.to(torch.float64, memory_format=torch.contiguous_format).contiguous()

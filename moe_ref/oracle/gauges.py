@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 
 from moe_ref.contract.checks import check_routing, check_tokens
+from moe_ref.contract.dtypes import PLAIN_DTYPES
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.weights import WeightSource, check_expert, check_weights
 from moe_ref.oracle import expert as formula
-from moe_ref.oracle.layer import DTYPES
 
 
 class Gauged(NamedTuple):
@@ -46,7 +46,7 @@ def routed_with_gauges(x_TH: torch.Tensor, routing: Routing, weights: WeightSour
     observe(e, token_R, slot_R, gate_up) gets the gate and up products of every expert, each (R, G, I), before
     biases are added. Unsharded weights; identity and shared experts have no part in it. Raises as `experts` does.
     """
-    check_tokens(x_TH, spec, DTYPES, "moe_ref")
+    check_tokens(x_TH, spec, PLAIN_DTYPES, "moe_ref")
     check_weights(weights, spec, None, 0)
     check_routing(routing, spec, len(x_TH), "metadata")
     total = Gauged(*(torch.zeros(x_TH.shape, dtype=torch.float64, device=x_TH.device) for _ in range(3)))

@@ -14,20 +14,27 @@ Everything is differentiable; moe_ref.oracle.backward has the same gradients wri
 
 import torch
 
-from moe_ref.contract.checks import check_groups, check_residual, check_routing, check_tokens
+from moe_ref.contract.checks import (
+    check_devices,
+    check_groups,
+    check_injected,
+    check_residual,
+    check_routing,
+    check_tokens,
+)
 from moe_ref.contract.comm import Comm, Groups
+from moe_ref.contract.dtypes import PLAIN_DTYPES
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Stage
-from moe_ref.contract.weights import WeightSource, check_expert, check_weights
+from moe_ref.contract.weights import WeightSource, check_expert, check_shared, check_weights
 from moe_ref.oracle import expert as formula
-from moe_ref.oracle.collectives import enter, leave
+from moe_ref.oracle.collectives import enter, leave, once
 from moe_ref.oracle.router import route, shared_gates
 from moe_ref.oracle.rows import RoutedRows
-
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+from moe_ref.oracle.unbound import unbound
 
 
 def moe(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, parallel: Parallel | None = None,
@@ -39,9 +46,10 @@ def moe(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, parallel: Para
     weights are this rank's shard. Raises UsageValueError / UsageTypeError on wrong shapes, dtypes or world
     size before anything is computed.
     """
-    check_tokens(x_TH, spec, DTYPES, "moe_ref")
+    check_tokens(x_TH, spec, PLAIN_DTYPES, "moe_ref")
     parallel, groups = check_groups(parallel, groups)
     check_weights(weights, spec, parallel, groups.tp.rank)
+    check_injected(routing, logits_TE)
     if residual_TH is not None:
         check_residual(residual_TH, x_TH)
     if routing is None:
@@ -62,22 +70,25 @@ def experts(x_TH: torch.Tensor, routing: Routing, weights: WeightSource, spec: M
     An id outside [0, E + Z) contributes nothing; with check="values" one other than -1 raises. The trace gets
     logits, ids, weights, gate_up (T*K, G, I), act (T*K, I), down (T*K, H), shared and merged (T, H).
     """
-    check_tokens(x_TH, spec, DTYPES, "moe_ref")
+    check_tokens(x_TH, spec, PLAIN_DTYPES, "moe_ref")
     parallel, groups = check_groups(parallel, groups)
     rank = groups.tp.rank
     check_weights(weights, spec, parallel, rank)
     check_routing(routing, spec, len(x_TH), check)
+    check_devices(x_TH, weights, routing)
+    weights = unbound(weights)
     start, stop = parallel.ranges(spec.intermediate_size)[rank]
     rows = RoutedRows(x_TH, spec, stop - start)
     x64_TH, weights_TK = enter(x_TH.double(), groups.tp), enter(routing.weights_TK.double(), groups.tp)
-    y_TH = torch.zeros(x_TH.shape, dtype=torch.float64, device=x_TH.device)
+    # The empty sums tie the result to its inputs even where no expert is chosen: backward then gives zeros.
+    y_TH = torch.zeros_like(x64_TH) + x64_TH[:0].sum() + weights_TK[:0].sum()
     for e in range(spec.num_choices):
         token_R, slot_R = (routing.ids_TK == e).nonzero(as_tuple=True)
         if len(token_R) == 0:
             continue
         w_R1 = weights_TK[token_R, slot_R, None]
         if e >= spec.num_experts:  # an identity expert
-            down_RH = w_R1 * x64_TH[token_R] * (rank == 0)
+            down_RH = once(w_R1 * x64_TH[token_R], groups.tp)
             stages: tuple[torch.Tensor, ...] = ()
         else:
             stages = _expert_rows(x64_TH[token_R], w_R1, weights, spec, parallel, groups.tp, e)
@@ -86,7 +97,7 @@ def experts(x_TH: torch.Tensor, routing: Routing, weights: WeightSource, spec: M
         rows.keep(trace, token_R * spec.top_k + slot_R, *(stages or (None, None, down_RH)))
     y_TH = _merge_shared(y_TH, x_TH, x64_TH, routing, weights, spec, parallel, groups.tp, trace)
     if weights.output_bias_H is not None:
-        y_TH = y_TH + enter(weights.output_bias_H.double(), groups.tp) * (rank == 0)
+        y_TH = y_TH + once(enter(weights.output_bias_H.double(), groups.tp), groups.tp)
     rows.record(trace, routing, y_TH)
     return leave(y_TH, groups.tp) if reduce else y_TH
 
@@ -100,7 +111,7 @@ def _expert_rows(x_RH: torch.Tensor, w_R1: torch.Tensor, weights: WeightSource, 
     act_RI = formula.activate(gate_up_RGI, spec.experts)
     down_RH = formula.down(act_RI, w2_HI)
     if w2_bias_H is not None:
-        down_RH = down_RH + enter(w2_bias_H.double(), tp) * (tp.rank == 0)
+        down_RH = down_RH + once(enter(w2_bias_H.double(), tp), tp)
     return gate_up_RGI, act_RI, down_RH if on_input else w_R1 * down_RH
 
 
@@ -108,7 +119,7 @@ def _merge_shared(y_TH: torch.Tensor, x_TH: torch.Tensor, x64_TH: torch.Tensor, 
                   weights: WeightSource, spec: MoESpec, parallel: Parallel, tp: Comm,
                   trace: Trace | None) -> torch.Tensor:
     """The routed sum plus the shared expert, or their mean."""
-    expert = weights.shared_expert()
+    expert = check_shared(weights.shared_expert(), spec, parallel, tp.rank)
     if spec.shared is None or expert is None:
         return y_TH
     act_TI = formula.activate(formula.gate_up(x64_TH, expert.w13_GIH, expert.w13_bias_GI), spec.shared.mlp)
@@ -121,7 +132,7 @@ def _merge_shared(y_TH: torch.Tensor, x_TH: torch.Tensor, x64_TH: torch.Tensor, 
         act_TI = act_TI * gate_TS.repeat_interleave(width, dim=1)[:, start:stop]
     shared_TH = formula.down(act_TI, expert.w2_HI)
     if expert.w2_bias_H is not None:
-        shared_TH = shared_TH + enter(expert.w2_bias_H.double(), tp) * (tp.rank == 0)
+        shared_TH = shared_TH + once(enter(expert.w2_bias_H.double(), tp), tp)
     if spec.shared.gate == "sigmoid":
         assert gate_TS is not None
         shared_TH = shared_TH * gate_TS

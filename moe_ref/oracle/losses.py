@@ -4,17 +4,22 @@
     sequence balance (DeepSeek-V3, arXiv 2412.19437, eqs. 17 to 20)    mean over sequences of sum over e of f_e P_e
     z-loss (ST-MoE, arXiv 2202.08906, eq. 5)    mean over tokens of logsumexp(logits)^2
 
-f_e counts decisions and has no gradient; P_e is a mean of scores. Coefficients (alpha, c_z) are the caller's.
+f_e counts decisions and has no gradient; P_e is a mean of scores, per sequence of n_e = s_e / sum over j of s_j.
+n is computed from log s: where every score of a token underflows (logits below -745), s itself would give 0 / 0.
+Coefficients (alpha, c_z) are the caller's.
 ids_TK are the ids as selected, before capacity drops any; an id outside the logits' columns counts for nothing.
 Columns of identity experts are experts here. No tokens: loss and gradient are 0.
 """
 
 import torch
 
-from moe_ref.contract.errors import UsageTypeError, UsageValueError, raise_faults
+from moe_ref.contract.errors import UsageTypeError, positive_faults, raise_faults
 from moe_ref.contract.spec import Router
-from moe_ref.oracle.backward.weights import score_backward
-from moe_ref.oracle.router import score
+from moe_ref.oracle.backward.mlp import softcap_slope
+from moe_ref.oracle.router import capped, sigmoid, softplus
+
+LOW = -40.0
+"""Below it softplus(z) is exp(z) within a rounding: the two differ by less than exp(z) / 2 < 2^-58 of either."""
 
 
 def load_balancing_loss(logits_TE: torch.Tensor, ids_TK: torch.Tensor,
@@ -45,23 +50,30 @@ def sequence_balance_loss(logits_TE: torch.Tensor, ids_TK: torch.Tensor, router:
 
     s is router.score with its scale and cap; for softmax this is DeepSeek-V2's expert-level loss per sequence
     (arXiv 2405.04434, eqs. 23 to 25). L = sequence_length, which must divide T; None: one sequence. The paper
-    counts the best K by s alone, without selection bias and groups; the caller chooses with ids_TK.
+    counts the best K by s alone, without selection bias and groups; the caller chooses with ids_TK. Raises
+    UsageValueError too unless the router has as many choices as the logits columns.
     """
-    share_BE, score_TE = _sequence_shares(logits_TE, ids_TK, sequence_length), score(logits_TE.double(), router)
-    normed_BTE = (score_TE / score_TE.sum(-1, keepdim=True)).unflatten(0, (len(share_BE), -1))
-    return (share_BE * normed_BTE.mean(1)).sum() / len(share_BE) if len(logits_TE) else score_TE.sum()
+    length = _checked_length(logits_TE, ids_TK, router, sequence_length)
+    share_BE = _sequence_shares(logits_TE, ids_TK, length)
+    normed_TE = torch.softmax(_log_score(logits_TE, router), dim=-1)
+    if not len(logits_TE):
+        return normed_TE.sum()
+    return (share_BE * normed_TE.unflatten(0, (-1, length)).mean(1)).sum() / len(share_BE)
 
 
 @torch.no_grad()
 def sequence_balance_gradient(logits_TE: torch.Tensor, ids_TK: torch.Tensor, router: Router,
                               sequence_length: int | None = None) -> torch.Tensor:
-    """Gradient of sequence_balance_loss, (T, E): d_s_e = (f_e - sum over j of f_j s_j / S) / (S T), S = sum of s,
-    then through the score as in moe_ref.oracle.backward.weights."""
-    share_BE, score_TE = _sequence_shares(logits_TE, ids_TK, sequence_length), score(logits_TE.double(), router)
-    share_TE = share_BE.repeat_interleave(len(score_TE) // max(1, len(share_BE)), 0)
-    sum_T1 = score_TE.sum(-1, keepdim=True)
-    centred_TE = share_TE - (share_TE * score_TE).sum(-1, keepdim=True) / sum_T1
-    return score_backward(centred_TE / (sum_T1 * max(1, len(score_TE))), logits_TE, router)
+    """Gradient of sequence_balance_loss, (T, E): of log s_e it is n_e (f_e - sum over j of f_j n_j) / T, and the
+    slope of log s_e follows, with that of the cap and the scale."""
+    length = _checked_length(logits_TE, ids_TK, router, sequence_length)
+    share_TE = _sequence_shares(logits_TE, ids_TK, length).repeat_interleave(length, 0)[:len(logits_TE)]
+    normed_TE = torch.softmax(_log_score(logits_TE, router), dim=-1)
+    grad_TE = normed_TE * (share_TE - (share_TE * normed_TE).sum(-1, keepdim=True)) / max(1, len(logits_TE))
+    grad_TE = grad_TE * _log_score_slope(capped(logits_TE.double(), router), router)
+    if router.logit_softcap:
+        grad_TE = grad_TE * softcap_slope(logits_TE.double() * router.logit_scale, router.logit_softcap)
+    return grad_TE * router.logit_scale
 
 
 def router_z_loss(logits_TE: torch.Tensor) -> torch.Tensor:
@@ -78,6 +90,27 @@ def router_z_gradient(logits_TE: torch.Tensor) -> torch.Tensor:
     return 2 * total_T1 * torch.softmax(logits_TE.double(), dim=-1) / max(1, len(logits_TE))
 
 
+def _log_score(logits_TE: torch.Tensor, router: Router) -> torch.Tensor:
+    """log of router.score, (T, E), up to a number per token: softmax(z) has log z, sigmoid(z) -softplus(-z),
+    sqrt(softplus(z)) log(softplus(z)) / 2, z being the capped logits."""
+    capped_TE = capped(logits_TE.double(), router)
+    if router.score == "softmax":
+        return capped_TE
+    if router.score == "sigmoid":
+        return -softplus(-capped_TE)
+    return torch.where(capped_TE < LOW, capped_TE, torch.log(softplus(capped_TE.clamp(min=LOW)))) / 2
+
+
+def _log_score_slope(capped_TE: torch.Tensor, router: Router) -> torch.Tensor:
+    """Derivative of _log_score by z: 1, sigmoid(-z), or sigmoid(z) / (2 softplus(z)), which is 1/2 far below 0."""
+    if router.score == "softmax":
+        return torch.ones_like(capped_TE)
+    if router.score == "sigmoid":
+        return sigmoid(-capped_TE)
+    bounded_TE = capped_TE.clamp(min=LOW)
+    return torch.where(capped_TE < LOW, 0.5, sigmoid(bounded_TE) / (2 * softplus(bounded_TE)))
+
+
 def _shares(logits_TE: torch.Tensor, ids_TK: torch.Tensor,
             mask_T: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """f (E,) and each token's part of a mean (T,): mask / number of tokens that count."""
@@ -88,14 +121,28 @@ def _shares(logits_TE: torch.Tensor, ids_TK: torch.Tensor,
     return (_slots(ids_TK, logits_TE.shape[1]) * mean_T[:, None]).sum(0), mean_T
 
 
-def _sequence_shares(logits_TE: torch.Tensor, ids_TK: torch.Tensor, sequence_length: int | None) -> torch.Tensor:
-    """f of every sequence, (B, E)."""
+def _checked_length(logits_TE: torch.Tensor, ids_TK: torch.Tensor, router: Router,
+                    sequence_length: int | None) -> int:
+    """L; raises unless everything that a sequence-wise loss takes fits together."""
     _check(logits_TE, ids_TK)
-    (tokens, experts), slots = logits_TE.shape, ids_TK.shape[1]
+    if not isinstance(router, Router):
+        raise UsageTypeError(f"router={router!r}, but should be a Router")
+    tokens, experts = logits_TE.shape
     length = max(1, tokens) if sequence_length is None else sequence_length
-    if length < 1 or tokens % length:
-        raise UsageValueError(f"sequence_length={length}, but should divide the number of tokens, {tokens}")
-    if not tokens:
+    faults = positive_faults(sequence_length=length)
+    if not faults and tokens % length:
+        faults.append(f"sequence_length={length}, but should divide the number of tokens, {tokens}")
+    if experts != router.num_choices:
+        faults.append(f"logits_TE: {experts} columns, but should be one per choice of the router, "
+                      f"{router.num_choices}")
+    raise_faults("losses", faults)
+    return length
+
+
+def _sequence_shares(logits_TE: torch.Tensor, ids_TK: torch.Tensor, length: int) -> torch.Tensor:
+    """f of every sequence of `length` tokens, (B, E)."""
+    experts, slots = logits_TE.shape[1], ids_TK.shape[1]
+    if not len(logits_TE):
         return logits_TE.new_zeros(1, experts, dtype=torch.float64)
     count_BE = _slots(ids_TK, experts).unflatten(0, (-1, length)).sum(1)
     return count_BE * experts / (slots * length)
@@ -114,9 +161,10 @@ def _check(logits_TE: torch.Tensor, ids_TK: torch.Tensor | None = None,
         raise UsageTypeError(f"logits_TE: shape {tuple(logits_TE.shape)} of {logits_TE.dtype}, "
                              "but should be (T, E) and floating point")
     faults, tokens = [], len(logits_TE)
-    if ids_TK is not None and (ids_TK.dim() != 2 or len(ids_TK) != tokens or ids_TK.dtype.is_floating_point):
+    if ids_TK is not None and (ids_TK.dim() != 2 or len(ids_TK) != tokens or ids_TK.dtype.is_floating_point
+                               or not ids_TK.shape[1]):
         faults.append(f"ids_TK: shape {tuple(ids_TK.shape)} of {ids_TK.dtype}, "
-                      f"but should be ({tokens}, K) integers")
+                      f"but should be ({tokens}, K) integers with K of at least 1")
     if mask_T is not None and tuple(mask_T.shape) != (tokens,):
         faults.append(f"mask_T: shape {tuple(mask_T.shape)}, but should be ({tokens},)")
     raise_faults("losses", faults)

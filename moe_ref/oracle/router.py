@@ -9,7 +9,8 @@
 
 import torch
 
-from moe_ref.contract.checks import check_logits, check_router
+from moe_ref.contract.checks import check_logits, check_router, check_tokens
+from moe_ref.contract.dtypes import PLAIN_DTYPES
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec, Router
 from moe_ref.contract.weights import WeightSource
@@ -23,6 +24,7 @@ def route(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, *,
     logits_TE (T, E + Z), if given, replaces x @ router^T + bias. Without a router every token gets expert 0 with
     weight 1. Raises UsageValueError when injected logits have another shape.
     """
+    check_tokens(x_TH, spec, PLAIN_DTYPES, "moe_ref")
     check_router(weights, spec)
     router = spec.router
     if router is None:
@@ -85,9 +87,13 @@ def capped(logits_TE: torch.Tensor, router: Router) -> torch.Tensor:
 
 
 def sigmoid(logits: torch.Tensor) -> torch.Tensor:
-    """1 / (1 + exp(-l)), written out: torch.sigmoid rounds equal logits differently in vector body and remainder
-    of a CPU tensor (seen in torch 2.13), which would break exact ties by position in memory."""
-    return 1 / (1 + torch.exp(-logits))
+    """1 / (1 + exp(-l)) and, for negative l, exp(l) / (1 + exp(l)): no overflow, so autograd has finite slopes.
+
+    Written out: torch.sigmoid rounds equal logits differently in vector body and remainder of a CPU tensor (seen in
+    torch 2.13), which would break exact ties by position in memory.
+    """
+    small = torch.exp(logits.clamp(max=0.0))
+    return torch.where(logits < 0.0, small / (1 + small), 1 / (1 + torch.exp(-logits.clamp(min=0.0))))
 
 
 def softplus(logits: torch.Tensor) -> torch.Tensor:
@@ -98,7 +104,13 @@ def softplus(logits: torch.Tensor) -> torch.Tensor:
 def selection_score(score_TE: torch.Tensor, logits_TE: torch.Tensor, selection_bias_E: torch.Tensor | None,
                     router: Router) -> torch.Tensor:
     """What experts compete with, (T, E + Z): score or logit plus bias; the fill outside the groups kept
-    (DeepSeek-V3, section 2.1.2, with -inf; DeepSeek-V2's released code with 0)."""
+    (DeepSeek-V3, section 2.1.2, with -inf; DeepSeek-V2's released code with 0).
+
+    Without bias and groups it is the logits themselves: every score rises with its logit, but saturates in fp64, and
+    a tie that only rounding made must not decide.
+    """
+    if router.selection_bias is None and router.num_groups == 1:
+        return logits_TE
     if selection_bias_E is not None:
         base_TE = capped(logits_TE, router) if router.selection_bias == "logit" else score_TE
         score_TE = base_TE + selection_bias_E.double()
@@ -134,7 +146,7 @@ def weigh(score_TE: torch.Tensor, ids_TK: torch.Tensor, router: Router, weight_s
     after = router.capacity is not None and router.capacity.renormalize_after
     ranked_TK = score_TK if after else score_TK / _denominator(score_TK, shared_TS, router)
     kept_TK = kept_slots(ids_TK, ranked_TK.detach(), router)
-    sum_T1 = _denominator(score_TK * kept_TK if after else score_TK, shared_TS, router)
+    sum_T1 = _denominator(torch.where(kept_TK, score_TK, 0.0) if after else score_TK, shared_TS, router)
     if shared_TS is None:
         # A token whose every slot was dropped may have no sum to divide by; its weights are 0 anyway.
         sum_T1 = torch.where(kept_TK.any(-1, keepdim=True), sum_T1, 1.0)

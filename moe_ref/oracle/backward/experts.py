@@ -9,7 +9,7 @@ from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.weights import WeightSource, check_expert, parameter_shapes
 from moe_ref.oracle import expert as formula
-from moe_ref.oracle.backward.mlp import packed, projections_backward
+from moe_ref.oracle.backward.mlp import projections_backward
 
 EXPERT_FIELDS = ("w13_EGIH", "w2_EHI", "w13_bias_EGI", "w2_bias_EH")
 """Parameters of the routed experts in the order of ExpertGradients."""
@@ -65,7 +65,7 @@ class RoutedBackward:
         in_RH, grad_down_RH = (w_R1 * x_RH, grad_RH) if on_input else (x_RH, w_R1 * grad_RH)
         gate_up_RGI = formula.gate_up(in_RH, expert.w13_GIH, expert.w13_bias_GI)
         act_RI = formula.activate(gate_up_RGI, mlp)
-        grad_act_RI = grad_down_RH @ packed(expert.w2_HI)
+        grad_act_RI = grad_down_RH @ formula.packed(expert.w2_HI)
         grad_in_RH, gradients = projections_backward(grad_down_RH, grad_act_RI, in_RH, gate_up_RGI, act_RI, expert,
                                                      mlp)
         if on_input:

@@ -19,8 +19,9 @@ from dataclasses import replace
 
 import torch
 
-from moe_ref.contract.checks import check_groups, check_routing, check_tokens
+from moe_ref.contract.checks import check_devices, check_groups, check_injected, check_routing, check_tokens
 from moe_ref.contract.comm import Comm, Groups
+from moe_ref.contract.dtypes import PLAIN_DTYPES
 from moe_ref.contract.errors import UsageTypeError, UsageValueError
 from moe_ref.contract.gradients import Gradients, OnExpert
 from moe_ref.contract.parallel import Parallel
@@ -30,7 +31,6 @@ from moe_ref.contract.weights import WeightSource, check_weights
 from moe_ref.oracle.backward.experts import RoutedBackward
 from moe_ref.oracle.backward.router import route_backward, shared_gates_backward
 from moe_ref.oracle.backward.shared import shared_backward
-from moe_ref.oracle.layer import DTYPES
 from moe_ref.oracle.router import route, shared_gates
 
 
@@ -46,7 +46,10 @@ def moe_backward(grad_y_TH: torch.Tensor, x_TH: torch.Tensor, weights: WeightSou
     UsageTypeError as moe does, and for a grad_y_TH of another shape or kind.
     """
     injected = routing is not None
-    check_tokens(x_TH, spec, DTYPES, "moe_ref")
+    check_tokens(x_TH, spec, PLAIN_DTYPES, "moe_ref")
+    parallel, groups = check_groups(parallel, groups)
+    check_weights(weights, spec, parallel, groups.tp.rank)
+    check_injected(routing, logits_TE)
     if routing is None:
         routing = route(x_TH, weights, spec, logits_TE=logits_TE)
     result = experts_backward(grad_y_TH, x_TH, routing, weights, spec, parallel, groups, on_expert=on_expert)
@@ -68,10 +71,11 @@ def experts_backward(grad_y_TH: torch.Tensor, x_TH: torch.Tensor, routing: Routi
     Where routing.shared_TS is not given, experts computes a sigmoid gate itself, and x_TH and shared_gate_SH get
     its gradient. A partial sum (reduce=False) has the same gradients: grad_y_TH is that of the complete sum.
     """
-    check_tokens(x_TH, spec, DTYPES, "moe_ref")
+    check_tokens(x_TH, spec, PLAIN_DTYPES, "moe_ref")
     parallel, groups = check_groups(parallel, groups)
     check_weights(weights, spec, parallel, groups.tp.rank)
     check_routing(routing, spec, len(x_TH), "metadata")
+    check_devices(x_TH, weights, routing, grad_y_TH)
     _check_gradient(grad_y_TH, x_TH)
     gate_TS = routing.shared_TS if routing.shared_TS is not None else shared_gates(x_TH, weights, spec)
     grad_y_TH, x64_TH = grad_y_TH.double(), x_TH.double()

@@ -30,13 +30,8 @@ def projections_backward(grad_down_RH: torch.Tensor, grad_act_RI: torch.Tensor, 
     w13_GIH = (flat_RN.T @ x_RH).unflatten(0, expert.w13_GIH.shape[:2])
     biases = [None if expert.w13_bias_GI is None else grad_RGI.sum(0),
               None if expert.w2_bias_H is None else grad_down_RH.sum(0)]
-    grad_x_RH = flat_RN @ packed(expert.w13_GIH).flatten(0, 1)
+    grad_x_RH = flat_RN @ formula.packed(expert.w13_GIH).flatten(0, 1)
     return grad_x_RH, ExpertGradients(w13_GIH, grad_down_RH.T @ act_RI, *biases)
-
-
-def packed(weight: torch.Tensor) -> torch.Tensor:
-    """In fp64 and contiguous, so that the layout of the weights does not show in the order of BLAS's sums."""
-    return weight.double().contiguous()
 
 
 def activate_backward(grad_act_RI: torch.Tensor, gate_up_RGI: torch.Tensor, mlp: MLP) -> torch.Tensor:
@@ -75,7 +70,9 @@ def slope(gate: torch.Tensor, mlp: MLP) -> torch.Tensor:
     if mlp.activation == "gelu_tanh":
         z = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
         z_slope = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * gate**2)
-        return 0.5 * (1 + torch.tanh(z)) + 0.5 * gate * z_slope / torch.cosh(z) ** 2
+        # (1 + tanh z) / 2 = sigmoid(2 z), and sech(z)^2 / 2 = 2 sigmoid(2 z) sigmoid(-2 z), without cancellation.
+        half = torch.sigmoid(2 * z)
+        return half + 2 * gate * z_slope * half * torch.sigmoid(-2 * z)
     return (gate > 0).double() if mlp.activation == "relu" else 2 * torch.relu(gate)
 
 

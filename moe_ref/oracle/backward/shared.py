@@ -11,9 +11,9 @@ import torch
 from moe_ref.contract.comm import Comm
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.spec import MoESpec
-from moe_ref.contract.weights import WeightSource
+from moe_ref.contract.weights import WeightSource, check_shared
 from moe_ref.oracle import expert as formula
-from moe_ref.oracle.backward.mlp import packed, projections_backward
+from moe_ref.oracle.backward.mlp import projections_backward
 
 SHARED_FIELDS = ("shared_w13_GIH", "shared_w2_HI", "shared_w13_bias_GI", "shared_w2_bias_H")
 """Parameters of the shared expert in the order of ExpertGradients."""
@@ -34,7 +34,7 @@ class SharedGradients:
 def shared_backward(grad_TH: torch.Tensor, x_TH: torch.Tensor, gate_TS: torch.Tensor | None, weights: WeightSource,
                     spec: MoESpec, parallel: Parallel, tp: Comm) -> SharedGradients:
     """Gradients through the shared expert from that of its rows in the merge, (T, H), complete; all fp64."""
-    expert, shared = weights.shared_expert(), spec.shared
+    expert, shared = check_shared(weights.shared_expert(), spec, parallel, tp.rank), spec.shared
     if shared is None or expert is None:
         return SharedGradients(torch.zeros_like(x_TH))
     gate_up_TGI = formula.gate_up(x_TH, expert.w13_GIH, expert.w13_bias_GI)
@@ -46,7 +46,7 @@ def shared_backward(grad_TH: torch.Tensor, x_TH: torch.Tensor, gate_TS: torch.Te
         if expert.w2_bias_H is not None and tp.rank == 0:
             down_TH = down_TH + expert.w2_bias_H.double()
         grad_gate_TS = (grad_TH * down_TH).sum(-1, keepdim=True)
-    grad_taken_TI = grad_down_TH @ packed(expert.w2_HI)
+    grad_taken_TI = grad_down_TH @ formula.packed(expert.w2_HI)
     grad_act_TI = grad_taken_TI
     if shared.gate == "router":
         gate_TS = _given(gate_TS)

@@ -38,7 +38,7 @@ def weigh_backward(grad_weights_TK: torch.Tensor, grad_shared_TS: torch.Tensor, 
     """Gradients through router.weigh; ids_TK as selected, before any drop; S = 0 without shared columns."""
     score_TK, scaling = score_TE.gather(1, ids_TK), router.scaling_factor
     kept_TK, counted_TK = _kept_and_counted(score_TK, shared_TS, ids_TK, router)
-    sum_T1 = (score_TK * counted_TK).sum(-1, keepdim=True) + shared_TS.sum(-1, keepdim=True)
+    sum_T1 = torch.where(counted_TK, score_TK, 0.0).sum(-1, keepdim=True) + shared_TS.sum(-1, keepdim=True)
     weighs_T1 = kept_TK.any(-1, keepdim=True) | bool(shared_TS.shape[1])  # else nothing is left to divide
     divisor_T1 = torch.where(weighs_T1, divisor(sum_T1, router), 1.0)
     share_TK, shared_share_TS = score_TK / divisor_T1, shared_TS / divisor_T1

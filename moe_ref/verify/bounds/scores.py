@@ -114,5 +114,5 @@ class Scores:
         return Weights(routed, shared)
 
     def _bounded(self, weights: torch.Tensor, units: torch.Tensor, unknown_T1: torch.Tensor) -> Rows:
-        bound = weights * units + FLUSH * self.router.scaling_factor
+        bound = weights.abs() * units + FLUSH * self.router.scaling_factor
         return Rows(weights, torch.where(unknown_T1, torch.inf, bound))
