@@ -28,7 +28,10 @@ _HOMES = {
     "Numerics": "contract.capabilities",
     "Problem": "contract.case", "Case": "contract.case",
     "format_case": "contract.case_id", "parse_case": "contract.case_id",
-    "UsageError": "contract.errors", "CAPABILITIES": "oracle.module",
+    "UsageError": "contract.errors", "UsageValueError": "contract.errors", "UsageTypeError": "contract.errors",
+    "Format": "contract.vocabulary", "Ranks": "contract.vocabulary", "find_model": "models.registry",
+    "layout_shapes": "layouts.convert",
+    "CAPABILITIES": "oracle.module",
 }
 __all__ = [
     "CAPABILITIES",
@@ -41,6 +44,7 @@ __all__ = [
     "Dtype",
     "ExpertWeights",
     "Feature",
+    "Format",
     "Gradients",
     "Groups",
     "Layout",
@@ -51,6 +55,7 @@ __all__ = [
     "Numerics",
     "Parallel",
     "Problem",
+    "Ranks",
     "ReleasedNumerics",
     "Router",
     "Routing",
@@ -61,12 +66,16 @@ __all__ = [
     "TorchComm",
     "Trace",
     "UsageError",
+    "UsageTypeError",
+    "UsageValueError",
     "Verdict",
     "WeightSource",
     "__version__",
     "experts",
+    "find_model",
     "format_case",
     "from_layout",
+    "layout_shapes",
     "load_balancing_loss",
     "moe",
     "moe_as_released",
@@ -86,7 +95,7 @@ if TYPE_CHECKING:
     from moe_ref.contract.case import Case, Problem
     from moe_ref.contract.case_id import format_case, parse_case
     from moe_ref.contract.comm import Comm, CountingComm, Groups, SoloComm
-    from moe_ref.contract.errors import UsageError
+    from moe_ref.contract.errors import UsageError, UsageTypeError, UsageValueError
     from moe_ref.contract.features import Feature
     from moe_ref.contract.gradients import Gradients
     from moe_ref.contract.local_comm import LocalComm, run_virtual_ranks
@@ -97,10 +106,11 @@ if TYPE_CHECKING:
     from moe_ref.contract.spec import MLP, MoESpec, SharedExpert
     from moe_ref.contract.torch_comm import TorchComm
     from moe_ref.contract.trace import Trace
-    from moe_ref.contract.vocabulary import Dtype, Schedule, Stage, Verdict
+    from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Schedule, Stage, Verdict
     from moe_ref.contract.weights import ExpertWeights, MoEWeights, WeightSource
-    from moe_ref.layouts.convert import from_layout, to_layout
+    from moe_ref.layouts.convert import from_layout, layout_shapes, to_layout
     from moe_ref.layouts.layout import Layout
+    from moe_ref.models.registry import find_model
     from moe_ref.oracle.backward.layer import moe_backward
     from moe_ref.oracle.layer import experts, moe
     from moe_ref.oracle.losses import load_balancing_loss, router_z_loss, sequence_balance_loss

@@ -36,6 +36,7 @@ def test_every_rank_reports_the_numbers(mistake: str) -> None:
 COMMANDS = {
     "unknown implementation": (["verify", "nosuch"], "unknown implementation 'nosuch'"),
     "unknown attribute": (["verify", "moe_fast:nosuch"], "unknown implementation 'moe_fast:nosuch'"),
+    "a file named as an attribute": (["verify", "tests.subjects:whole"], "did you mean tests.subjects.whole?"),
     "not an implementation": (["verify", "json"], "implementation 'json' lacks moe and CAPABILITIES"),
     "malformed case id": (["replay", "v1-T9.H64", "--impl", "moe_fast"], "case id 'v1-T9.H64'"),
     "misspelt word": (["show", "v1-T9.H64.I48-fp32-gleu"], "unknown word 'gleu'"),

@@ -67,7 +67,8 @@ def judge(measurement: Measurement, facts: RunFacts, ratio_limit: float, power_l
                                           f"{measurement.unjudged_tokens} tokens, so nothing can be said")
     if measurement.power < power_limit:
         return Judgement(Verdict.NOT_RUN, "no power under the declared rounding: an all-zero result would be off by "
-                                          f"{measurement.power:.3g} times the bound, should be {power_limit:g}")
+                                          f"{measurement.power:.3g} times the bound, should be {power_limit:g}; "
+                                          "recording act, down and merged, or a narrower case, gives it")
     return Judgement(Verdict.PASS)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import importlib.util
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -20,6 +21,13 @@ def known_names() -> list[str]:
     return sorted({*BUILT_IN, *registered})
 
 
+def _is_module(dotted: str) -> bool:
+    try:
+        return importlib.util.find_spec(dotted) is not None
+    except (ImportError, ValueError):
+        return False
+
+
 def load_subject(name: str) -> ModuleType:
     """The object that holds `moe` and `CAPABILITIES`; raises UsageValueError that names what is known or missing."""
     points = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
@@ -30,7 +38,10 @@ def load_subject(name: str) -> ModuleType:
         for part in filter(None, attribute.split(".")):
             subject = getattr(subject, part)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UsageValueError(f"unknown implementation {name!r} ({type(error).__name__}: {error}); "
+        # A file mypkg/layer.py is the module mypkg.layer; mypkg:layer would be an attribute of mypkg.
+        dotted = target.replace(":", ".")
+        hint = f"; did you mean {dotted}?" if attribute and _is_module(dotted) else ""
+        raise UsageValueError(f"unknown implementation {name!r} ({type(error).__name__}: {error}{hint}); "
                               f"known: {', '.join(known_names())}, or module:attr") from error
     faults = ["moe"] * (not callable(getattr(subject, "moe", None)))
     faults += ["CAPABILITIES"] * (not isinstance(getattr(subject, "CAPABILITIES", None), Capabilities))
