@@ -68,8 +68,8 @@ def products(x_TH: torch.Tensor, routing: Routing, weights: MoEWeights, upcast: 
     rows = x_TH[:routing.ids_TK.numel() // num_experts].double()
     began = time.perf_counter()
     for _ in range(num_experts):
-        first, second = copies or (w13.double(), w2.double())
-        (rows @ first.T)[:, :intermediate].contiguous() @ second.T
+        act = (rows @ (copies[0] if copies else w13.double()).T)[:, :intermediate].contiguous()
+        act @ (copies[1] if copies else w2.double()).T
     return time.perf_counter() - began
 
 
