@@ -12,9 +12,9 @@ from moe_fast.observe import record_routed_rows, record_routing
 from moe_fast.tiles import gemm_tile
 from moe_ref.contract.checks import (
     check_groups,
+    check_injected,
     check_logits,
     check_residual,
-    check_router,
     check_routing,
     check_tokens,
 )
@@ -25,7 +25,7 @@ from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec, Router
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Stage
-from moe_ref.contract.weights import ExpertWeights, MoEWeights, WeightSource, check_weights
+from moe_ref.contract.weights import ExpertWeights, MoEWeights, WeightSource, check_weights, check_whole_parameters
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -38,7 +38,7 @@ def route(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, *,
     """
     check_tokens(x_TH, spec, DTYPES, "moe_fast")
     check_supported(spec)
-    check_router(weights, spec)
+    check_whole_parameters(weights, spec)
     shared_TS = _shared_gate(x_TH, weights)
     if spec.router is None:
         ids_TK = torch.zeros(len(x_TH), 1, dtype=torch.int32, device=x_TH.device)
@@ -135,6 +135,7 @@ def moe(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, parallel: Para
     check_supported(spec)
     parallel, groups = check_groups(parallel, groups)
     check_weights(weights, spec, parallel, groups.tp.rank)
+    check_injected(routing, logits_TE)
     if residual_TH is not None:
         check_residual(residual_TH, x_TH)
     if routing is None:

@@ -7,7 +7,7 @@ from moe_ref.contract.errors import UsageTypeError, UsageValueError, raise_fault
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec
-from moe_ref.contract.weights import WHOLE_PARAMETERS, WeightSource, check_whole_parameters
+from moe_ref.contract.weights import WHOLE_PARAMETERS, WeightSource
 
 CHECKS = ("metadata", "values")
 
@@ -20,8 +20,8 @@ def check_is(name: str, value: object, kind: type, wanted: str) -> None:
 
 def check_tokens(x_TH: torch.Tensor, spec: MoESpec, dtypes: tuple[torch.dtype, ...], who: str) -> None:
     """x_TH must be a tensor (T, H) of one of `dtypes`; T = 0 is valid."""
-    check_is("x_TH", x_TH, torch.Tensor, f"a tensor (T, {spec.hidden_size}), the first argument")
     check_is("spec", spec, MoESpec, "a MoESpec")
+    check_is("x_TH", x_TH, torch.Tensor, f"a tensor (T, {spec.hidden_size}), the first argument")
     if x_TH.dtype not in dtypes:
         raise UsageTypeError(f"x_TH: dtype {x_TH.dtype}, but should be one of "
                              f"{', '.join(str(dtype) for dtype in dtypes)} [{who}]")
@@ -70,11 +70,6 @@ def check_routing(routing: Routing, spec: MoESpec, num_tokens: int, check: str) 
         if low < -1 or high >= spec.num_choices:
             raise UsageValueError(f"ids_TK: values from {low} to {high}, but should be in "
                                   f"[0, {spec.num_choices}), or -1 for none")
-
-
-def check_router(weights: WeightSource, spec: MoESpec) -> None:
-    """Whatever the spec's routing reads must be there in its shape, and nothing it does not ask for."""
-    check_whole_parameters(weights, spec)
 
 
 def check_injected(routing: Routing | None, logits_TE: torch.Tensor | None) -> None:

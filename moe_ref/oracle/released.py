@@ -6,12 +6,19 @@ units in the last place; an expert choice that rests on rounded scores is the sa
 
 import torch
 
-from moe_ref.contract.checks import check_devices, check_logits, check_router, check_routing, check_tokens
+from moe_ref.contract.checks import check_devices, check_logits, check_routing, check_tokens
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.released import At, ReleasedNumerics, check_released
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MLP, MoESpec, Router
-from moe_ref.contract.weights import ExpertWeights, WeightSource, check_expert, check_shared, check_weights
+from moe_ref.contract.weights import (
+    ExpertWeights,
+    WeightSource,
+    check_expert,
+    check_shared,
+    check_weights,
+    check_whole_parameters,
+)
 from moe_ref.oracle.capacity import kept_slots
 from moe_ref.oracle.expert import softcap
 from moe_ref.oracle.released_mlp import Round, mlp_as_released, to_dtype
@@ -52,7 +59,7 @@ def route_as_released(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, 
     replaces x @ router^T + bias. Raises UsageValueError where check_released does, and on logits of another shape.
     """
     check_tokens(x_TH, spec, DTYPES, "route_as_released")
-    check_router(weights, spec)
+    check_whole_parameters(weights, spec)
     router = spec.router
     if router is None:
         ids_TK = torch.zeros(len(x_TH), 1, dtype=torch.int64, device=x_TH.device)

@@ -9,11 +9,11 @@
 
 import torch
 
-from moe_ref.contract.checks import check_logits, check_router, check_tokens
+from moe_ref.contract.checks import check_logits, check_tokens
 from moe_ref.contract.dtypes import PLAIN_DTYPES
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec, Router
-from moe_ref.contract.weights import WeightSource
+from moe_ref.contract.weights import WeightSource, check_whole_parameters
 from moe_ref.oracle.capacity import kept_slots
 
 
@@ -25,7 +25,7 @@ def route(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, *,
     weight 1. Raises UsageValueError when injected logits have another shape.
     """
     check_tokens(x_TH, spec, PLAIN_DTYPES, "moe_ref")
-    check_router(weights, spec)
+    check_whole_parameters(weights, spec)
     router = spec.router
     if router is None:
         ids_TK = torch.zeros(len(x_TH), 1, dtype=torch.int64, device=x_TH.device)

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import torch
 
-from moe_ref.contract.checks import check_logits, check_router
+from moe_ref.contract.checks import check_logits
 from moe_ref.contract.gradients import RouterGradients
 from moe_ref.contract.spec import MoESpec
-from moe_ref.contract.weights import WeightSource
+from moe_ref.contract.weights import WeightSource, check_whole_parameters
 from moe_ref.oracle import router as formula
 from moe_ref.oracle.backward.weights import ScoreGradients, score_backward, weigh_backward
 
@@ -28,7 +28,7 @@ def route_backward(grad_weights_TK: torch.Tensor, grad_shared_TS: torch.Tensor |
     All in fp64; every rank gets the same and no collective is called. Injected logits get their gradient and the
     router none. Raises what route raises.
     """
-    check_router(weights, spec)
+    check_whole_parameters(weights, spec)
     if spec.router is None:
         result = RouterGradients(x_TH=torch.zeros_like(x_TH, dtype=torch.float64))
     else:
