@@ -23,7 +23,8 @@ _HOMES = {
     "CountingComm": "contract.comm", "SoloComm": "contract.comm", "TorchComm": "contract.torch_comm",
     "LocalComm": "contract.local_comm", "run_virtual_ranks": "contract.local_comm",
     "Trace": "contract.trace", "Stage": "contract.vocabulary", "Verdict": "contract.vocabulary",
-    "Dtype": "contract.vocabulary", "Schedule": "contract.vocabulary",
+    "Dtype": "contract.vocabulary", "Schedule": "contract.vocabulary", "Tokens": "contract.vocabulary",
+    "Hosting": "contract.vocabulary", "SharedPlacement": "contract.vocabulary", "grid_groups": "contract.comm",
     "Capabilities": "contract.capabilities", "Feature": "contract.features", "WeightSource": "contract.weights",
     "Numerics": "contract.capabilities",
     "Problem": "contract.case", "Case": "contract.case",
@@ -31,11 +32,13 @@ _HOMES = {
     "UsageError": "contract.errors", "UsageValueError": "contract.errors", "UsageTypeError": "contract.errors",
     "Format": "contract.vocabulary", "Ranks": "contract.vocabulary", "find_model": "models.registry",
     "layout_shapes": "layouts.convert",
+    "absorb_act_order": "layouts.act_order", "ActOrderSource": "layouts.act_order", "group_order": "layouts.act_order",
     "CAPABILITIES": "oracle.module",
 }
 __all__ = [
     "CAPABILITIES",
     "MLP",
+    "ActOrderSource",
     "Capabilities",
     "Capacity",
     "Case",
@@ -47,6 +50,7 @@ __all__ = [
     "Format",
     "Gradients",
     "Groups",
+    "Hosting",
     "Layout",
     "LocalComm",
     "MoELayer",
@@ -61,8 +65,10 @@ __all__ = [
     "Routing",
     "Schedule",
     "SharedExpert",
+    "SharedPlacement",
     "SoloComm",
     "Stage",
+    "Tokens",
     "TorchComm",
     "Trace",
     "UsageError",
@@ -71,10 +77,13 @@ __all__ = [
     "Verdict",
     "WeightSource",
     "__version__",
+    "absorb_act_order",
     "experts",
     "find_model",
     "format_case",
     "from_layout",
+    "grid_groups",
+    "group_order",
     "layout_shapes",
     "load_balancing_loss",
     "moe",
@@ -94,7 +103,7 @@ if TYPE_CHECKING:
     from moe_ref.contract.capabilities import Capabilities, Numerics
     from moe_ref.contract.case import Case, Problem
     from moe_ref.contract.case_id import format_case, parse_case
-    from moe_ref.contract.comm import Comm, CountingComm, Groups, SoloComm
+    from moe_ref.contract.comm import Comm, CountingComm, Groups, SoloComm, grid_groups
     from moe_ref.contract.errors import UsageError, UsageTypeError, UsageValueError
     from moe_ref.contract.features import Feature
     from moe_ref.contract.gradients import Gradients
@@ -106,8 +115,19 @@ if TYPE_CHECKING:
     from moe_ref.contract.spec import MLP, MoESpec, SharedExpert
     from moe_ref.contract.torch_comm import TorchComm
     from moe_ref.contract.trace import Trace
-    from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Schedule, Stage, Verdict
+    from moe_ref.contract.vocabulary import (
+        Dtype,
+        Format,
+        Hosting,
+        Ranks,
+        Schedule,
+        SharedPlacement,
+        Stage,
+        Tokens,
+        Verdict,
+    )
     from moe_ref.contract.weights import ExpertWeights, MoEWeights, WeightSource
+    from moe_ref.layouts.act_order import ActOrderSource, absorb_act_order, group_order
     from moe_ref.layouts.convert import from_layout, layout_shapes, to_layout
     from moe_ref.layouts.layout import Layout
     from moe_ref.models.registry import find_model

@@ -89,17 +89,28 @@ def test_a_layer_that_is_not_there(tmp_path: Path) -> None:
         assert "the first of 20 is model.layers.0.block_sparse_moe.experts.0.w1.weight" in said
 
 
-@pytest.mark.parametrize("rank", [-1, 2, True])
+@pytest.mark.parametrize("rank", [-1, 4, True])
 def test_a_rank_that_is_not_there(rank: int, tmp_path: Path) -> None:
     """-1 would read another rank's slices."""
-    with pytest.raises(UsageValueError, match=r"rank=.*should be .* below tp=2"):
-        open_checkpoint(write(tmp_path, mixtral()), 0, "mixtral", PLAIN, Parallel(tp=2), rank)
+    with pytest.raises(UsageValueError, match=r"rank=.*should be .* below ep\*tp=2\*2"):
+        open_checkpoint(write(tmp_path, mixtral()), 0, "mixtral", PLAIN, Parallel(ep=2, tp=2), rank)
 
 
-def test_expert_parallelism_is_refused(tmp_path: Path) -> None:
-    """As every entry point does."""
-    with pytest.raises(UsageValueError, match="ep=2, but expert parallelism is not implemented yet"):
-        open_checkpoint(write(tmp_path, mixtral()), 0, "mixtral", PLAIN, Parallel(ep=2))
+def test_what_another_rank_misses_is_told_here_too(tmp_path: Path) -> None:
+    """Expert 5 belongs to rank 1 of two, but both refuse the file: none goes on to wait for the other."""
+    name = EXPERT_NAMES["w2"].format(e=5)
+    path = write(tmp_path, mixtral() | {name: torch.zeros(HIDDEN, 5)})
+    for rank in (0, 1):
+        with pytest.raises(UsageValueError, match=rf"{name}: shape \(12, 5\), but should be \(12, 8\)"):
+            open_checkpoint(path, 0, "mixtral", PLAIN, Parallel(ep=2), rank)
+
+
+@pytest.mark.parametrize("e", [-1, 3])
+def test_an_expert_that_the_rank_does_not_host(e: int, tmp_path: Path) -> None:
+    """Six experts over two ranks: expert(i) is the i-th of three."""
+    source = open_checkpoint(write(tmp_path, mixtral()), 0, "mixtral", PLAIN, Parallel(ep=2), 1)
+    with pytest.raises(UsageValueError, match=rf"expert {e}, but should be in \[0, 3\)"):
+        source.expert(e)
 
 
 def indexed(folder: Path, file: str) -> Path:

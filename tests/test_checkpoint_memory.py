@@ -25,21 +25,22 @@ def resident():
     return {words[0].strip(":"): 1024 * int(words[1]) for words in lines if words[0] in ("RssAnon:", "RssFile:")}
 
 
-path, naming, hidden, intermediate, experts = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:6])
+path, naming, hidden, intermediate, experts, ep = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:7])
 spec = MoESpec(hidden_size=hidden, intermediate_size=intermediate, router=Router(num_experts=experts, top_k=2))
 base = resident()
-source = open_checkpoint(path, 0, naming, spec, Parallel(tp=8), 3)
+source = open_checkpoint(path, 0, naming, spec, Parallel(tp=8 // ep, ep=ep), 3)
 peak, slice_bytes, seen, hoard = dict(base), 0, 0.0, []
-for e in range(experts):
+for e in range(source.num_experts):
     expert = source.expert(e)
     slice_bytes = max(slice_bytes, sum(tensor.nbytes for tensor in expert[:2]))
     in_fp64 = [tensor.double() for tensor in expert[:2]]  # what the oracle holds at a time
     seen += sum(float(tensor.sum()) for tensor in in_fp64)
     peak = {name: max(held, peak[name]) for name, held in resident().items()}
 del in_fp64, expert
-for e in range(experts):
+for e in range(source.num_experts):
     hoard.append([tensor.clone() for tensor in source.expert(e)[:2]])
-print(json.dumps({"slice": slice_bytes, "sum": seen, "hoarded": resident()["RssAnon"] - base["RssAnon"],
+print(json.dumps({"slice": slice_bytes, "experts": source.num_experts, "sum": seen,
+                  "hoarded": resident()["RssAnon"] - base["RssAnon"],
                   "streamed": peak["RssAnon"] - base["RssAnon"], "mapped": peak["RssFile"] - base["RssFile"]}))
 """
 
@@ -62,23 +63,27 @@ def sparse_checkpoint(file: Path, shapes: dict[str, tuple[int, ...]], ones: dict
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is told apart in /proc/self/status only")
-@pytest.mark.parametrize("naming", ["deepseek", "granite"])
-def test_one_rank_of_eight_never_holds_more_than_experts_slices(naming: str, tmp_path: Path,
+@pytest.mark.parametrize(("naming", "ep"), [("deepseek", 1), ("granite", 1), ("deepseek", 8), ("granite", 8)])
+def test_one_rank_of_eight_never_holds_more_than_experts_slices(naming: str, ep: int, tmp_path: Path,
                                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    """256 experts, 384 MiB, tp 8: while all experts are streamed, anonymous memory (RssAnon, read after every
-    expert; mapped pages of the file can be dropped at any time) grows by a few MiB, most of it the allocator's.
+    """384 MiB, 256 experts over tp 8 or 1024 over ep 8: while a rank's experts are streamed, anonymous memory (RssAnon,
+    read after every expert; mapped pages of the file can be dropped at any time) grows by a few MiB, most of it the
+    allocator's.
 
-    One expert's slice is 192 KiB, and its fp64 copy, what the oracle computes with, four times that: the limit is
-    a quarter of the rank's share, so that holding on to the experts cannot pass. It is tried: it takes all.
+    One expert's slice is 192 KiB (tp 8) or 384 KiB (ep 8), and its fp64 copy, what the oracle computes with, four times
+    that: the limit is a quarter of the rank's share, so that holding on to the experts cannot pass. It is tried: it
+    takes all. With ep 8 the pages of other ranks' experts are not even mapped.
     """
-    hidden, intermediate, experts = 256, 1024, 256
+    hidden, intermediate, experts = (256, 1024, 256) if ep == 1 else (256, 256, 1024)
+    hosted, tp = experts // ep, 8 // ep
+    # Rank 3: all experts and columns [384, 512), or experts [384, 512) and all columns.
+    last, column = (experts - 1, 511) if ep == 1 else (511, intermediate - 1)
     if naming == "granite":
         block = "model.layers.0.block_sparse_moe"
         shapes = {f"{block}.input_linear.weight": (experts, 2 * intermediate, hidden),
                   f"{block}.output_linear.weight": (experts, hidden, intermediate),
                   f"{block}.router.layer.weight": (experts, hidden)}
-        # The first row of rank 3's gate (384) and the last of its up (1024 + 511) of the last expert.
-        ones = {f"{block}.input_linear.weight": ((experts - 1) * 2 * intermediate + 1024 + 511) * hidden}
+        ones = {f"{block}.input_linear.weight": ((2 * last + 1) * intermediate + column) * hidden}
     else:
         block = "model.layers.0.mlp"
         shapes = {f"{block}.gate.weight": (experts, hidden)}
@@ -86,19 +91,21 @@ def test_one_rank_of_eight_never_holds_more_than_experts_slices(naming: str, tmp
             shapes |= {f"{block}.experts.{e}.gate_proj.weight": (intermediate, hidden),
                        f"{block}.experts.{e}.up_proj.weight": (intermediate, hidden),
                        f"{block}.experts.{e}.down_proj.weight": (hidden, intermediate)}
-        ones = {f"{block}.experts.{experts - 1}.up_proj.weight": 511 * hidden}
+        ones = {f"{block}.experts.{last}.up_proj.weight": column * hidden}
     file = tmp_path / SINGLE
     size = sparse_checkpoint(file, shapes, ones)
     assert size > 384 * 2**20
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(file), naming, str(hidden), str(intermediate),
-                           str(experts)], capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
+    arguments = [str(file), naming, str(hidden), str(intermediate), str(experts), str(ep)]
+    done = subprocess.run([sys.executable, "-c", MEMORY, *arguments], capture_output=True, text=True,
+                          cwd=Path(__file__).resolve().parents[1])
     file.unlink()
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     with capsys.disabled():
-        print("", naming, *(f"{name} {seen[name] / 2**20:.2f} MiB"
+        print("", naming, f"ep {ep}", *(f"{name} {seen[name] / 2**20:.2f} MiB"
                             for name in ("slice", "streamed", "mapped", "hoarded")), sep="  ")
     assert seen["sum"] == 1.0
-    assert seen["slice"] == 3 * hidden * intermediate // 8 * 2
-    assert seen["streamed"] < experts * seen["slice"] / 4
-    assert seen["hoarded"] >= experts * seen["slice"]
+    assert (seen["experts"], seen["slice"]) == (hosted, 3 * hidden * intermediate // tp * 2)
+    assert seen["streamed"] < hosted * seen["slice"] / 4
+    assert seen["hoarded"] >= hosted * seen["slice"]
+    assert ep == 1 or seen["mapped"] < size / 2

@@ -12,9 +12,17 @@ from moe_ref.checkpoints.naming import namings
 from moe_ref.checkpoints.reader import open_checkpoint
 from moe_ref.contract.comm import Groups
 from moe_ref.contract.local_comm import LocalComm, run_virtual_ranks
-from moe_ref.contract.parallel import PLACEMENTS, Parallel
+from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.spec import MLP, MoESpec, Router
-from moe_ref.contract.weights import MoEWeights, WeightSource, check_expert, check_weights, parameter_shapes
+from moe_ref.contract.weights import (
+    EXPERT_PARAMETERS,
+    ExpertWeights,
+    MoEWeights,
+    WeightSource,
+    check_expert,
+    check_weights,
+    parameter_shapes,
+)
 from tests.checkpoint_models import (
     EXPERTS,
     FAMILIES,
@@ -48,12 +56,12 @@ def layer_of(family: Family) -> int | str:
     return family.prefix or 1
 
 
-def gathered(source: WeightSource, spec: MoESpec) -> dict[str, torch.Tensor]:
+def gathered(source: WeightSource, num_experts: int) -> dict[str, torch.Tensor]:
     """All parameters that a source yields, by canonical name, experts stacked."""
-    experts = [source.expert(e) for e in range(spec.num_experts)]
+    experts = [source.expert(e) for e in range(num_experts)]
     tensors = {f"{field.partition('_')[0]}{'_bias' if 'bias' in field else ''}_E{field.rpartition('_')[2]}":
                torch.stack([getattr(expert, field) for expert in experts])
-               for field in experts[0]._fields if getattr(experts[0], field) is not None}
+               for field in ExpertWeights._fields if experts and getattr(experts[0], field) is not None}
     if shared := source.shared_expert():
         tensors |= {f"shared_{field}": tensor for field, tensor in shared._asdict().items() if tensor is not None}
     whole = ("router_EH", "router_bias_E", "selection_bias_E", "weight_scale_E", "shared_gate_SH", "output_bias_H")
@@ -84,23 +92,26 @@ def test_a_layer_as_saved_by_transformers(saved: tuple) -> None:
         check_weights(source, family.spec, None, 0)
         for e in range(family.spec.num_experts):
             check_expert(source.expert(e), family.spec, Parallel(), 0, e)
-        assert_same(gathered(source, family.spec), expected)
+        assert_same(gathered(source, family.spec.num_experts), expected)
 
 
-def test_ranks_put_together_are_the_whole(saved: tuple) -> None:
-    """Uneven tp 3 of I = 8 (3, 3, 2): each rank's tensors side by side along the axis its placement cuts."""
+PLACES = {"tp3": Parallel(tp=3), "gather": Parallel(tp=2, schedule="gather"), "ep2_tp2": Parallel(ep=2, tp=2),
+          "ep4_in_turn_copies": Parallel(ep=4, hosting="round_robin", redundant=(0, 0), shared="replicated")}
+"""Uneven tp 3 of I = 8 (3, 3, 2); w2 cut by output; a grid; experts in turn with copies, the shared expert whole. In
+the grids some ranks host no expert of a dense layer."""
+
+
+@pytest.mark.parametrize("parallel", PLACES.values(), ids=PLACES)
+def test_every_rank_reads_its_part(saved: tuple, parallel: Parallel) -> None:
+    """Bit by bit the part of the module's parameters that tests/test_placements.py shows to be the rank's."""
     family, expected, folder = saved
-    parallel = Parallel(tp=3)
-    sources = [open_checkpoint(folder / "many", layer_of(family), family.model_type, family.spec, parallel, rank)
-               for rank in range(3)]
-    shards = [gathered(source, family.spec) for source in sources]
-    for rank, shard in enumerate(shards):
-        shapes = {name: tuple(tensor.shape) for name, tensor in shard.items()}
-        assert shapes == parameter_shapes(family.spec, parallel, rank)
-    for name, tensor in expected.items():
-        dim, parts = PLACEMENTS[name].shard_dim, [shard[name] for shard in shards]
-        assert all(torch.equal(part, tensor) for part in parts) if dim is None else torch.equal(
-            torch.cat(parts, dim), tensor), name
+    for rank in range(parallel.size):
+        source = open_checkpoint(folder / "many", layer_of(family), family.model_type, family.spec, parallel, rank)
+        check_weights(source, family.spec, parallel, rank)
+        shard = dict(MoEWeights(**expected).shard(parallel, rank).named_tensors())
+        assert source.num_experts == len(shard["w2_EHI"])
+        assert_same(gathered(source, source.num_experts), {
+            name: tensor for name, tensor in shard.items() if source.num_experts or name not in EXPERT_PARAMETERS})
 
 
 def test_the_oracle_computes_the_same_from_a_checkpoint(saved: tuple) -> None:
@@ -150,9 +161,12 @@ def test_same_names_another_layout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "granitemoeshared", "dbrx", "llama4", "aria"])
-def test_only_the_ranks_slices_are_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Elements read through get_slice while one rank streams all experts: exactly its parameters, each once."""
-    family, parallel, elements = BY_NAME[name], Parallel(tp=4), []
+@pytest.mark.parametrize("parallel", [Parallel(tp=4), Parallel(ep=2, tp=2), Parallel(tp=4, schedule="gather")],
+                         ids=["tp", "grid", "gather"])
+def test_only_the_ranks_slices_are_read(name: str, parallel: Parallel, tmp_path: Path,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elements read through get_slice while one rank streams its experts: exactly its parameters, each once."""
+    family, elements = BY_NAME[name], []
     build(family).save_pretrained(tmp_path)
     read = StoredSlice.__getitem__
 
@@ -163,7 +177,7 @@ def test_only_the_ranks_slices_are_read(name: str, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(StoredSlice, "__getitem__", counted)
     source = open_checkpoint(tmp_path, layer_of(family), family.model_type, family.spec, parallel, 2)
-    gathered(source, family.spec)
+    gathered(source, source.num_experts)
     shapes = parameter_shapes(family.spec, parallel, 2)
     assert sum(elements) == sum(torch.Size(shape).numel() for shape in shapes.values())
 

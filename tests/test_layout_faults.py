@@ -107,13 +107,16 @@ def test_a_rank_without_parallel_sizes() -> None:
     assert "rank=1, but should be" in refused(from_layout, stored, MERGED, spec, rank=1)
 
 
-def test_expert_parallelism_is_refused() -> None:
-    """As every entry point does: ep=2 would be taken for all experts on every rank."""
-    spec = layer(6, 4, 3)
-    weights, parallel = numbered(spec), Parallel(ep=2)
-    stored, calls = to_layout(weights, MERGED, spec), {layout_shapes: (MERGED,), to_layout: (weights, MERGED)}
-    for call, what in (calls | {from_layout: (stored, MERGED)}).items():
-        assert "ep=2, but expert parallelism is not implemented" in refused(call, *what, spec, parallel)
+def test_experts_of_other_ranks_are_refused() -> None:
+    """All experts where the rank hosts two of three: as a stack, as a list, and as weights to be written."""
+    spec, parallel = layer(6, 4, 3), Parallel(ep=2, tp=2)
+    weights = numbered(spec).shard(Parallel(tp=2), 1)
+    for layout, words in ((MERGED, r"w2: shape \(3, 6, 2\), but should be \(2, 6, 2\)"),
+                          (LISTED, "w2: 3 tensors, but should be 2, one per expert")):
+        stored = to_layout(weights, layout, spec, Parallel(tp=2), 1)
+        assert re.search(words, refused(from_layout, stored, layout, spec, parallel, 1))
+    said = refused(to_layout, weights, MERGED, spec, parallel, 1)
+    assert "rank 1, which hosts 2 experts (0, 1): w13_EGIH: shape (3, 2, 2, 6), but should be (2, 2, 2, 6)" in said
 
 
 UNFIT = {
@@ -132,7 +135,7 @@ UNFIT = {
     "identity experts in place of real ones": (
         MoESpec(hidden_size=6, intermediate_size=4, router=Router(num_experts=4, top_k=1)),
         MoESpec(hidden_size=6, intermediate_size=4, router=Router(num_experts=3, num_zero_experts=1, top_k=1)),
-        "w13_EGIH|4 experts, but the spec has 3"),
+        "w13_EGIH|4 experts, but should be 3"),
 }
 
 

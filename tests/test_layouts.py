@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from moe_ref import moe
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.spec import MLP, MoESpec, Router, SharedExpert
+from moe_ref.contract.vocabulary import Hosting, Schedule, SharedPlacement
 from moe_ref.contract.weights import MoEWeights, WeightSource, parameter_shapes
 from moe_ref.layouts.convert import from_layout, layout_shapes, to_layout
 from moe_ref.layouts.layout import Layout
@@ -49,10 +50,10 @@ def numbered(spec: MoESpec) -> MoEWeights:
     return MoEWeights(**tensors)
 
 
-def canonical(weights: WeightSource, spec: MoESpec) -> dict[str, torch.Tensor]:
-    """Everything a source yields, expert by expert, by parameter."""
+def canonical(weights: WeightSource, spec: MoESpec, experts: int | None = None) -> dict[str, torch.Tensor]:
+    """Everything a source yields, expert by expert, by parameter; experts: how many they are, if not the spec's."""
     held = {name: getattr(weights, name) for name in ("router_EH", "selection_bias_E", "shared_gate_SH")}
-    parts = {f"expert {e}": weights.expert(e) for e in range(spec.num_experts)}
+    parts = {f"expert {e}": weights.expert(e) for e in range(spec.num_experts if experts is None else experts)}
     if shared := weights.shared_expert():
         parts["shared"] = shared
     held |= {f"{who} {field}": getattr(part, field) for who, part in parts.items() for field in part._fields}
@@ -83,14 +84,29 @@ def test_round_trip(spec: MoESpec, layout: Layout, shared_layout: Layout) -> Non
     assert_same(canonical(read, spec), canonical(weights, spec))
 
 
-@given(specs, st.sampled_from(LAYOUTS), st.integers(1, 4), st.data())
-@settings(max_examples=60, deadline=None, derandomize=True)
-def test_a_rank_shard_in_any_layout(spec: MoESpec, layout: Layout, tp: int, data: st.DataObject) -> None:
-    """A rank's shard is a smaller layer; it is stored and read as one, empty shards included."""
-    parallel, rank = Parallel(tp=tp), data.draw(st.integers(0, tp - 1))
-    shard = numbered(spec).shard(parallel, rank)
-    read = from_layout(to_layout(shard, layout, spec, parallel, rank), layout, spec, parallel, rank)
-    assert_same(canonical(read, spec), canonical(shard, spec))
+tps = st.integers(1, 4)
+parallels = st.one_of(
+    st.builds(Parallel, tp=tps), st.builds(Parallel, tp=tps, schedule=st.just(Schedule.GATHER)),
+    st.builds(Parallel, tp=tps, ep=st.integers(2, 5), hosting=st.sampled_from(Hosting), redundant=st.sampled_from(
+        [(), (0,), (0, 0)]), shared=st.sampled_from(SharedPlacement)))
+
+
+@given(specs, st.sampled_from(LAYOUTS), parallels, st.data())
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_a_rank_shard_in_any_layout(spec: MoESpec, layout: Layout, parallel: Parallel, data: st.DataObject) -> None:
+    """A rank's shard is stored and read under every placement: parts without columns, ranks without experts, w2 with
+    another width than w13 (gather) included. The declared shapes are the stored ones."""
+    rank = data.draw(st.integers(0, parallel.size - 1))
+    shard, experts = numbered(spec).shard(parallel, rank), len(parallel.hosted(spec.num_experts)[rank // parallel.tp])
+    stored = to_layout(shard, layout, spec, parallel, rank)
+    assert {name: tuple(held[-1].shape if isinstance(held, list) else held.shape)
+            for name, held in stored.items() if not isinstance(held, list) or held} == {
+        name: shape for name, shape in layout_shapes(layout, spec, parallel, rank).items()
+        if torch.is_tensor(stored[name]) or experts}
+    read = from_layout(stored, layout, spec, parallel, rank)
+    assert_same(canonical(read, spec, experts), canonical(shard, spec, experts))
+    assert all(tensor.dtype == torch.float32 for held in stored.values()
+               for tensor in (held if isinstance(held, list) else [held]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)

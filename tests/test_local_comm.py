@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 import pytest
 import torch
 
-from moe_ref.contract.comm import CommCall, CountingComm, SoloComm
+from moe_ref.contract.comm import CommCall, CountingComm, SoloComm, grid_groups
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.local_comm import CollectiveMismatch, LocalComm, run_virtual_ranks
 
@@ -264,3 +264,77 @@ def test_calls_are_counted_as_they_are_issued() -> None:
 
     assert run(2, body)[1] == [CommCall("all_reduce", 15, 30), CommCall("all_gather", 2, 8),
                                CommCall("reduce_scatter", 4, 16), CommCall("all_to_all", 3, 12)]
+
+
+def test_a_grid_of_groups() -> None:
+    """tp groups are rows of the grid and ep groups its columns; each sums over its own members only."""
+
+    def body(world: LocalComm) -> tuple:
+        groups = grid_groups(world, tp=3, ep=2)
+        value = torch.tensor([10.0**world.rank])
+        return groups.rank, groups.tp.all_reduce(value).item(), groups.ep.all_reduce(value).item()
+
+    assert run(6, body) == [(rank, [111.0, 111000.0][rank // 3], 10.0**(rank % 3) * 1001) for rank in range(6)]
+
+
+def test_groups_need_not_move_together() -> None:
+    """One row of the grid makes three calls while the other makes one; the column's call waits for both."""
+
+    def body(world: LocalComm) -> float:
+        groups = grid_groups(world, tp=2, ep=2)
+        total = torch.ones(1)
+        for _ in range(3 if groups.ep.rank == 0 else 1):
+            total = groups.tp.all_reduce(total)
+        return groups.ep.all_reduce(total).item()
+
+    assert run(4, body) == [10.0] * 4
+
+
+def test_groups_that_wait_for_each_other() -> None:
+    """Ranks 0 and 3 wait for their rows, 1 and 2 for their columns: nobody can go on, and each is named."""
+
+    def body(world: LocalComm) -> torch.Tensor:
+        groups = grid_groups(world, tp=2, ep=2)
+        first, second = (groups.tp, groups.ep) if world.rank in (0, 3) else (groups.ep, groups.tp)
+        return second.all_reduce(first.all_reduce(torch.ones(1)))
+
+    with pytest.raises(CollectiveMismatch, match="no rank can go on") as caught:
+        run(4, body)
+    for rank in range(4):
+        assert f"ranks [{rank}] wait in all_reduce #0" in str(caught.value)
+
+
+def test_a_member_that_has_returned() -> None:
+    """Rank 3 leaves its column alone in a call; the other groups are not to blame."""
+
+    def body(world: LocalComm) -> None:
+        groups = grid_groups(world, tp=2, ep=2)
+        groups.tp.all_reduce(torch.ones(1))
+        if world.rank != 3:
+            groups.ep.all_reduce(torch.ones(1))
+
+    with pytest.raises(CollectiveMismatch, match=r"rank 3 returned, but ranks \[1\] wait in all_reduce #0"):
+        run(4, body)
+
+
+def test_a_grid_of_another_size() -> None:
+    """Six ranks are no 2 x 2 grid."""
+    with pytest.raises(UsageValueError, match=r"6 ranks, but ep\*tp is 2\*2"):
+        run(6, lambda world: grid_groups(world, tp=2, ep=2))
+
+
+def test_broadcast_is_rank_zeros() -> None:
+    """Whatever the others hold, and a copy for each."""
+    results = run(3, lambda comm: comm.broadcast(torch.full((2,), float(comm.rank))))
+    assert [result.tolist() for result in results] == [[0.0, 0.0]] * 3
+    assert len({result.data_ptr() for result in results}) == 3
+
+
+def test_as_many_ranks_as_the_contract_allows() -> None:
+    """64 virtual ranks as an 8 x 8 grid."""
+
+    def body(world: LocalComm) -> float:
+        groups = grid_groups(world, tp=8, ep=8)
+        return groups.ep.all_reduce(groups.tp.all_reduce(torch.tensor([float(world.rank)]))).item()
+
+    assert run(64, body) == [float(sum(range(64)))] * 64

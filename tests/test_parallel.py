@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_ref.contract.errors import UsageValueError
-from moe_ref.contract.parallel import PLACEMENTS, Parallel
+from moe_ref.contract.parallel import Parallel
+from moe_ref.contract.placements import PLACEMENTS
 from moe_ref.contract.weights import MoEWeights
 
 degrees = st.integers(1, 64)
@@ -59,8 +60,8 @@ def test_named_cuts(parallel: Parallel, size: int, widths: list[int]) -> None:
 def test_all_faults_at_once() -> None:
     """A wrong degree, schedule and shares in one message."""
     with pytest.raises(UsageValueError) as caught:
-        Parallel(tp=0, ep=-1, schedule="ring", splits=(1, 0))
-    for fault in ("tp=0", "ep=-1", "schedule='ring'", "splits has 2 shares", "splits=(1, 0)"):
+        Parallel(tp=0, ep=-1, schedule="ring", splits=(1, -1))
+    for fault in ("tp=0", "ep=-1", "schedule='ring'", "splits has 2 shares", "splits=(1, -1)"):
         assert fault in str(caught.value)
 
 

@@ -28,29 +28,29 @@ def open_checkpoint(path: str | Path, layer: int | str, naming: str | Naming, sp
     """A WeightSource over one layer of a safetensors checkpoint, dtypes as stored; experts are read on demand.
 
     layer: its number, or the prefix of its names, "model.language_model.layers.3". naming: one of namings(), its
-    name, or a family (model_type). Only this rank's slices are read, along the axis that PLACEMENTS cuts; gate
-    and up of one expert are copied together where they are not stored so that one view holds both.
+    name, or a family (model_type). The source's expert(i) is the i-th of those that `rank` hosts, and only this rank's
+    slices of it are read, along the axes that placements(parallel) cuts; gate and up of one expert are copied together
+    where they are not stored so that one view holds both.
     Raises UsageValueError that lists all tensors that are missing, unknown, of another shape, quantised or of a
-    dtype that dtype_faults refuses; also for a rank outside [0, tp), ep > 1, and files that cannot be read or mean
-    two things. Raises UsageTypeError that lists the arguments of another type.
+    dtype that dtype_faults refuses; also for a rank outside [0, ep * tp), and files that cannot be read or mean two
+    things. Raises UsageTypeError that lists the arguments of another type.
     """
     raise_type_faults("open_checkpoint", type_faults(
         path=(path, str | Path), layer=(layer, int | str), naming=(naming, str | Naming), spec=(spec, MoESpec),
         parallel=(parallel, Parallel | None)))
-    parallel = check_place("open_checkpoint", parallel, rank)
+    parallel = check_place(parallel, rank)
     naming = find_naming(naming) if isinstance(naming, str) else naming
     files = CheckpointFiles(path)
     prefix = naming.layer.format(layer=layer) if is_integer(layer) else f"{str(layer).rstrip('.')}."
     stored = _open_tensors(files, prefix, naming, spec)
-    sizes = layout_sizes(spec, "experts")
     names = mlp_axes(naming.experts, spec.experts)
     experts = StoredMLP({name: _one_or_list(stored[name], naming) for name in names}, naming.experts, spec.experts,
-                        sizes, parallel, rank)
+                        "experts", layout_sizes(spec, "experts"), parallel, rank)
     shared = None
     if spec.shared:
         names = mlp_axes(naming.shared, spec.shared.mlp)
         shared = StoredMLP({name: stored[f"shared_{name}"][0] for name in names}, naming.shared, spec.shared.mlp,
-                           layout_sizes(spec, "shared"), parallel, rank)
+                           "shared", layout_sizes(spec, "shared"), parallel, rank)
     whole = {name: stored[name][0][()] for name in WHOLE_PARAMETERS if name in stored}
     return LayoutSource(experts, shared, {name: tensor[0] if name in naming.unit_axes else tensor
                                           for name, tensor in whole.items()})

@@ -6,7 +6,18 @@ from typing import Literal
 from moe_ref.contract.case import Case
 from moe_ref.contract.features import Feature, features_of
 from moe_ref.contract.spec import MoESpec
-from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Schedule, Stage, Storage
+from moe_ref.contract.vocabulary import (
+    Direction,
+    Dtype,
+    Format,
+    Hosting,
+    Ranks,
+    Schedule,
+    SharedPlacement,
+    Stage,
+    Storage,
+    Tokens,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +51,11 @@ class Capabilities:
     stages:                      the stages it records in `trace`, beyond the output
     features:                    options of the mathematics, beyond the activations and scores named
     storages:                    orders of weights in memory that it reads through strides
+    directions:                  with the backward one, what it returns is differentiable in all that it is handed
+    max_tp, max_ep:              the largest degrees
+    tokens, hostings, redundant, shared_placements, schedules: what of Parallel it works under
     deterministic:               the same bits whenever it is run again
-    equal_ranks:                 every rank returns the same bits
+    equal_ranks:                 every rank returns the same bits, gradients of what ranks hold alike included
     lower_id_ties:               exact ties go to the lower expert id
     collectives_through_groups:  it communicates through `groups` only, so calls can be counted
     """
@@ -53,7 +67,13 @@ class Capabilities:
     activations: tuple[str, ...] = ("silu",)
     scores: tuple[str, ...] = ("softmax",)
     features: tuple[Feature, ...] = ()
+    directions: tuple[Direction, ...] = (Direction.FORWARD,)
     max_tp: int = 1
+    max_ep: int = 1
+    tokens: tuple[Tokens, ...] = (Tokens.REPLICATED,)
+    hostings: tuple[Hosting, ...] = (Hosting.CONTIGUOUS,)
+    redundant: bool = False
+    shared_placements: tuple[SharedPlacement, ...] = (SharedPlacement.SHARDED,)
     storages: tuple[Storage, ...] = (Storage.OUT_IN,)
     schedules: tuple[Schedule, ...] = (Schedule.ALL_REDUCE,)
     ranks: tuple[Ranks, ...] = (Ranks.LOCAL,)
@@ -67,8 +87,13 @@ class Capabilities:
         """Why `case` is not supported, or None when it is."""
         refused = [
             (case.problem.dtype not in self.numerics, f"dtype {case.problem.dtype}"),
+            (case.direction not in self.directions, f"direction {case.direction}"),
             (case.parallel.tp > self.max_tp, f"tp {case.parallel.tp} above {self.max_tp}"),
-            (case.parallel.ep > 1, f"ep {case.parallel.ep}"),
+            (case.parallel.ep > self.max_ep, f"ep {case.parallel.ep}" + f" above {self.max_ep}" * (self.max_ep > 1)),
+            (case.parallel.tokens not in self.tokens, f"tokens {case.parallel.tokens}"),
+            (case.parallel.hosting not in self.hostings, f"hosting {case.parallel.hosting}"),
+            (bool(case.parallel.redundant) and not self.redundant, "redundant experts"),
+            (case.parallel.shared not in self.shared_placements, f"shared expert {case.parallel.shared}"),
             (case.storage not in self.storages, f"weights stored as {case.storage}"),
             (case.parallel.schedule not in self.schedules, f"schedule {case.parallel.schedule}"),
             (ranks not in self.ranks, f"{ranks} ranks"),

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 
 from moe_ref.contract.errors import is_integer, raise_faults
-from moe_ref.contract.parallel import Parallel
+from moe_ref.contract.parallel import Parallel, share_faults
 from moe_ref.contract.spec import MoESpec
-from moe_ref.contract.vocabulary import Data, Direction, Dtype, Pattern, Storage
+from moe_ref.contract.vocabulary import Data, Direction, Dtype, Pattern, Storage, Tokens
 from moe_ref.models.registry import cut_experts, find_model
 
 
@@ -46,9 +46,33 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A problem, its parallelism, how its weights lie in memory, its direction; equal to its id, see case_id.py."""
+    """A problem, its parallelism, how its weights lie in memory, its direction; equal to its id, see case_id.py.
+
+    token_shares: one share per part of sharded tokens, in rank order (tp, ep or ep * tp of them); None: equal shares.
+    """
 
     problem: Problem
     parallel: Parallel = field(default_factory=Parallel)
+    token_shares: tuple[int, ...] | None = None
     storage: Storage = Storage.OUT_IN
     direction: Direction = Direction.FORWARD
+
+    def __post_init__(self) -> None:
+        if self.direction is Direction.BACKWARD and self.problem.data is Data.NON_FINITE:
+            raise_faults("Case", [f"direction {self.direction} with data {self.problem.data}, but one token that is "
+                                  "not finite makes every gradient of a parameter so"])
+        if self.token_shares is None:
+            return
+        tokens, parts = self.parallel.tokens, self.num_token_parts
+        if tokens is Tokens.REPLICATED:
+            raise_faults("Case", [f"token_shares={self.token_shares}, but with tokens={tokens} nothing is shared out"])
+        faults = share_faults("token_shares", self.token_shares)
+        if len(self.token_shares) != parts:
+            faults.append(f"token_shares has {len(self.token_shares)} shares, but tokens={tokens} has {parts} parts")
+        raise_faults("Case", faults)
+
+    @property
+    def num_token_parts(self) -> int:
+        """Into how many parts the tokens are cut."""
+        tokens = self.parallel.tokens
+        return (self.parallel.tp if tokens.over_tp else 1) * (self.parallel.ep if tokens.over_ep else 1)

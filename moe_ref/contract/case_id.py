@@ -3,26 +3,40 @@
 Grammar, sections joined by "-", defaults left out, order fixed:
 
     v1 - SIZES - DTYPE [- router words] [- mlp words] [-res] [-PATTERN] [-DATA] [-sSEED] [-tpN] [-epN] [-splitA.B]
-      [-STORAGE]
+      [-SCHEDULE] [-TOKENS] [-shareA.B] [-HOSTING] [-copyE.E] [-wholeshared] [-STORAGE] [-bwd]
 
     SIZES   T33.H96.I160.E8.K2   tokens, hidden, intermediate, experts, top-k; without E and K: a dense MLP
             mixtral.8x7b.T32     a published model; .E4 cuts the number of experts, never a width
     router  sigmoid | norm | eps1em20 | bias | g8.4 (groups.kept) | top2sum | scale2.5 ... see spec_words.py
     mlp     gelu | gelutanh ... ; shared expert: sh256 | shgate | shgelu | shgelutanh ... ; weightinput | outbias
     others  zipf | onehot | empty | allone | ties ; outlier | large | nonfinite ; s7 ; tp4 ; ep2 ; split60.40
+    spread  allreducerows | reducescatter | gather ; tokenstp | tokensep | tokensboth ; share3.0.1 (of the tokens)
+            roundrobin ; copy0.3 (experts 0 and 3 have one copy more) ; wholeshared
+    bwd     the gradients too
 
 Letters, digits, dot and hyphen only; "m" is minus, as in eps1em20. A later grammar gets another prefix;
 what an id means never changes.
 """
 
 import re
+from enum import StrEnum
 
 from moe_ref.contract.case import Case, Problem
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.spec import MoESpec, Router
 from moe_ref.contract.spec_words import COUNT, apply_spec_options, match_option, spec_words
-from moe_ref.contract.vocabulary import Data, Dtype, Pattern, Storage
+from moe_ref.contract.vocabulary import (
+    Data,
+    Direction,
+    Dtype,
+    Hosting,
+    Pattern,
+    Schedule,
+    SharedPlacement,
+    Storage,
+    Tokens,
+)
 from moe_ref.models.registry import cut_experts, find_model
 
 PREFIX = "v1"
@@ -37,10 +51,30 @@ def format_case(case: Case) -> str:
         words.append(f"tp{case.parallel.tp}")
     if case.parallel.ep > 1:
         words.append(f"ep{case.parallel.ep}")
-    if case.parallel.splits:
-        words.append("split" + ".".join(str(share) for share in case.parallel.splits))
+    words += _spread_words(case)
     words += [case.storage] * (case.storage is not Storage.OUT_IN)
+    words += [case.direction] * (case.direction is Direction.BACKWARD)
     return "-".join(words)
+
+
+_SPREAD_WORDS: dict[str, dict[str, StrEnum]] = {
+    "schedule": {one.replace("_", ""): one for one in Schedule if one is not Schedule.ALL_REDUCE},
+    "tokens": {"tokenstp": Tokens.SHARDED_TP, "tokensep": Tokens.SHARDED_EP, "tokensboth": Tokens.SHARDED},
+    "hosting": {"roundrobin": Hosting.ROUND_ROBIN}, "shared": {"wholeshared": SharedPlacement.REPLICATED}}
+"""Fields of Parallel whose default is left out, and the word of each other value."""
+
+
+def _spread_words(case: Case) -> list[str]:
+    parallel = case.parallel
+    named = {name: [word for word, value in words.items() if value is getattr(parallel, name)]
+             for name, words in _SPREAD_WORDS.items()}
+    return [*_list_word("split", parallel.splits), *named["schedule"], *named["tokens"],
+            *_list_word("share", case.token_shares), *named["hosting"], *_list_word("copy", parallel.redundant),
+            *named["shared"]]
+
+
+def _list_word(name: str, numbers: tuple[int, ...] | None) -> list[str]:
+    return [name + ".".join(str(number) for number in numbers)] if numbers else []
 
 
 def format_problem(problem: Problem) -> str:
@@ -78,16 +112,21 @@ def parse_case(text: str) -> Case:
                       residual="res" in options, seed=int(options.get("s", "0")),
                       pattern=Pattern(options.get("pattern", Pattern.UNIFORM)),
                       data=Data(options.get("data", Data.UNIT)))
-    splits = tuple(int(share) for share in options["split"].split(".")) if "split" in options else None
-    case = Case(problem=problem, parallel=Parallel(tp=int(options.get("tp", "1")), ep=int(options.get("ep", "1")),
-                                                   splits=splits),
-                storage=Storage(options.get("storage", Storage.OUT_IN)))
+    lists = {name: tuple(int(number) for number in options[name].split("."))
+             for name in ("split", "share", "copy") if name in options}
+    named = {name: words[options[name]] for name, words in _SPREAD_WORDS.items() if name in options}
+    parallel = Parallel(tp=int(options.get("tp", "1")), ep=int(options.get("ep", "1")), splits=lists.get("split"),
+                        redundant=lists.get("copy", ()), **named)  # pyrefly: ignore
+    case = Case(problem=problem, parallel=parallel, token_shares=lists.get("share"),
+                storage=Storage(options.get("storage", Storage.OUT_IN)),
+                direction=Direction(options.get("direction", Direction.FORWARD)))
     if (canonical := format_case(case)) != text:
         raise UsageValueError(f"case id {text!r}: not in canonical form, which is {canonical!r}")
     return case
 
 
-_VALUED = {"s": r"\d{1,10}", "tp": COUNT, "ep": COUNT, "split": rf"{COUNT}(?:\.{COUNT})*"}
+_VALUED = {"s": r"\d{1,10}", "tp": COUNT, "ep": COUNT,
+           **dict.fromkeys(("split", "share", "copy"), rf"{COUNT}(?:\.{COUNT})*")}
 
 
 def _read_options(text: str, words: list[str]) -> dict[str, str]:
@@ -103,8 +142,13 @@ def _read_options(text: str, words: list[str]) -> dict[str, str]:
 def _read_word(text: str, word: str) -> tuple[str, str]:
     if word == "res":
         return word, ""
+    if word == Direction.BACKWARD:
+        return "direction", word
     for name, values in (("pattern", tuple(Pattern)), ("data", tuple(Data)), ("storage", tuple(Storage))):
         if word in values:
+            return name, word
+    for name, spread in _SPREAD_WORDS.items():
+        if word in spread:
             return name, word
     if option := match_option(word):
         return option

@@ -7,6 +7,7 @@ from moe_ref.contract.errors import UsageTypeError, UsageValueError, raise_fault
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec
+from moe_ref.contract.vocabulary import Tokens
 from moe_ref.contract.weights import WHOLE_PARAMETERS, WeightSource
 
 CHECKS = ("metadata", "values")
@@ -37,10 +38,15 @@ def check_groups(parallel: Parallel | None, groups: Groups | None) -> tuple[Para
     faults = [f"world size: the {axis} group has {comm.size} ranks, but parallel.{axis} is {degree}"
               for axis, comm, degree in (("tp", groups.tp, parallel.tp), ("ep", groups.ep, parallel.ep))
               if comm.size != degree]
-    if parallel.ep > 1:
-        faults.append(f"ep={parallel.ep}, but expert parallelism is not implemented yet, only ep=1")
     raise_faults("groups", faults)
     return parallel, groups
+
+
+def check_capacity(spec: MoESpec, parallel: Parallel) -> None:
+    """A router with a capacity counts all tokens of the batch, so it cannot run where a rank holds a part of them."""
+    if spec.router is not None and spec.router.capacity is not None and parallel.tokens is not Tokens.REPLICATED:
+        raise UsageValueError(f"tokens={parallel.tokens}, but the router's capacity counts all tokens of the batch: "
+                              "hand in a routing, or replicate the tokens")
 
 
 def check_routing(routing: Routing, spec: MoESpec, num_tokens: int, check: str) -> None:

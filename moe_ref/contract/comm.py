@@ -6,12 +6,15 @@ from typing import Protocol
 
 import torch
 
+from moe_ref.contract.errors import UsageValueError
+
 
 class Comm(Protocol):
     """One process group as a rank sees it. Every call returns a new tensor; arguments stay unchanged.
 
     Sums run in the tensor's own dtype. all_gather and all_to_all work along dimension 0 and accept uneven
-    parts. device is where small messages of the host should live.
+    parts; reduce_scatter leaves `rows[rank]` rows of the sum to each rank; broadcast returns rank 0's tensor, and every
+    rank passes one of its shape. device is where small messages of the host should live.
     """
 
     @property
@@ -24,6 +27,13 @@ class Comm(Protocol):
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]: ...
     def reduce_scatter(self, tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor: ...
     def all_to_all(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]: ...
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor: ...
+
+
+class WorldComm(Comm, Protocol):
+    """A Comm that can be divided: ranks count within it, and every rank passes the same parts."""
+
+    def subgroup(self, parts: Sequence[Sequence[int]]) -> Comm: ...
 
 
 class SoloComm:
@@ -45,22 +55,27 @@ class SoloComm:
     def all_to_all(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         return [tensor.clone() for tensor in tensors]
 
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone()
+
 
 @dataclass(frozen=True)
 class CommCall:
-    """One collective as it was issued: its name, elements and bytes this rank handed over."""
+    """One collective as it was issued: its name, elements and bytes this rank handed over, and the group's name."""
 
     operation: str
     num_elements: int
     num_bytes: int
+    group: str = "tp"
 
 
 @dataclass
 class CountingComm:
-    """Passes every call on to `inner` and records it in `calls` when it is issued."""
+    """Passes every call on to `inner` and records it in `calls` when it is issued; groups may share one list."""
 
     inner: Comm
     calls: list[CommCall] = field(default_factory=list)
+    group: str = "tp"
 
     @property
     def rank(self) -> int:
@@ -76,7 +91,8 @@ class CountingComm:
 
     def _count(self, operation: str, tensors: Sequence[torch.Tensor]) -> None:
         elements = sum(tensor.numel() for tensor in tensors)
-        self.calls.append(CommCall(operation, elements, sum(t.numel() * t.element_size() for t in tensors)))
+        num_bytes = sum(t.numel() * t.element_size() for t in tensors)
+        self.calls.append(CommCall(operation, elements, num_bytes, self.group))
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         self._count("all_reduce", [tensor])
@@ -94,6 +110,10 @@ class CountingComm:
         self._count("all_to_all", list(tensors))
         return self.inner.all_to_all(tensors)
 
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._count("broadcast", [tensor])
+        return self.inner.broadcast(tensor)
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -102,5 +122,22 @@ class Groups:
     tp: Comm = field(default_factory=SoloComm)
     ep: Comm = field(default_factory=SoloComm)
 
+    @property
+    def rank(self) -> int:
+        """This rank's number in the grid of Parallel."""
+        return self.ep.rank * self.tp.size + self.tp.rank
+
     def __deepcopy__(self, memo: dict) -> "Groups":
         return self
+
+
+def grid_groups(world: WorldComm, tp: int, ep: int) -> Groups:
+    """The tp and ep groups of this rank in a grid of ep * tp ranks, rank = ep rank * tp + tp rank.
+
+    Collective: every rank of `world`, which has ep * tp ranks, calls it once, in the same order as the others.
+    """
+    if world.size != ep * tp:
+        raise UsageValueError(f"world size: {world.size} ranks, but ep*tp is {ep}*{tp}")
+    rows = [range(row * tp, (row + 1) * tp) for row in range(ep)]
+    columns = [range(column, ep * tp, tp) for column in range(tp)]
+    return Groups(tp=world.subgroup(rows), ep=world.subgroup(columns) if ep > 1 else SoloComm())

@@ -32,17 +32,34 @@ class _Request:
     payload: object
 
 
+class _Round:
+    """One collective of one group: what its members handed over so far."""
+
+    def __init__(self, members: tuple[int, ...], number: int) -> None:
+        self.members, self.number = members, number
+        self.requests: dict[int, _Request] = {}
+
+    @property
+    def complete(self) -> bool:
+        return len(self.requests) == len(self.members)
+
+    def words(self) -> str:
+        """As "ranks [0, 1] wait in all_reduce #3", for those who have come."""
+        waiting = sorted(self.requests)
+        return f"ranks {waiting} wait in {self.requests[waiting[0]].operation} #{self.number}"
+
+
 class _Baton:
-    """Whose turn it is, and what every rank handed to the current collective."""
+    """Whose turn it is, and the collective that every group is in."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.turn = 0
         self.changed = threading.Condition()
-        self.requests: dict[int, _Request] = {}
+        self.rounds: dict[tuple[int, ...], _Round] = {}
         self.finished: set[int] = set()
         self.failure: BaseException | None = None
-        self.num_collectives = 0
+        self.idle_turns = 0
 
     def wait_turn(self, rank: int) -> None:
         with self.changed:
@@ -51,8 +68,10 @@ class _Baton:
                 raise _PeerFailed(str(self.failure))
 
     def hand_on(self, rank: int) -> None:
+        """To the next rank that has not returned; to nobody when all have."""
         with self.changed:
-            self.turn = (rank + 1) % self.size
+            following = ((rank + step) % self.size for step in range(1, self.size + 1))
+            self.turn = next((one for one in following if one not in self.finished), -1)
             self.changed.notify_all()
 
     def fail(self, error: BaseException) -> None:
@@ -60,53 +79,69 @@ class _Baton:
             self.failure = self.failure or error
             self.changed.notify_all()
 
-    def exchange(self, rank: int, request: _Request) -> dict[int, _Request]:
-        """Deposit a request, let the others run up to theirs, and return all requests in rank order."""
-        if self.finished:
-            raise CollectiveMismatch(f"rank {rank} waits in {request.operation} #{self.num_collectives}, "
-                                     f"but rank {min(self.finished)} has already returned")
-        self.requests[rank] = request
-        first = self.requests[min(self.requests)]
-        if (request.operation, request.signature) != (first.operation, first.signature):
+    def exchange(self, rank: int, members: tuple[int, ...], request: _Request) -> dict[int, _Request]:
+        """Deposit a request, let the others run up to theirs, and return all requests of the group."""
+        current = self.rounds.setdefault(members, _Round(members, 0))
+        if gone := self.finished.intersection(members):
+            raise CollectiveMismatch(f"rank {rank} waits in {request.operation} #{current.number}, "
+                                     f"but rank {min(gone)} has already returned")
+        current.requests[rank] = request
+        self._check_same(rank, current)
+        if current.complete:
+            self.rounds[members] = _Round(members, current.number + 1)
+        self.idle_turns = 0
+        while True:
+            self.hand_on(rank)
+            self.wait_turn(rank)
+            if current.complete:
+                return current.requests
+            self.idle_turns += 1
+            if self.idle_turns > self.size:
+                raise CollectiveMismatch("no rank can go on: " + "; ".join(
+                    one.words() for one in self.rounds.values() if one.requests))
+
+    def _check_same(self, rank: int, current: _Round) -> None:
+        other = min(current.requests)
+        mine, first = current.requests[rank], current.requests[other]
+        if (mine.operation, mine.signature) != (first.operation, first.signature):
             raise CollectiveMismatch(
-                f"collective #{self.num_collectives}: rank {rank} issued {request.operation}{request.signature}, "
-                f"but rank {min(self.requests)} issued {first.operation}{first.signature}")
-        everyone = self.requests
-        self.hand_on(rank)
-        self.wait_turn(rank)
-        if rank == 0:
-            self.requests = {}
-            self.num_collectives += 1
-        return everyone
+                f"collective #{current.number}: rank {rank} issued {mine.operation}{mine.signature}, "
+                f"but rank {other} issued {first.operation}{first.signature}")
 
     def finish(self, rank: int) -> None:
-        if self.requests and self.failure is None:
-            waiting = sorted(self.requests)
-            raise CollectiveMismatch(f"rank {rank} returned, but ranks {waiting} wait in "
-                                     f"{self.requests[waiting[0]].operation} #{self.num_collectives}")
+        left = [one for members, one in self.rounds.items() if rank in members and one.requests]
+        if left and self.failure is None:
+            raise CollectiveMismatch(f"rank {rank} returned, but {left[0].words()}")
+        self.idle_turns = 0
         self.finished.add(rank)
         self.hand_on(rank)
 
 
 class LocalComm:
-    """The Comm of one virtual rank; sums run in rank order, in the tensor's dtype."""
+    """The Comm of one virtual rank, or of a part of them; sums run in rank order, in the tensor's dtype."""
 
-    def __init__(self, baton: _Baton, rank: int) -> None:
-        self._baton = baton
-        self.rank = rank
+    def __init__(self, baton: _Baton, rank: int, members: tuple[int, ...] | None = None) -> None:
+        self._baton, self._global_rank = baton, rank
+        self._members = tuple(range(baton.size)) if members is None else members
+        self.rank = self._members.index(rank)
 
     @property
     def size(self) -> int:
-        return self._baton.size
+        return len(self._members)
 
     @property
     def device(self) -> torch.device:
         return torch.device("cpu")
 
+    def subgroup(self, parts: Sequence[Sequence[int]]) -> "LocalComm":
+        """The part of this group that holds this rank; all pass the same parts, ranks counted in this group."""
+        mine = next(part for part in parts if self.rank in part)
+        return LocalComm(self._baton, self._global_rank, tuple(self._members[rank] for rank in mine))
+
     def _exchange(self, operation: str, signature: tuple, payload: object) -> list:
         # Payloads are copies: a rank that resumes first may overwrite its buffer before the others read it.
-        requests = self._baton.exchange(self.rank, _Request(operation, signature, payload))
-        return [requests[rank].payload for rank in range(self.size)]
+        requests = self._baton.exchange(self._global_rank, self._members, _Request(operation, signature, payload))
+        return [requests[rank].payload for rank in self._members]
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         parts = self._exchange("all_reduce", (tuple(tensor.shape), str(tensor.dtype)), tensor.clone())
@@ -131,6 +166,10 @@ class LocalComm:
             raise UsageValueError(f"all_to_all: {len(tensors)} parts, but should be one per rank, {self.size}")
         parts = self._exchange("all_to_all", (str(tensors[0].dtype),), [tensor.clone() for tensor in tensors])
         return [part[self.rank].clone() for part in parts]
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        parts = self._exchange("broadcast", (tuple(tensor.shape), str(tensor.dtype)), tensor.clone())
+        return parts[0].clone()
 
 
 def _sum_in_rank_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:

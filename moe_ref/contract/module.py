@@ -6,9 +6,10 @@ from typing import ClassVar
 import torch
 
 from moe_ref.contract.checks import check_groups
-from moe_ref.contract.comm import Comm, Groups
+from moe_ref.contract.comm import Groups
 from moe_ref.contract.errors import UsageTypeError, UsageValueError
 from moe_ref.contract.parallel import Parallel
+from moe_ref.contract.placements import rank_part
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.weights import (
@@ -22,15 +23,14 @@ from moe_ref.contract.weights import (
     check_shared,
     check_weights,
     parameter_shapes,
-    rank_part,
 )
 
 
 class LayerModule(torch.nn.Module):
     """Holds the parameters of MoEWeights as this rank's shard, uninitialised: load or copy weights into them.
 
-    A package subclasses it and sets `layer_function` to its own `moe`. Builds on the meta device. That all
-    ranks have the same spec and splits is checked once, here, by one all_gather; UsageValueError shows both.
+    A package subclasses it and sets `layer_function` to its own `moe`. Builds on the meta device. That all ranks
+    have the same spec and Parallel is checked once, here, by one all_gather over each axis; UsageValueError shows both.
     selection_bias_E is a buffer in fp32 or better, since training updates it without a gradient. router_dtype:
     dtype of what a checkpoint may keep more precise (KEPT_PRECISE: router, gates, scales); default `dtype`.
     """
@@ -43,8 +43,8 @@ class LayerModule(torch.nn.Module):
         super().__init__()
         self.spec = spec
         self.parallel, self.groups = check_groups(parallel, groups)
-        _check_agreement(self.groups.tp, repr((spec, self.parallel)))
-        for name, shape in parameter_shapes(spec, self.parallel, self.groups.tp.rank).items():
+        _check_agreement(self.groups, repr((spec, self.parallel)))
+        for name, shape in parameter_shapes(spec, self.parallel, self.groups.rank).items():
             kind = dtype or torch.get_default_dtype()
             if name == "selection_bias_E":
                 precise = torch.promote_types(kind, torch.float32)
@@ -62,19 +62,20 @@ class LayerModule(torch.nn.Module):
     def load_weights(self, weights: WeightSource, *, sharded: bool = False) -> None:
         """Copy weights into this rank's parameters, one expert at a time.
 
-        Unsharded weights are cut on the way; sharded=True: the source already is this rank's shard, as a
-        checkpoint opened for it. Raises UsageValueError on shapes that do not fit.
+        Of unsharded weights only the experts that this rank hosts are read, and cut on the way; sharded=True: the
+        source already is this rank's shard, as a checkpoint opened for it. Raises UsageValueError on shapes that do
+        not fit.
         """
-        unsharded, rank = Parallel(), self.groups.tp.rank
+        unsharded, rank = Parallel(), self.groups.rank
         parallel = self.parallel if sharded else unsharded
         source_rank = rank if sharded else 0
         check_weights(weights, self.spec, parallel, source_rank)
 
-        def copy(name: str, tensor: torch.Tensor, e: int | None = None) -> None:
+        def copy(name: str, tensor: torch.Tensor, index: int | None = None) -> None:
             part = tensor if sharded else rank_part(name, tensor, self.parallel, rank)
             target = getattr(self, name)
             _check_target(name, part, target)
-            (target if e is None else target[e]).copy_(part)
+            (target if index is None else target[index]).copy_(part)
 
         for name in WHOLE_PARAMETERS:
             if (tensor := getattr(weights, name)) is not None:
@@ -83,11 +84,12 @@ class LayerModule(torch.nn.Module):
         for name, tensor in zip(SHARED_PARAMETERS, shared or (), strict=False):
             if tensor is not None:
                 copy(name, tensor)
-        for e in range(self.spec.num_experts):
-            expert = check_expert(weights.expert(e), self.spec, parallel, source_rank, e)
+        for index, e in enumerate(self.parallel.hosted(self.spec.num_experts)[self.groups.ep.rank]):
+            place = index if sharded else e
+            expert = check_expert(weights.expert(place), self.spec, parallel, source_rank, place)
             for name, tensor in zip(EXPERT_PARAMETERS, expert, strict=True):
                 if tensor is not None:
-                    copy(name, tensor, e)
+                    copy(name, tensor, index)
 
     def forward(self, x_TH: torch.Tensor, residual_TH: torch.Tensor | None = None, *,
                 trace: Trace | None = None) -> torch.Tensor:
@@ -105,11 +107,13 @@ def _check_target(name: str, part: torch.Tensor, target: torch.Tensor) -> None:
                              f"build the layer with {option}={part.dtype}, or convert the weights first")
 
 
-def _check_agreement(comm: Comm, description: str) -> None:
-    if comm.size == 1:
-        return
-    mine = torch.tensor(list(description.encode()), dtype=torch.uint8, device=comm.device)
-    for rank, other in enumerate(comm.all_gather(mine)):
-        if other.tolist() != mine.tolist():
-            raise UsageValueError(f"rank {comm.rank} builds {description}, but rank {rank} builds "
-                                  f"{bytes(other.tolist()).decode()}")
+def _check_agreement(groups: Groups, description: str) -> None:
+    """Compares the texts of the whole grid on every rank, so that none goes on while another one raises."""
+    texts = [description.encode()]
+    for comm in (groups.tp, groups.ep):
+        if comm.size > 1:
+            mine = torch.tensor(list(b"\0".join(texts)), dtype=torch.uint8, device=comm.device)
+            texts = [text for part in comm.all_gather(mine) for text in bytes(part.tolist()).split(b"\0")]
+    for rank, other in enumerate(texts):
+        if other != description.encode():
+            raise UsageValueError(f"rank {groups.rank} builds {description}, but rank {rank} builds {other.decode()}")

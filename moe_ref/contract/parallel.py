@@ -1,37 +1,53 @@
-"""How a layer is spread over ranks: sizes, shards and the logical placement of every parameter."""
+"""How a layer is spread over a grid of ranks: degrees, schedule, shares, and who holds which experts and tokens."""
 
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Literal
 
 from moe_ref.contract.errors import is_integer, positive_faults, raise_faults
-from moe_ref.contract.vocabulary import Schedule
+from moe_ref.contract.vocabulary import Hosting, Schedule, SharedPlacement, Tokens
+
+Range = tuple[int, int]
+"""[start, stop)."""
+
+_WORDS = {"schedule": Schedule, "tokens": Tokens, "hosting": Hosting, "shared": SharedPlacement}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
-    """Tensor- and expert-parallel degrees, the schedule of the reduction, and uneven shares.
+    """A grid of ep x tp ranks, rank = ep rank * tp + tp rank, and what each of them does.
 
-    splits: one positive share per tp rank, e.g. (60, 40); None means equal shares. A size N is cut at
+    splits: one share per tp rank, e.g. (60, 40) or (1, 0); None means equal shares. A size N is cut at
     ceil(N * shares so far / all shares), so 32 over 3 ranks is 11, 11, 10 and every element has one owner.
-    Expert parallelism (ep > 1) is part of the contract; no package here runs it yet and each says so.
+    hosting: how experts go to ep ranks. redundant: experts of which there is one copy more each time they are named;
+    the copies follow the E experts as E, E + 1 ... and are dealt out with them. tokens: who holds a token when the
+    layer is called. shared: whether the shared expert is cut or whole on every rank; where tokens are replicated over
+    ep it is cut over the whole grid, otherwise over tp. The gather schedule is for ep = 1 and replicated tokens;
+    tokens sharded over tp go with reduce_scatter.
     """
 
     tp: int = 1
     ep: int = 1
     schedule: Schedule = Schedule.ALL_REDUCE
     splits: tuple[int, ...] | None = None
+    tokens: Tokens = Tokens.REPLICATED
+    hosting: Hosting = Hosting.CONTIGUOUS
+    redundant: tuple[int, ...] = ()
+    shared: SharedPlacement = SharedPlacement.SHARDED
 
     def __post_init__(self) -> None:
         faults = positive_faults(tp=self.tp, ep=self.ep)
         # Ranks compare the text of their Parallel, so equal ones are brought into one form.
-        if isinstance(self.schedule, str) and self.schedule in tuple(Schedule):
-            object.__setattr__(self, "schedule", Schedule(self.schedule))
-        else:
-            faults.append(f"schedule={self.schedule!r}, but should be one of {', '.join(Schedule)}")
-        if isinstance(self.splits, list | tuple):
-            object.__setattr__(self, "splits", tuple(self.splits))
-        raise_faults("Parallel", faults + self._split_faults())
+        for name, words in _WORDS.items():
+            value = getattr(self, name)
+            if isinstance(value, str) and value in tuple(words):
+                object.__setattr__(self, name, words(value))
+            else:
+                faults.append(f"{name}={value!r}, but should be one of {', '.join(words)}")
+        for name in ("splits", "redundant"):
+            if isinstance(getattr(self, name), list | tuple):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        faults += self._split_faults() + self._redundant_faults()
+        raise_faults("Parallel", faults or self._combination_faults())
 
     def _split_faults(self) -> list[str]:
         if self.splits is None:
@@ -41,58 +57,75 @@ class Parallel:
         faults = []
         if len(self.splits) != self.tp:
             faults.append(f"splits has {len(self.splits)} shares, but should have one per rank, tp={self.tp}")
-        if not all(is_integer(share) and share > 0 for share in self.splits):
-            faults.append(f"splits={self.splits}, but shares should be positive integers")
+        return faults + share_faults("splits", self.splits)
+
+    def _redundant_faults(self) -> list[str]:
+        if isinstance(self.redundant, tuple) and all(is_integer(e) and e >= 0 for e in self.redundant):
+            return []
+        return [f"redundant={self.redundant!r}, but should be a tuple of expert numbers of at least 0"]
+
+    def _combination_faults(self) -> list[str]:
+        faults = []
+        if self.tokens.over_tp and self.schedule is not Schedule.REDUCE_SCATTER:
+            faults.append(f"tokens={self.tokens} with schedule={self.schedule}, but tokens sharded over tp are "
+                          "gathered and their sums scattered, which is schedule=reduce_scatter")
+        if self.schedule is Schedule.GATHER and (self.ep > 1 or self.tokens is not Tokens.REPLICATED):
+            faults.append(f"schedule=gather with ep={self.ep} and tokens={self.tokens}, but it cuts columns over tp "
+                          "alone: ep=1 and replicated tokens")
+        named = [name for name, given in (("tokens", self.tokens.over_ep), ("redundant", bool(self.redundant)),
+                                          ("hosting", self.hosting is not Hosting.CONTIGUOUS)) if given]
+        if self.ep == 1 and named:
+            faults.append(f"{', '.join(named)} given, but with ep=1 one rank hosts every expert")
         return faults
 
-    def check_rank(self, rank: int) -> None:
-        """Raise UsageValueError unless `rank` is an integer in [0, tp)."""
-        if not is_integer(rank) or not 0 <= rank < self.tp:
-            raise_faults("Parallel", [f"rank={rank!r}, but should be an integer of at least 0 and below "
-                                      f"tp={self.tp}"])
-
-    def ranges(self, size: int) -> tuple[tuple[int, int], ...]:
-        """[start, stop) of each tp rank along an axis of `size` elements."""
-        shares = self.splits or (1,) * self.tp
-        total = sum(shares)
-        cuts = [0] + [-(-size * so_far // total) for so_far in accumulate(shares)]
-        return tuple(pairwise(cuts))
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Logical placement of one parameter.
-
-    "colwise" cuts the output features, "rowwise" the input features, whatever the storage order;
-    the dims say which tensor dimension holds them (None: the parameter has no such features).
-    """
-
-    kind: Literal["colwise", "rowwise", "replicated"]
-    input_dim: int | None
-    output_dim: int | None
-
     @property
-    def shard_dim(self) -> int | None:
-        """The tensor dimension that is cut over tp ranks; None when every rank holds all of it."""
-        return {"colwise": self.output_dim, "rowwise": self.input_dim, "replicated": None}[self.kind]
+    def size(self) -> int:
+        """Ranks of the grid."""
+        return self.ep * self.tp
+
+    def coordinates(self, rank: int) -> tuple[int, int]:
+        """(ep rank, tp rank) of a rank of the grid."""
+        self.check_rank(rank)
+        return divmod(rank, self.tp)
+
+    def check_rank(self, rank: int) -> None:
+        """Raise UsageValueError unless `rank` is an integer in [0, ep * tp)."""
+        if not is_integer(rank) or not 0 <= rank < self.size:
+            grid = f"tp={self.tp}" if self.ep == 1 else f"ep*tp={self.ep}*{self.tp}"
+            raise_faults("Parallel", [f"rank={rank!r}, but should be an integer of at least 0 and below {grid}"])
+
+    def ranges(self, size: int) -> tuple[Range, ...]:
+        """The part of each tp rank along an axis of `size` elements."""
+        return cut(size, self.splits or (1,) * self.tp)
+
+    def shared_ranges(self, size: int) -> tuple[Range, ...]:
+        """The part of each rank of the grid of the shared expert's intermediate axis."""
+        if self.shared is SharedPlacement.REPLICATED:
+            return ((0, size),) * self.size
+        shares = self.splits or (1,) * self.tp
+        return cut(size, shares) * self.ep if self.tokens.over_ep else cut(size, shares * self.ep)
+
+    def hosted(self, num_experts: int) -> tuple[tuple[int, ...], ...]:
+        """The experts of each ep rank in the order in which its weights hold them; a copy has its expert's number.
+
+        Raises UsageValueError for a redundant expert that is none of the num_experts.
+        """
+        if self.redundant and max(self.redundant) >= num_experts:
+            raise_faults("Parallel", [f"redundant={self.redundant}, but the layer has experts 0 to {num_experts - 1}"])
+        experts = (*range(num_experts), *self.redundant)
+        if self.hosting is Hosting.ROUND_ROBIN:
+            return tuple(experts[rank::self.ep] for rank in range(self.ep))
+        return tuple(experts[start:stop] for start, stop in cut(len(experts), (1,) * self.ep))
 
 
-PLACEMENTS = {
-    "w13_EGIH": Placement("colwise", input_dim=3, output_dim=2),
-    "w2_EHI": Placement("rowwise", input_dim=2, output_dim=1),
-    "w13_bias_EGI": Placement("colwise", input_dim=None, output_dim=2),
-    "w2_bias_EH": Placement("rowwise", input_dim=None, output_dim=1),
-    "router_EH": Placement("replicated", input_dim=1, output_dim=0),
-    "router_bias_E": Placement("replicated", input_dim=None, output_dim=0),
-    "selection_bias_E": Placement("replicated", input_dim=None, output_dim=0),
-    "weight_scale_E": Placement("replicated", input_dim=None, output_dim=0),
-    "shared_w13_GIH": Placement("colwise", input_dim=2, output_dim=1),
-    "shared_w2_HI": Placement("rowwise", input_dim=1, output_dim=0),
-    "shared_w13_bias_GI": Placement("colwise", input_dim=None, output_dim=1),
-    "shared_w2_bias_H": Placement("rowwise", input_dim=None, output_dim=0),
-    "shared_gate_SH": Placement("replicated", input_dim=1, output_dim=0),
-    "output_bias_H": Placement("replicated", input_dim=None, output_dim=0),
-}
-"""Every parameter of MoEWeights. w13 is cut along I inside each half G: a cut of a merged 2I axis
-would give rank 0 nothing but gate rows. A rowwise bias has no input features to cut: every rank holds it, and
-rank 0 alone adds it, since the partial sums of all ranks are added up."""
+def share_faults(name: str, shares: tuple[int, ...]) -> list[str]:
+    """A fault unless shares are integers of at least 0 and one is above 0."""
+    if all(is_integer(share) and share >= 0 for share in shares) and any(shares):
+        return []
+    return [f"{name}={shares}, but shares should be integers of at least 0, one of them above"]
+
+
+def cut(size: int, shares: tuple[int, ...]) -> tuple[Range, ...]:
+    """`size` elements by shares: each cut is at ceil(size * shares so far / all shares)."""
+    total = sum(shares)
+    return tuple(pairwise([0] + [-(-size * so_far // total) for so_far in accumulate(shares)]))

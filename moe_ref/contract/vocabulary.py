@@ -7,7 +7,8 @@ class Stage(StrEnum):
     """Observable stages of a layer, in the order in which data passes them.
 
     `shared` is the shared expert's output before the merge; the others follow the routed path. Each is
-    judged from its own inputs; `output` is the result of the whole layer, judged from the layer's inputs.
+    judged from its own inputs; `output` is the result of the whole layer, judged from the layer's inputs. grad_* are
+    gradients of the layer's inputs and parameters, judged from the layer's inputs too, the nearest to the output first.
     """
 
     LOGITS = "logits"
@@ -21,6 +22,32 @@ class Stage(StrEnum):
     MERGED = "merged"
     REDUCED = "reduced"
     OUTPUT = "output"
+    GRAD_RESIDUAL = "grad_residual"
+    GRAD_OUTPUT_BIAS = "grad_output_bias"
+    GRAD_W2_BIAS = "grad_w2_bias"
+    GRAD_W2 = "grad_w2"
+    GRAD_SHARED_W2_BIAS = "grad_shared_w2_bias"
+    GRAD_SHARED_W2 = "grad_shared_w2"
+    GRAD_W13_BIAS = "grad_w13_bias"
+    GRAD_W13 = "grad_w13"
+    GRAD_SHARED_W13_BIAS = "grad_shared_w13_bias"
+    GRAD_SHARED_W13 = "grad_shared_w13"
+    GRAD_SHARED_GATE = "grad_shared_gate"
+    GRAD_WEIGHT_SCALE = "grad_weight_scale"
+    GRAD_LOGITS = "grad_logits"
+    GRAD_ROUTER_BIAS = "grad_router_bias"
+    GRAD_ROUTER = "grad_router"
+    GRAD_X = "grad_x"
+
+    @property
+    def is_gradient(self) -> bool:
+        """Whether the backward pass returns it."""
+        return self.startswith("grad_")
+
+
+def gradient_stage(name: str) -> Stage:
+    """The stage of the gradient of an argument or parameter of that name: that of w13_EGIH is grad_w13."""
+    return Stage("grad_" + name.rpartition("_")[0])
 
 
 class Verdict(StrEnum):
@@ -112,9 +139,51 @@ class Storage(StrEnum):
 
 
 class Schedule(StrEnum):
-    """How partial results of tensor-parallel ranks become the result."""
+    """How partial results of tensor-parallel ranks become the result.
+
+    `all_reduce`: one all-reduce after the weighted merge, T*H elements. `all_reduce_rows`: one all-reduce of every
+    routed row before the merge, T*K*H. `reduce_scatter`: a reduce-scatter over tokens and an all-gather; tokens
+    that are sharded over tp are gathered on the way in instead. `gather`: no row split: the tokens of rank 0 are
+    broadcast, the activation is gathered, the down projection is cut by output, and its columns are gathered.
+    """
 
     ALL_REDUCE = "all_reduce"
+    ALL_REDUCE_ROWS = "all_reduce_rows"
+    REDUCE_SCATTER = "reduce_scatter"
+    GATHER = "gather"
+
+
+class Tokens(StrEnum):
+    """Which ranks hold a token when a layer is called: all of them, or one of those along the named axes."""
+
+    REPLICATED = "replicated"
+    SHARDED_TP = "sharded_tp"
+    SHARDED_EP = "sharded_ep"
+    SHARDED = "sharded"
+
+    @property
+    def over_tp(self) -> bool:
+        """Whether each tensor-parallel rank has tokens of its own (sequence parallel)."""
+        return self in (Tokens.SHARDED_TP, Tokens.SHARDED)
+
+    @property
+    def over_ep(self) -> bool:
+        """Whether each expert-parallel rank has tokens of its own, so that rows travel to their experts and back."""
+        return self in (Tokens.SHARDED_EP, Tokens.SHARDED)
+
+
+class Hosting(StrEnum):
+    """Which expert-parallel rank holds an expert: runs of neighbours, or one expert each in turn."""
+
+    CONTIGUOUS = "contiguous"
+    ROUND_ROBIN = "round_robin"
+
+
+class SharedPlacement(StrEnum):
+    """The shared expert: cut like the routed ones, or whole on every rank and added after the reduction."""
+
+    SHARDED = "sharded"
+    REPLICATED = "replicated"
 
 
 class Ranks(StrEnum):
@@ -126,6 +195,7 @@ class Ranks(StrEnum):
 
 
 class Direction(StrEnum):
-    """Forward only, for now; the id keeps room for the backward pass."""
+    """The forward pass alone, or the gradients of everything that a layer is handed as well."""
 
     FORWARD = "fwd"
+    BACKWARD = "bwd"

@@ -7,7 +7,8 @@ import torch
 
 from moe_ref.contract.dtypes import PLAIN_DTYPES
 from moe_ref.contract.errors import UsageTypeError, raise_faults
-from moe_ref.contract.parallel import PLACEMENTS, Parallel
+from moe_ref.contract.parallel import Parallel
+from moe_ref.contract.placements import part_shape, placements, rank_part
 from moe_ref.contract.spec import MoESpec
 
 
@@ -46,8 +47,9 @@ class MoEWeights:
     w13_EGIH (E, G, I, H), G = 2 (gate, up) or 1; w2_EHI (E, H, I); w13_bias_EGI; w2_bias_EH;
     router_EH (E + Z, H); router_bias_E and selection_bias_E (E + Z,); weight_scale_E (E,) or (1,);
     shared_w13_GIH (G, I_shared, H); shared_w2_HI (H, I_shared); shared_w13_bias_GI; shared_w2_bias_H;
-    shared_gate_SH (S, H); output_bias_H (H,). With tensor parallelism I is the rank's own share. w2_bias_EH,
-    shared_w2_bias_H and output_bias_H are the same on every rank and are added by rank 0 alone.
+    shared_gate_SH (S, H); output_bias_H (H,). With tensor parallelism I is the rank's own share, with expert
+    parallelism E are the experts that it hosts. w2_bias_EH is the same on every tp rank, shared_w2_bias_H and
+    output_bias_H on every rank; what is in a partial sum of them is added by one rank alone.
     """
 
     w13_EGIH: torch.Tensor
@@ -80,9 +82,11 @@ class MoEWeights:
     def shard(self, parallel: Parallel, rank: int) -> "MoEWeights":
         """Contiguous copies of this rank's part of an unsharded set, by placement; replicated ones are shared."""
         parallel.check_rank(rank)
+        kept = {name for name, placement in placements(parallel).items()
+                if placement.shard_dim is None and placement.expert_dim is None}
         return replace(self, **{name: rank_part(name, tensor, parallel, rank).clone(
                                     memory_format=torch.contiguous_format)
-                                for name, tensor in self.named_tensors() if PLACEMENTS[name].shard_dim is not None})
+                                for name, tensor in self.named_tensors() if name not in kept})
 
     def named_tensors(self) -> list[tuple[str, torch.Tensor]]:
         """The parameters that are present, by field name."""
@@ -100,16 +104,6 @@ WHOLE_PARAMETERS = ("router_EH", "router_bias_E", "selection_bias_E", "weight_sc
 
 KEPT_PRECISE = frozenset({"router_EH", "router_bias_E", "selection_bias_E", "weight_scale_E", "shared_gate_SH"})
 """Parameters that may be in fp32 beside weights of another dtype, as released checkpoints keep them."""
-
-
-def rank_part(name: str, tensor: torch.Tensor, parallel: Parallel, rank: int) -> torch.Tensor:
-    """View of what `rank` holds of an unsharded parameter; of one expert's part of it where the axis E is missing."""
-    dim = PLACEMENTS[name].shard_dim
-    if dim is None:
-        return tensor
-    dim -= len(name.rpartition("_")[2]) - tensor.dim()
-    start, stop = parallel.ranges(tensor.shape[dim])[rank]
-    return tensor.narrow(dim, start, stop - start)
 
 
 def parameter_shapes(spec: MoESpec, parallel: Parallel | None = None, rank: int = 0) -> dict[str, tuple[int, ...]]:
@@ -135,7 +129,9 @@ def parameter_shapes(spec: MoESpec, parallel: Parallel | None = None, rank: int 
             shapes["shared_gate_SH"] = (shared.num_gates, hidden)
     if spec.output_bias:
         shapes["output_bias_H"] = (hidden,)
-    return shapes if parallel is None else {name: _cut(name, shape, parallel, rank) for name, shape in shapes.items()}
+    if parallel is None:
+        return shapes
+    return {name: part_shape(name, shape, parallel, rank) for name, shape in shapes.items()}
 
 
 def _mlp_shapes(projections: int, intermediate: int, hidden: int,
@@ -147,46 +143,71 @@ def _mlp_shapes(projections: int, intermediate: int, hidden: int,
     return shapes
 
 
-def _cut(name: str, shape: tuple[int, ...], parallel: Parallel, rank: int) -> tuple[int, ...]:
-    dim = PLACEMENTS[name].shard_dim
-    if dim is None:
-        return shape
-    start, stop = parallel.ranges(shape[dim])[rank]
-    return (*shape[:dim], stop - start, *shape[dim + 1:])
-
-
 def check_weights(weights: WeightSource, spec: MoESpec, parallel: Parallel | None, rank: int) -> None:
     """Raise with both numbers unless every tensor has the shape of this rank's shard, its dtype and its device.
 
-    A source that yields experts one at a time is checked for what it holds beside them; its experts are
-    checked by check_expert and check_shared when they are read.
+    A source that yields experts one at a time is checked for what it holds beside them, and for how many they are where
+    it has num_experts; the experts are checked by check_expert and check_shared when they are read.
     """
     parallel = parallel or Parallel()
     parallel.check_rank(rank)
+    hosted = parallel.hosted(spec.num_experts)[parallel.coordinates(rank)[0]]
+    whose = f"weights of rank {rank}" + ("" if parallel.ep == 1 else f", which hosts {_listed(hosted)}")
     if not isinstance(weights, MoEWeights):
         if not callable(getattr(weights, "expert", None)):
             raise UsageTypeError(f"weights: {type(weights).__name__}, but should be MoEWeights, or a source as "
                                  "open_checkpoint and from_layout return it")
-        check_whole_parameters(weights, spec, f" of rank {rank}")
+        # The router does not tell: E + Z rows may be those of fewer experts and more identity experts.
+        held = getattr(weights, "num_experts", len(hosted))
+        faults = [f"{held} experts, but should be {len(hosted)}"] if held != len(hosted) else []
+        raise_faults(whose, faults + _whole_faults(weights, spec))
         return
-    shapes, held = parameter_shapes(spec, parallel, rank), dict(weights.named_tensors())
-    if (inner := _columns(held, "w13_EGIH", 4, 2)) != (outer := _columns(held, "w2_EHI", 3, 2)) and inner and outer:
-        raise_faults("weights", [f"K mismatch: w13_EGIH makes an activation shard of {inner} columns, "
-                                 f"but the w2_EHI shard takes {outer}"])
-    raise_faults(f"weights of rank {rank}", _shape_faults(held, shapes))
-    _check_kinds(held)
+    # Raised alone and without the rank, so that all ranks say the same.
+    raise_faults("weights", _k_faults(("w13_EGIH", "w2_EHI"), (weights.w13_EGIH, weights.w2_EHI), spec, parallel)
+                 + _k_faults(("shared_w13_GIH", "shared_w2_HI"), (weights.shared_w13_GIH, weights.shared_w2_HI), spec,
+                             parallel))
+    shapes, tensors = parameter_shapes(spec, parallel, rank), dict(weights.named_tensors())
+    raise_faults(whose, _shape_faults(tensors, shapes))
+    _check_kinds(tensors)
 
 
-def check_whole_parameters(weights: WeightSource, spec: MoESpec, whose: str = "") -> None:
+def _listed(experts: tuple[int, ...]) -> str:
+    """As "4 experts (0, 2, 4, 6)"; of many the first eight."""
+    more = ", ..." if len(experts) > 8 else ""
+    return f"{len(experts)} experts ({', '.join(map(str, experts[:8]))}{more})" if experts else "no expert"
+
+
+def check_whole_parameters(weights: WeightSource, spec: MoESpec) -> None:
     """Raise unless the parameters that belong to no expert are those of the spec, in their shapes."""
+    raise_faults("weights", _whole_faults(weights, spec))
+
+
+def _whole_faults(weights: WeightSource, spec: MoESpec) -> list[str]:
     held = {name: tensor for name in WHOLE_PARAMETERS if (tensor := getattr(weights, name, None)) is not None}
     shapes = {name: shape for name, shape in parameter_shapes(spec).items() if name in WHOLE_PARAMETERS}
-    raise_faults(f"weights{whose}", _shape_faults(held, shapes))
+    return _shape_faults(held, shapes)
 
 
-def _columns(held: dict[str, torch.Tensor], name: str, dims: int, dim: int) -> int | None:
-    tensor = held.get(name)
-    return tensor.shape[dim] if tensor is not None and tensor.dim() == dims else None
+def _k_faults(names: tuple[str, str], tensors: tuple[torch.Tensor | None, torch.Tensor | None], spec: MoESpec,
+              parallel: Parallel) -> list[str]:
+    """The commonest mistake in its own words: w2 takes other columns than the activation has.
+
+    names, tensors: w13 and w2 of the experts, of one of them or of the shared one. A w2 that is cut by output takes the
+    columns of all ranks.
+    """
+    (w13, w2), shared = tensors, names[1].startswith("shared_")
+    if w13 is None or w2 is None or [w13.dim(), w2.dim()] != [len(name.rpartition("_")[2]) for name in names]:
+        return []
+    by_output = placements(parallel)["shared_w2_HI" if shared else "w2_EHI"].kind == "colwise"
+    if not by_output and w13.shape[-2] != w2.shape[-1]:
+        return [f"K mismatch: {names[0]} makes an activation shard of {w13.shape[-2]} columns, but the {names[1]} "
+                f"shard takes {w2.shape[-1]}"]
+    mlp = spec.shared if shared else spec
+    whole = mlp.intermediate_size if mlp else w2.shape[-1]
+    if by_output and w2.shape[-1] != whole:
+        return [f"K mismatch: the activation gathered from all ranks has {whole} columns, but the {names[1]} shard "
+                f"takes {w2.shape[-1]}"]
+    return []
 
 
 def _shape_faults(held: dict[str, torch.Tensor], shapes: dict[str, tuple[int, ...]]) -> list[str]:
@@ -211,11 +232,14 @@ def _check_kinds(held: dict[str, torch.Tensor]) -> None:
 
 
 def check_expert(expert: ExpertWeights, spec: MoESpec, parallel: Parallel, rank: int, e: int) -> ExpertWeights:
-    """The expert itself, after comparing shapes and kinds with those of this rank's shard."""
+    """The expert itself, after comparing shapes and kinds with those of this rank's shard.
+
+    e: which of the rank's experts it is; a message names its number in the layer.
+    """
     shapes = parameter_shapes(spec, parallel, rank)
-    wanted = [shapes[name][1:] if name in shapes else None for name in EXPERT_PARAMETERS]
-    return _check_one(expert, wanted, [name.replace("_E", "_", 1) for name in EXPERT_PARAMETERS],
-                      f"expert {e} of rank {rank}")
+    number = parallel.hosted(spec.num_experts)[parallel.coordinates(rank)[0]][e]
+    wanted = {name.replace("_E", "_", 1): shapes[name][1:] if name in shapes else None for name in EXPERT_PARAMETERS}
+    return _check_one(expert, wanted, spec, parallel, f"expert {number} of rank {rank}")
 
 
 def check_shared(expert: ExpertWeights | None, spec: MoESpec, parallel: Parallel, rank: int) -> ExpertWeights | None:
@@ -226,17 +250,19 @@ def check_shared(expert: ExpertWeights | None, spec: MoESpec, parallel: Parallel
     if expert is None:
         return None
     shapes = parameter_shapes(spec, parallel, rank)
-    return _check_one(expert, [shapes.get(name) for name in SHARED_PARAMETERS], list(SHARED_PARAMETERS),
+    return _check_one(expert, {name: shapes.get(name) for name in SHARED_PARAMETERS}, spec, parallel,
                       f"shared expert of rank {rank}")
 
 
-def _check_one(expert: ExpertWeights, wanted: list[tuple[int, ...] | None], names: list[str],
+def _check_one(expert: ExpertWeights, wanted: dict[str, tuple[int, ...] | None], spec: MoESpec, parallel: Parallel,
                whose: str) -> ExpertWeights:
     if not isinstance(expert, ExpertWeights):
         raise UsageTypeError(f"{whose}: {type(expert).__name__}, but should be ExpertWeights")
+    names = list(wanted)
     found = [None if tensor is None else tuple(tensor.shape) for tensor in expert]
-    raise_faults(whose, [f"{name}: shape {got}, but should be {want}"
-                         for name, got, want in zip(names, found, wanted, strict=True) if got != want])
+    faults = _k_faults((names[0], names[1]), expert[:2], spec, parallel)
+    raise_faults(whose, faults + [f"{name}: shape {got}, but should be {want}"
+                                  for (name, want), got in zip(wanted.items(), found, strict=True) if got != want])
     for name, tensor in zip(names, expert, strict=True):
         if tensor is not None and (tensor.dtype not in PLAIN_DTYPES or tensor.dtype != expert.w13_GIH.dtype):
             raise UsageTypeError(f"{whose}: {name}: dtype {tensor.dtype}, but should be one of "

@@ -10,7 +10,8 @@ import torch
 from moe_ref.contract.case import Problem
 from moe_ref.contract.case_id import format_problem
 from moe_ref.contract.dtypes import TORCH_DTYPES
-from moe_ref.contract.parallel import Parallel
+from moe_ref.contract.parallel import Parallel, Range
+from moe_ref.contract.placements import rank_part
 from moe_ref.contract.spec import MLP
 from moe_ref.contract.vocabulary import Data, Dtype, Storage
 from moe_ref.contract.weights import (
@@ -20,7 +21,6 @@ from moe_ref.contract.weights import (
     ExpertWeights,
     MoEWeights,
     parameter_shapes,
-    rank_part,
 )
 from moe_ref.inputs.patterns import pattern_logits, pattern_selection_bias
 from moe_ref.inputs.philox import grid_tensor
@@ -158,35 +158,56 @@ def build_inputs(problem: Problem) -> Inputs:
     return Inputs(problem, x_TH, pattern_logits(problem), residual_TH, GeneratedWeights(problem))
 
 
+def output_gradient(problem: Problem) -> torch.Tensor:
+    """Gradient of the output, (T, H), that a backward pass of `problem` starts from, on the CPU."""
+    shape = (problem.num_tokens, problem.spec.hidden_size)
+    return grid_tensor(format_problem(problem), "grad_y", shape, problem.dtype, TOKEN_AMPLITUDE)
+
+
 def build_shards(problem: Problem, parallel: Parallel, device: torch.device | str = "cpu",
                  progress: Callable[[int], None] = lambda expert: None,
-                 storage: Storage = Storage.OUT_IN) -> list[MoEWeights]:
-    """Every tp rank's weights, filled expert by expert, so that no unsharded copy exists beside them.
+                 storage: Storage = Storage.OUT_IN, *, only: frozenset[int] | None = None) -> list[MoEWeights]:
+    """Every rank's weights, or those of the ranks in `only`, filled expert by expert, so that no unsharded copy exists.
 
-    With another storage the matrices are strided views of memory in that order.
+    Experts that a rank hosts more than once are copied as often. With another storage the matrices are strided views of
+    memory in that order.
     """
     weights, options = GeneratedWeights(problem), {"dtype": TORCH_DTYPES[problem.dtype], "device": device}
-    shards: list[dict[str, torch.Tensor]] = [
-        {name: empty_stored(name, shape, storage, **options)
-         for name, shape in parameter_shapes(problem.spec, parallel, rank).items()}
-        for rank in range(parallel.tp)]
+    shards: dict[int, dict[str, torch.Tensor]] = {
+        rank: {name: empty_stored(name, shape, storage, **options)
+               for name, shape in parameter_shapes(problem.spec, parallel, rank).items()}
+        for rank in range(parallel.size) if only is None or rank in only}
     for name in WHOLE_PARAMETERS:
         tensor = getattr(weights, name)
         if tensor is not None:
             tensor = tensor.to(device)
-            for shard in shards:
+            for shard in shards.values():
                 shard[name] = tensor
     if shared := weights.shared_expert():
-        _cut(shared, SHARED_PARAMETERS, shards, parallel, None)
+        for rank, shard in shards.items():
+            _copy_part(shared, SHARED_PARAMETERS, shard, parallel, rank)
+    hosted = parallel.hosted(problem.spec.num_experts)
     for e in range(problem.spec.num_experts):
-        _cut(weights.expert(e), EXPERT_PARAMETERS, shards, parallel, e)
+        places = [(rank, index) for rank in shards
+                  for index, held in enumerate(hosted[parallel.coordinates(rank)[0]]) if held == e]
+        if places:
+            expert = weights.expert(e)
+            for rank, index in places:
+                _copy_part(expert, EXPERT_PARAMETERS, shards[rank], parallel, rank, index)
         progress(e)
-    return [MoEWeights(**shard) for shard in shards]
+    return [MoEWeights(**shard) for shard in shards.values()]
 
 
-def _cut(expert: ExpertWeights, names: tuple[str, ...], shards: list[dict[str, torch.Tensor]], parallel: Parallel,
-         e: int | None) -> None:
+def _copy_part(expert: ExpertWeights, names: tuple[str, ...], shard: dict[str, torch.Tensor], parallel: Parallel,
+               rank: int, index: int | None = None) -> None:
     for name, tensor in zip(names, expert, strict=True):
         if tensor is not None:
-            for rank, shard in enumerate(shards):
-                (shard[name] if e is None else shard[name][e]).copy_(rank_part(name, tensor, parallel, rank))
+            target = shard[name] if index is None else shard[name][index]
+            target.copy_(rank_part(name, tensor, parallel, rank))
+
+
+def cut_tokens(inputs: Inputs, tokens: Range) -> dict[str, torch.Tensor | None]:
+    """x_TH, logits_TE and residual_TH of the tokens [start, stop), as one rank is handed them."""
+    start, stop = tokens
+    whole = {"x_TH": inputs.x_TH, "logits_TE": inputs.logits_TE, "residual_TH": inputs.residual_TH}
+    return {name: None if tensor is None else tensor[start:stop] for name, tensor in whole.items()}

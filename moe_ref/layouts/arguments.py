@@ -2,7 +2,7 @@
 
 from types import NoneType, UnionType
 
-from moe_ref.contract.errors import UsageTypeError, raise_faults
+from moe_ref.contract.errors import UsageTypeError
 from moe_ref.contract.parallel import Parallel
 
 
@@ -23,10 +23,8 @@ def raise_type_faults(subject: str, faults: list[str]) -> None:
         raise UsageTypeError(f"{subject}: " + "; ".join(faults))
 
 
-def check_place(function: str, parallel: Parallel | None, rank: int) -> Parallel:
-    """The degrees to work with; raises UsageValueError for a rank that they do not have, and for ep > 1."""
+def check_place(parallel: Parallel | None, rank: int) -> Parallel:
+    """The degrees to work with; raises UsageValueError for a rank that they do not have."""
     parallel = parallel or Parallel()
-    if parallel.ep > 1:
-        raise_faults(function, [f"ep={parallel.ep}, but expert parallelism is not implemented yet, only ep=1"])
     parallel.check_rank(rank)
     return parallel

@@ -33,32 +33,33 @@ def from_layout(tensors: StoredTensors, layout: Layout, spec: MoESpec, parallel:
     """Canonical weights over stored tensors of any strides; no value is changed.
 
     tensors: by name as in layout_shapes, a list of E tensors each where the experts are not stacked; parameters
-    outside the experts under their canonical names (router_EH, ...). With `parallel` they are `rank`'s part.
+    outside the experts under their canonical names (router_EH, ...). With `parallel` they are `rank`'s part, of the
+    experts that it hosts in their order.
     shared_layout: that of the shared expert if it is another one. Layouts that have views of all experts
     (stacked, merged or interleaved, gate first) give MoEWeights of such views; the others a source that puts gate
     and up of one expert together when it is read. A shared expert with separate w1 and w3 is always copied.
     Raises UsageValueError that lists everything missing, unknown, of another shape, with both numbers, or of a
-    dtype that dtype_faults refuses; also for a rank outside [0, tp) and for ep > 1. Raises UsageTypeError for
-    arguments of another type, and for tensors that are none.
+    dtype that dtype_faults refuses; also for a rank outside [0, ep * tp). Raises UsageTypeError for arguments of
+    another type, and for tensors that are none.
     """
     _check_types("from_layout", layout, shared_layout, spec, parallel, _tensor_type_faults(tensors))
-    check_place("from_layout", parallel, rank)
+    check_place(parallel, rank)
     shared_layout = shared_layout or layout
     _check(tensors, layout, shared_layout, spec, parallel, rank)
     others = {name: tensor for name in WHOLE_PARAMETERS if isinstance(tensor := tensors.get(name), torch.Tensor)}
     experts = StoredMLP({name: tensors[name] for name in mlp_axes(layout, spec.experts)}, layout, spec.experts,
-                        layout_sizes(spec, "experts", parallel, rank))
+                        "experts", layout_sizes(spec, "experts", parallel, rank))
     shared = None
     if spec.shared:
         shared = StoredMLP({name: tensors[_SHARED + name] for name in mlp_axes(shared_layout, spec.shared.mlp)},
-                           shared_layout, spec.shared.mlp, layout_sizes(spec, "shared", parallel, rank))
+                           shared_layout, spec.shared.mlp, "shared", layout_sizes(spec, "shared", parallel, rank))
     if not layout.is_view(spec.experts):
         return LayoutSource(experts, shared, others)
     names = ("w13_EGIH", "w2_EHI", "w13_bias_EGI", "w2_bias_EH")
     fields = dict(zip(names, experts.whole(), strict=True))
     if shared:
         names = ("shared_w13_GIH", "shared_w2_HI", "shared_w13_bias_GI", "shared_w2_bias_H")
-        fields |= dict(zip(names, shared.expert(0), strict=True))
+        fields |= dict(zip(names, shared.shared_expert(), strict=True))
     return MoEWeights(**{name: tensor for name, tensor in fields.items() if tensor is not None}, **others)
 
 
@@ -71,7 +72,7 @@ def layout_shapes(layout: Layout, spec: MoESpec, parallel: Parallel | None = Non
     UsageValueError for the arguments as from_layout does.
     """
     _check_types("layout_shapes", layout, shared_layout, spec, parallel, [])
-    check_place("layout_shapes", parallel, rank)
+    check_place(parallel, rank)
     shapes = stored_shapes(layout, spec.experts, "experts", layout_sizes(spec, "experts", parallel, rank))
     if spec.shared:
         sizes = layout_sizes(spec, "shared", parallel, rank)
@@ -102,13 +103,14 @@ def _tensor_type_faults(tensors: StoredTensors) -> list[str]:
 def _check(tensors: StoredTensors, layout: Layout, shared_layout: Layout, spec: MoESpec, parallel: Parallel | None,
            rank: int) -> None:
     shapes = layout_shapes(layout, spec, parallel, rank, shared_layout=shared_layout)
+    hosted = layout_sizes(spec, "experts", parallel, rank)["w2"]["E"]
     listed = () if layout.stacked else tuple(mlp_axes(layout, spec.experts))
     faults = [f"{name} is missing, but the layout needs {shape}" for name, shape in shapes.items()
               if name not in tensors]
     faults += [f"{name} is given, but neither layout nor spec has it" for name in tensors if name not in shapes]
     for name, shape in shapes.items():
         if name in tensors:
-            faults += _shape_faults(name, tensors[name], shape, spec.num_experts if name in listed else None)
+            faults += _shape_faults(name, tensors[name], shape, hosted if name in listed else None)
     known = {name: tensors[name] for name in shapes if name in tensors}
     raise_faults(f"tensors of {layout}", faults + dtype_faults(_stored_dtypes(known)))
 
@@ -147,19 +149,29 @@ def to_layout(weights: WeightSource, layout: Layout, spec: MoESpec, parallel: Pa
     unless the weights have exactly the parameters of the spec, in their shapes: nothing is left out.
     """
     _check_types("to_layout", layout, shared_layout, spec, parallel, _source_faults(weights))
-    experts, shared = _checked_experts(weights, spec, check_place("to_layout", parallel, rank), rank)
+    experts, shared = _checked_experts(weights, spec, check_place(parallel, rank), rank)
     rows = [_stored_tensors(expert, layout, spec.experts) for expert in experts]
+    shapes = stored_shapes(layout, spec.experts, "experts", layout_sizes(spec, "experts", parallel, rank))
     tensors: dict[str, torch.Tensor | list[torch.Tensor]] = {}
-    for name in rows[0]:
+    for name, shape in shapes.items():
         column = [row[name] for row in rows]
         if not layout.stacked:
             tensors[name] = [tensor.clone(memory_format=torch.contiguous_format) for tensor in column]
+        elif not column:
+            tensors[name] = _like_experts(weights, shared).new_empty(shape)
         else:
             tensors[name] = torch.cat(column) if layout.folded else torch.stack(column)
     if spec.shared and shared is not None:
         for name, tensor in _stored_tensors(shared, shared_layout or layout, spec.shared.mlp).items():
             tensors[_SHARED + name] = tensor.clone(memory_format=torch.contiguous_format)
     return tensors | {name: tensor for name in WHOLE_PARAMETERS if (tensor := getattr(weights, name)) is not None}
+
+
+def _like_experts(weights: WeightSource, shared: ExpertWeights | None) -> torch.Tensor:
+    """Whose dtype and device the experts have, on a rank that hosts none: those that the rule of dtypes accepts."""
+    held = (weights.w2_EHI if isinstance(weights, MoEWeights) else None, shared.w2_HI if shared else None,
+            weights.output_bias_H, weights.router_EH)
+    return next((tensor for tensor in held if tensor is not None), torch.empty(0))
 
 
 def _source_faults(weights: WeightSource) -> list[str]:
@@ -170,15 +182,12 @@ def _source_faults(weights: WeightSource) -> list[str]:
 
 def _checked_experts(weights: WeightSource, spec: MoESpec, parallel: Parallel,
                      rank: int) -> tuple[list[ExpertWeights], ExpertWeights | None]:
-    """All experts and the shared one, after every check of the contract, and of dtypes across experts."""
+    """All experts of the rank and the shared one, after every check of the contract, and of dtypes across experts."""
     check_weights(weights, spec, parallel, rank)
-    # The router does not tell: E + Z rows may be those of fewer experts and more identity experts.
-    if isinstance(weights, LayoutSource) and weights.num_experts != spec.num_experts:
-        raise_faults("weights", [f"{weights.num_experts} experts, but the spec has {spec.num_experts}"])
-    experts = [check_expert(weights.expert(e), spec, parallel, rank, e) for e in range(spec.num_experts)]
-    shared = weights.shared_expert()
-    check_shared(shared, spec, parallel, rank)
-    parts = [(f"expert {e}, ", expert) for e, expert in enumerate(experts)]
+    hosted = parallel.hosted(spec.num_experts)[parallel.coordinates(rank)[0]]
+    experts = [check_expert(weights.expert(index), spec, parallel, rank, index) for index in range(len(hosted))]
+    shared = check_shared(weights.shared_expert(), spec, parallel, rank)
+    parts = [(f"expert {e}, ", expert) for e, expert in zip(hosted, experts, strict=True)]
     parts += [("shared expert, ", shared)] if shared else []
     held = [(label, name, tensor) for label, part in parts for name, tensor in part._asdict().items()]
     held += [("", name, getattr(weights, name)) for name in WHOLE_PARAMETERS]

@@ -4,6 +4,7 @@ A stored tensor is described by its axes, one string of axis letters per dimensi
 ("E", "GI", "H") is a stacked, merged (E, 2I, H), ("E", "IG", "H") the same size with gate and up interleaved.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -74,6 +75,6 @@ def with_experts(axes: Axes, layout: Layout) -> Axes:
     return ("E" + axes[0], *axes[1:]) if layout.folded else ("E", *axes)
 
 
-def stored_shape(axes: Axes, sizes: dict[str, int]) -> tuple[int, ...]:
+def stored_shape(axes: Axes, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """The shape of a tensor with these axes."""
     return tuple(prod(sizes[letter] for letter in group) for group in axes)

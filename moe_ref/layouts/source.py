@@ -23,15 +23,18 @@ class LayoutSource:
 
     @property
     def num_experts(self) -> int:
-        """E."""
-        return self._experts.sizes["E"]
+        """How many experts this rank hosts; E where one rank has them all."""
+        return len(self._experts.experts)
 
     def expert(self, e: int) -> ExpertWeights:
-        """This rank's part of expert e, read now; raises UsageValueError for an e outside [0, E)."""
+        """This rank's part of the e-th expert that it hosts, read now.
+
+        Raises UsageValueError for an e outside [0, num_experts).
+        """
         if not 0 <= e < self.num_experts:
             raise UsageValueError(f"expert {e}, but should be in [0, {self.num_experts})")
         return self._experts.expert(e)
 
     def shared_expert(self) -> ExpertWeights | None:
         """This rank's part of the shared expert, read now, or None."""
-        return None if self._shared is None else self._shared.expert(0)
+        return None if self._shared is None else self._shared.shared_expert()
