@@ -1,20 +1,22 @@
-"""The layer: a loop over experts, a weighted merge, one all-reduce, the residual.
+"""The layer: tokens in, a loop over experts, a weighted merge, the ranks' sums, the residual.
 
-    for each expert e:
-        rows = the (token, slot) pairs with ids[token, slot] == e
-        y[token] += weights[token, slot] * expert_e(x[token])         (or expert_e(weights * x), Llama 4)
-    y += weights * x for identity experts;  y += shared_gate * shared_expert(x);  y += bias
+    y = sum over the slots of each token of weight * expert(x)              see routed.py
+    y += weights * x for identity experts;  y += shared_gate * shared_expert(x), or their mean;  y += bias
     with tensor parallelism: w1, w3 are cut by output (colwise), w2 by input (rowwise), so y is a partial
-    sum on every rank, and one all-reduce completes it. What is not cut (identity experts, the biases of w2 and of
-    the output) is added by rank 0 alone.
+    sum on every rank, which one all-reduce completes (tokens.py has the other schedules). What is not cut (identity
+    experts, the biases of w2 and of the output) is added by rank 0 alone.
+    with expert parallelism: y is a partial sum over ep as well; or, where its ranks have tokens of their own, rows
+    travel to their experts and back (dispatch.py)
     y += residual
 
-Everything is differentiable; moe_ref.oracle.backward has the same gradients written out.
+Everything is differentiable: what several ranks hold has its complete gradient on each of them (collectives.py).
+moe_ref.oracle.backward has the same gradients written out for one all-reduce over tp.
 """
 
 import torch
 
 from moe_ref.contract.checks import (
+    check_capacity,
     check_devices,
     check_groups,
     check_injected,
@@ -22,18 +24,24 @@ from moe_ref.contract.checks import (
     check_routing,
     check_tokens,
 )
-from moe_ref.contract.comm import Comm, Groups
+from moe_ref.contract.comm import Groups
 from moe_ref.contract.dtypes import PLAIN_DTYPES
+from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.trace import Trace
-from moe_ref.contract.vocabulary import Stage
-from moe_ref.contract.weights import WeightSource, check_expert, check_shared, check_weights
-from moe_ref.oracle import expert as formula
-from moe_ref.oracle.collectives import enter, leave, once
-from moe_ref.oracle.router import route, shared_gates
+from moe_ref.contract.vocabulary import Schedule, SharedPlacement, Stage
+from moe_ref.contract.weights import WeightSource, check_weights
+from moe_ref.oracle.collectives import enter, leave
+from moe_ref.oracle.dispatch import send, send_back
+from moe_ref.oracle.gather_form import gathered_sums
+from moe_ref.oracle.rank import Rank
+from moe_ref.oracle.routed import Slots, add_identity, expert_sums, local_experts, places, tie
+from moe_ref.oracle.router import route
 from moe_ref.oracle.rows import RoutedRows
+from moe_ref.oracle.shared import shared_rows
+from moe_ref.oracle.tokens import GroupTokens, RouterOverTokens, agreed_tokens, complete, enter_tokens, with_gates
 from moe_ref.oracle.unbound import unbound
 
 
@@ -41,20 +49,24 @@ def moe(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, parallel: Para
         groups: Groups | None = None, *, routing: Routing | None = None, logits_TE: torch.Tensor | None = None,
         residual_TH: torch.Tensor | None = None, trace: Trace | None = None,
         check: str = "metadata") -> torch.Tensor:
-    """The whole layer, (T, H) in fp64: route (unless a routing is injected), experts, one all-reduce, residual.
+    """The whole layer, (T, H) in fp64: route (unless a routing is injected), experts, the ranks' sums, residual.
 
-    weights are this rank's shard. Raises UsageValueError / UsageTypeError on wrong shapes, dtypes or world
-    size before anything is computed.
+    Tokens, routing, logits and residual are this rank's own, weights its shard; the gather schedule takes the tokens
+    of tp rank 0. Raises UsageValueError / UsageTypeError on wrong shapes, dtypes or group sizes before anything is
+    computed, and where a router with a capacity sees only a part of the tokens.
     """
     check_tokens(x_TH, spec, PLAIN_DTYPES, "moe_ref")
     parallel, groups = check_groups(parallel, groups)
-    check_weights(weights, spec, parallel, groups.tp.rank)
+    check_weights(weights, spec, parallel, groups.rank)
     check_injected(routing, logits_TE)
     if residual_TH is not None:
         check_residual(residual_TH, x_TH)
+    rank = Rank(parallel, groups)
+    x_TH = agreed_tokens(x_TH, rank)
     if routing is None:
-        routing = route(x_TH, weights, spec, logits_TE=logits_TE)
-    y_TH = experts(x_TH, routing, weights, spec, parallel, groups, trace=trace, check=check)
+        check_capacity(spec, parallel)
+        routing = route(x_TH, RouterOverTokens(weights, rank), spec, logits_TE=logits_TE)
+    y_TH = _experts(x_TH, routing, weights, spec, rank, reduce=True, trace=trace, check=check)
     if residual_TH is not None:
         y_TH = y_TH + residual_TH.double()
     if trace is not None:
@@ -67,75 +79,110 @@ def experts(x_TH: torch.Tensor, routing: Routing, weights: WeightSource, spec: M
             trace: Trace | None = None, check: str = "metadata") -> torch.Tensor:
     """Experts, shared expert and weighted merge, (T, H) in fp64; reduce=False returns this rank's partial sum.
 
-    An id outside [0, E + Z) contributes nothing; with check="values" one other than -1 raises. The trace gets
-    logits, ids, weights, gate_up (T*K, G, I), act (T*K, I), down (T*K, H), shared and merged (T, H).
+    A partial sum is one of all tokens of the tp group. An id outside [0, E + Z) contributes nothing; with
+    check="values" one other than -1 raises. The trace gets logits, ids, weights, gate_up (R, G, I), act (R, I), down
+    (R, H), shared and merged (T, H); R = T*K, with expert parallelism the slots that this rank serves.
     """
     check_tokens(x_TH, spec, PLAIN_DTYPES, "moe_ref")
     parallel, groups = check_groups(parallel, groups)
-    rank = groups.tp.rank
-    check_weights(weights, spec, parallel, rank)
+    check_weights(weights, spec, parallel, groups.rank)
+    rank = Rank(parallel, groups)
+    if not reduce:
+        _check_partial(parallel)
+    return _experts(agreed_tokens(x_TH, rank), routing, weights, spec, rank, reduce=reduce, trace=trace, check=check)
+
+
+def _check_partial(parallel: Parallel) -> None:
+    """Raise where the ranks' results are not partial sums of the layer."""
+    if parallel.schedule not in (Schedule.ALL_REDUCE, Schedule.REDUCE_SCATTER):
+        raise UsageValueError(f"reduce=False with schedule={parallel.schedule}, but only all_reduce and reduce_scatter "
+                              "have a partial sum of merged tokens")
+    if parallel.shared is SharedPlacement.REPLICATED:
+        raise UsageValueError(f"reduce=False with shared={parallel.shared}, but a whole shared expert is added after "
+                              "the reduction; should be sharded")
+
+
+def _experts(x_TH: torch.Tensor, routing: Routing, weights: WeightSource, spec: MoESpec, rank: Rank, *, reduce: bool,
+             trace: Trace | None, check: str) -> torch.Tensor:
+    """The merged tokens of the tp group, completed; then what is whole on every rank."""
     check_routing(routing, spec, len(x_TH), check)
     check_devices(x_TH, weights, routing)
-    weights = unbound(weights)
-    start, stop = parallel.ranges(spec.intermediate_size)[rank]
-    rows = RoutedRows(x_TH, spec, stop - start)
-    x64_TH, weights_TK = enter(x_TH.double(), groups.tp), enter(routing.weights_TK.double(), groups.tp)
-    # The empty sums tie the result to its inputs even where no expert is chosen: backward then gives zeros.
-    y_TH = torch.zeros_like(x64_TH) + x64_TH[:0].sum() + weights_TK[:0].sum()
-    for e in range(spec.num_choices):
-        token_R, slot_R = (routing.ids_TK == e).nonzero(as_tuple=True)
-        if len(token_R) == 0:
-            continue
-        w_R1 = weights_TK[token_R, slot_R, None]
-        if e >= spec.num_experts:  # an identity expert
-            down_RH = once(w_R1 * x64_TH[token_R], groups.tp)
-            stages: tuple[torch.Tensor, ...] = ()
-        else:
-            stages = _expert_rows(x64_TH[token_R], w_R1, weights, spec, parallel, groups.tp, e)
-            down_RH = stages[-1]
-        y_TH.index_add_(0, token_R, down_RH)
-        rows.keep(trace, token_R * spec.top_k + slot_R, *(stages or (None, None, down_RH)))
-    y_TH = _merge_shared(y_TH, x_TH, x64_TH, routing, weights, spec, parallel, groups.tp, trace)
-    if weights.output_bias_H is not None:
-        y_TH = y_TH + once(enter(weights.output_bias_H.double(), groups.tp), groups.tp)
-    rows.record(trace, routing, y_TH)
-    return leave(y_TH, groups.tp) if reduce else y_TH
-
-
-def _expert_rows(x_RH: torch.Tensor, w_R1: torch.Tensor, weights: WeightSource, spec: MoESpec, parallel: Parallel,
-                 tp: Comm, e: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """gate_up, act and weighted down rows of expert e."""
-    w13_GIH, w2_HI, w13_bias_GI, w2_bias_H = check_expert(weights.expert(e), spec, parallel, tp.rank, e)
-    on_input = spec.weight_on == "input"
-    gate_up_RGI = formula.gate_up(x_RH * w_R1 if on_input else x_RH, w13_GIH, w13_bias_GI)
-    act_RI = formula.activate(gate_up_RGI, spec.experts)
-    down_RH = formula.down(act_RI, w2_HI)
-    if w2_bias_H is not None:
-        down_RH = down_RH + once(enter(w2_bias_H.double(), tp), tp)
-    return gate_up_RGI, act_RI, down_RH if on_input else w_R1 * down_RH
-
-
-def _merge_shared(y_TH: torch.Tensor, x_TH: torch.Tensor, x64_TH: torch.Tensor, routing: Routing,
-                  weights: WeightSource, spec: MoESpec, parallel: Parallel, tp: Comm,
-                  trace: Trace | None) -> torch.Tensor:
-    """The routed sum plus the shared expert, or their mean."""
-    expert = check_shared(weights.shared_expert(), spec, parallel, tp.rank)
-    if spec.shared is None or expert is None:
+    _record(trace, {Stage.LOGITS: routing.logits_TE, Stage.IDS: routing.ids_TK, Stage.WEIGHTS: routing.weights_TK})
+    routing = with_gates(routing, x_TH, weights, spec, rank)
+    tokens = enter_tokens(x_TH, routing, spec, rank)
+    merged_TH = _merged(tokens, weights, spec, rank, trace)
+    _record(trace, {Stage.MERGED: merged_TH})
+    if not reduce:
+        return merged_TH
+    y_TH = merged_TH if rank.by_slot else complete(merged_TH, tokens.counts, rank)
+    if not rank.whole_shared:
         return y_TH
-    act_TI = formula.activate(formula.gate_up(x64_TH, expert.w13_GIH, expert.w13_bias_GI), spec.shared.mlp)
-    gate_TS = routing.shared_TS if routing.shared_TS is not None else shared_gates(x_TH, weights, spec)
-    gate_TS = None if gate_TS is None else enter(gate_TS.double(), tp)
-    if spec.shared.gate == "router":
-        assert gate_TS is not None
-        start, stop = parallel.ranges(spec.shared.intermediate_size)[tp.rank]
-        width = spec.shared.intermediate_size // spec.shared.num_experts
-        act_TI = act_TI * gate_TS.repeat_interleave(width, dim=1)[:, start:stop]
-    shared_TH = formula.down(act_TI, expert.w2_HI)
-    if expert.w2_bias_H is not None:
-        shared_TH = shared_TH + once(enter(expert.w2_bias_H.double(), tp), tp)
-    if spec.shared.gate == "sigmoid":
-        assert gate_TS is not None
-        shared_TH = shared_TH * gate_TS
+    shared_TH = shared_rows(x_TH.double(), routing.shared_TS, weights, spec, rank)
+    _record(trace, {Stage.SHARED: shared_TH})
+    return _finished(y_TH if shared_TH is None else y_TH + shared_TH, weights, spec, rank)
+
+
+def _merged(tokens: GroupTokens, weights: WeightSource, spec: MoESpec, rank: Rank,
+            trace: Trace | None) -> torch.Tensor:
+    """The weighted merge, (T, H): a partial sum, columns of the result, or, from rows that were reduced, all of it."""
+    y_TH = _routed(tokens, weights, spec, rank, trace)
+    shared_TH = None
+    if not rank.whole_shared:
+        shared_TH = shared_rows(tokens.x_TH, tokens.shared_TS, weights, spec, rank)
+        _record(trace, {Stage.SHARED: shared_TH})
+    if rank.by_slot:
+        rows_TKH = y_TH.unflatten(0, tokens.ids_TK.shape)
+        if shared_TH is not None:
+            rows_TKH = torch.cat([rows_TKH, shared_TH[:, None]], dim=1)
+        y_TH = leave(rows_TKH, *rank.with_other_parts).sum(1)
+    elif shared_TH is not None:
+        y_TH = y_TH + shared_TH
+    return y_TH if rank.whole_shared else _finished(y_TH, weights, spec, rank)
+
+
+def _routed(tokens: GroupTokens, weights: WeightSource, spec: MoESpec, rank: Rank,
+            trace: Trace | None) -> torch.Tensor:
+    """Routed and identity experts, added up by token, (T, H), or left by slot, (T*K, H)."""
+    place_TK, num_places = places(tokens.ids_TK, rank.by_slot)
+    if rank.parallel.tokens.over_ep:
+        y_PH = _travelled(tokens, weights, spec, rank, trace)
+        y_PH = y_PH if rank.by_slot else y_PH.unflatten(0, tokens.ids_TK.shape).sum(1)
+        add_identity(y_PH, tokens, place_TK, spec, rank, None)
+        return y_PH
+    slots = Slots(tokens.x_TH, local_experts(tokens.ids_TK, spec.num_experts, rank), tokens.weights_TK, place_TK,
+                  num_places)
+    rows = RoutedRows(trace, slots.local_TK, spec, rank)
+    sums_of = gathered_sums if rank.by_output else expert_sums
+    y_PH = sums_of(slots, unbound(weights), spec, rank, tie(slots, weights), rows)
+    add_identity(y_PH, tokens, place_TK, spec, rank, rows)
+    rows.record()
+    return y_PH
+
+
+def _travelled(tokens: GroupTokens, weights: WeightSource, spec: MoESpec, rank: Rank,
+               trace: Trace | None) -> torch.Tensor:
+    """Rows of every slot, (T*K, H), computed where the expert is."""
+    sent = send(tokens, spec.num_experts, rank)
+    slots = Slots(sent.x_RH, sent.local_R1, sent.weights_R1, *places(sent.local_R1, by_slot=True))
+    rows = RoutedRows(trace, slots.local_TK, spec, rank)
+    rows_RH = expert_sums(slots, unbound(weights), spec, rank, tie(slots, weights), rows)
+    rows.record()
+    return send_back(rows_RH, sent, tokens.ids_TK.numel(), rank)
+
+
+def _finished(y_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, rank: Rank) -> torch.Tensor:
+    """The mean with the shared expert, where it is one, and the output's bias."""
+    if spec.shared is not None and spec.shared.merge == "mean":
+        y_TH = y_TH / 2
+    if weights.output_bias_H is None:
+        return y_TH
+    if rank.by_slot or rank.whole_shared:  # the sum is complete, and every rank adds it
+        return y_TH + enter(weights.output_bias_H.double(), *rank.with_other_tokens)
+    return y_TH + rank.whole_in_sum(weights.output_bias_H)
+
+
+def _record(trace: Trace | None, stages: dict[Stage, torch.Tensor | None]) -> None:
     if trace is not None:
-        trace.record(Stage.SHARED, shared_TH)
-    return (y_TH + shared_TH) / 2 if spec.shared.merge == "mean" else y_TH + shared_TH
+        for stage, tensor in stages.items():
+            if tensor is not None:
+                trace.record(stage, tensor)

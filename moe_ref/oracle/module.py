@@ -7,7 +7,18 @@ from moe_ref.contract.features import Feature
 from moe_ref.contract.module import LayerModule
 from moe_ref.contract.router_spec import Score
 from moe_ref.contract.spec import Activation
-from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Stage, Storage
+from moe_ref.contract.vocabulary import (
+    Direction,
+    Dtype,
+    Format,
+    Hosting,
+    Ranks,
+    Schedule,
+    SharedPlacement,
+    Stage,
+    Storage,
+    Tokens,
+)
 from moe_ref.oracle.layer import moe
 
 
@@ -25,5 +36,7 @@ CAPABILITIES = Capabilities(
     numerics={dtype: Numerics(storage=dict.fromkeys(_STORED, Format.FP64), accumulate=Format.FP64,
                               reduce=Format.FP64) for dtype in Dtype},
     stages=(*_STORED, Stage.IDS), activations=get_args(Activation), scores=get_args(Score), features=tuple(Feature),
-    max_tp=64, storages=tuple(Storage), ranks=tuple(Ranks), deterministic=True, equal_ranks=True, lower_id_ties=True,
-    collectives_through_groups=True)
+    directions=tuple(Direction),
+    max_tp=64, max_ep=64, tokens=tuple(Tokens), hostings=tuple(Hosting), redundant=True,
+    shared_placements=tuple(SharedPlacement), schedules=tuple(Schedule), storages=tuple(Storage),
+    ranks=tuple(Ranks), deterministic=True, equal_ranks=True, lower_id_ties=True, collectives_through_groups=True)

@@ -2,44 +2,41 @@
 
 import torch
 
-from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Stage
+from moe_ref.oracle.rank import Rank
 
 
 class RoutedRows:
-    """gate_up, act and down rows of one call; costs nothing without a trace. Slots without an expert are zero."""
+    """gate_up, act and down rows of one call; costs nothing without a trace.
 
-    def __init__(self, x_TH: torch.Tensor, spec: MoESpec, intermediate: int) -> None:
-        self.num_rows, self.options = len(x_TH) * spec.top_k, {"dtype": torch.float64, "device": x_TH.device}
-        self.widths = {Stage.GATE_UP: (spec.experts.num_projections, intermediate), Stage.ACT: (intermediate,),
-                       Stage.DOWN: (spec.hidden_size,)}
-        self.rows: dict[Stage, torch.Tensor] = {}
+    Where one rank hosts every expert there is a row for each slot, zero for those without an expert; else only for
+    the slots that this rank serves, those whose local_TK is at least 0.
+    """
 
-    def keep(self, trace: Trace | None, index_R: torch.Tensor, *tensors: torch.Tensor | None) -> None:
-        """One expert's rows, in the order of the stages; None where it has no such stage."""
+    def __init__(self, trace: Trace | None, local_TK: torch.Tensor, spec: MoESpec, rank: Rank) -> None:
+        self.trace = trace
         if trace is None:
             return
-        self._fill()
-        for stage, tensor in zip(self.widths, tensors, strict=True):
-            if tensor is not None:
-                self.rows[stage][index_R] = tensor.detach()
+        self.has_row_TK = torch.ones_like(local_TK, dtype=torch.bool) if rank.ep.size == 1 else local_TK >= 0
+        self.index_TK = (self.has_row_TK.flatten().cumsum(0) - 1).view_as(local_TK)
+        (first, last), (start, stop) = rank.columns(spec.intermediate_size), rank.outputs(spec.hidden_size)
+        widths = {Stage.GATE_UP: (spec.experts.num_projections, last - first), Stage.ACT: (last - first,),
+                  Stage.DOWN: (stop - start,)}
+        self.rows = {stage: torch.zeros(int(self.has_row_TK.sum()), *width, dtype=torch.float64, device=local_TK.device)
+                     for stage, width in widths.items()}
 
-    def _fill(self) -> None:
-        for stage, width in self.widths.items():
-            if stage not in self.rows:
-                self.rows[stage] = torch.zeros(self.num_rows, *width, **self.options)
-
-    def record(self, trace: Trace | None, routing: Routing, merged_TH: torch.Tensor) -> None:
-        """Everything up to the merged rows."""
-        if trace is None:
+    def keep(self, token_R: torch.Tensor, slot_R: torch.Tensor, **stages: torch.Tensor) -> None:
+        """Rows of these slots, by stage."""
+        if self.trace is None:
             return
-        self._fill()
-        if routing.logits_TE is not None:
-            trace.record(Stage.LOGITS, routing.logits_TE)
-        trace.record(Stage.IDS, routing.ids_TK)
-        trace.record(Stage.WEIGHTS, routing.weights_TK)
-        for stage, tensor in self.rows.items():
-            trace.record(stage, tensor)
-        trace.record(Stage.MERGED, merged_TH)
+        kept_R, index_R = self.has_row_TK[token_R, slot_R], self.index_TK[token_R, slot_R]
+        for stage, tensor in stages.items():
+            self.rows[Stage(stage)][index_R[kept_R]] = tensor.detach()[kept_R]
+
+    def record(self) -> None:
+        """All of them, once every expert is through."""
+        if self.trace is not None:
+            for stage, tensor in self.rows.items():
+                self.trace.record(stage, tensor)

@@ -43,12 +43,14 @@ def moe_backward(grad_y_TH: torch.Tensor, x_TH: torch.Tensor, weights: WeightSou
     grad_y_TH (T, H), complete on every rank; the other arguments as in moe. An injected routing gets the gradient
     of its weights and the router none; injected logits get theirs. on_expert(e, gradients) receives the routed
     experts' own gradients in ascending order, zeros included, instead of the result. Raises UsageValueError /
-    UsageTypeError as moe does, and for a grad_y_TH of another shape or kind.
+    UsageTypeError as moe does, for a grad_y_TH of another shape or kind, and for another form of parallelism than one
+    all-reduce over tp.
     """
     injected = routing is not None
     check_tokens(x_TH, spec, PLAIN_DTYPES, "moe_ref")
     parallel, groups = check_groups(parallel, groups)
-    check_weights(weights, spec, parallel, groups.tp.rank)
+    _check_form(parallel)
+    check_weights(weights, spec, parallel, groups.rank)
     check_injected(routing, logits_TE)
     if routing is None:
         routing = route(x_TH, weights, spec, logits_TE=logits_TE)
@@ -73,7 +75,8 @@ def experts_backward(grad_y_TH: torch.Tensor, x_TH: torch.Tensor, routing: Routi
     """
     check_tokens(x_TH, spec, PLAIN_DTYPES, "moe_ref")
     parallel, groups = check_groups(parallel, groups)
-    check_weights(weights, spec, parallel, groups.tp.rank)
+    _check_form(parallel)
+    check_weights(weights, spec, parallel, groups.rank)
     check_routing(routing, spec, len(x_TH), "metadata")
     check_devices(x_TH, weights, routing, grad_y_TH)
     _check_gradient(grad_y_TH, x_TH)
@@ -99,6 +102,13 @@ def experts_backward(grad_y_TH: torch.Tensor, x_TH: torch.Tensor, routing: Routi
 def _complete(partial: torch.Tensor, tp: Comm) -> torch.Tensor:
     """The sum over ranks."""
     return tp.all_reduce(partial) if tp.size > 1 else partial
+
+
+def _check_form(parallel: Parallel) -> None:
+    """Raise unless the layer is spread as the formulas are written."""
+    if parallel != Parallel(tp=parallel.tp, splits=parallel.splits):
+        raise UsageValueError(f"moe_backward: {parallel}, but the formulas are for ep=1, one all-reduce, "
+                              "replicated tokens and a sharded shared expert; differentiate moe instead")
 
 
 def _check_gradient(grad_y_TH: torch.Tensor, x_TH: torch.Tensor) -> None:
