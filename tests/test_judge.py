@@ -9,12 +9,17 @@ from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.vocabulary import Stage, Verdict
 from moe_ref.records.schema import CaseLine, Implementation, StageResult, Worst
 from moe_ref.verify.explain import explain
-from moe_ref.verify.judge import Judgement, RunFacts, judge
+from moe_ref.verify.judge import Judgement, RunFacts, WantedCalls, judge
 from moe_ref.verify.measure.measurement import Measurement
 
-REDUCE = (("all_reduce", 40),)
-FACTS = RunFacts(calls=(REDUCE, REDUCE), allowed_calls=(REDUCE,), same_bits=True, differing_stages=(),
+REDUCE = (("tp.all_reduce", 40),)
+FACTS = RunFacts(calls=(REDUCE, REDUCE), wanted_calls=(WantedCalls(REDUCE),) * 2, same_bits=True, differing_stages=(),
                  promised_deterministic=True, promised_equal_ranks=True, changed_inputs=())
+
+NOTHING = (("tp.all_reduce", 0),)
+DISPATCH = WantedCalls((("ep.all_to_all", 400), ("ep.all_to_all", 360)), (("ep.all_to_all", 10), ("ep.all_to_all", 10)))
+SENT = (("ep.all_to_all", 400), ("ep.all_to_all", 20), ("ep.all_to_all", 360))
+"""Rows to their experts and back; ids and weights in one message of both."""
 
 
 def facts(**changes: object) -> RunFacts:
@@ -56,10 +61,17 @@ def test_numbers_decide(stages: tuple[StageResult, ...], expected: tuple[Verdict
 @pytest.mark.parametrize(("changes", "expected", "words"), [
     ({"changed_inputs": ("x_TH",)}, Verdict.STRUCT, "changed its inputs x_TH"),
     ({"calls": (REDUCE, REDUCE * 2)}, Verdict.STRUCT, "collectives of rank 1"),
-    ({"calls": (REDUCE, ())}, Verdict.STRUCT, "none, but should be all_reduce of 40 elements"),
-    ({"calls": (REDUCE, (("all_reduce", 41),))}, Verdict.STRUCT, "all_reduce of 41 elements"),
-    ({"calls": (REDUCE, ()), "allowed_calls": ()}, Verdict.PASS, ""),
-    ({"calls": (REDUCE, ()), "allowed_calls": (REDUCE, ())}, Verdict.PASS, ""),
+    ({"calls": (REDUCE, ())}, Verdict.STRUCT, "none, but should be tp.all_reduce of 40 elements"),
+    ({"calls": (REDUCE, (("tp.all_reduce", 41),))}, Verdict.STRUCT, "all_reduce of 41 elements"),
+    ({"calls": (REDUCE, (("ep.all_reduce", 40),))}, Verdict.STRUCT, "ep.all_reduce of 40 elements, but should be tp."),
+    ({"calls": (REDUCE, ()), "wanted_calls": ()}, Verdict.PASS, ""),
+    # Without tokens a call moves nothing, and may be left out.
+    ({"calls": (NOTHING, ()), "wanted_calls": (WantedCalls(NOTHING),) * 2}, Verdict.PASS, ""),
+    ({"calls": (SENT, SENT), "wanted_calls": (DISPATCH,) * 2}, Verdict.PASS, ""),
+    ({"calls": ((*SENT, ("ep.all_to_all", 20)), SENT), "wanted_calls": (DISPATCH,) * 2}, Verdict.PASS, ""),
+    ({"calls": ((*SENT, ("ep.all_reduce", 20)), SENT), "wanted_calls": (DISPATCH,) * 2}, Verdict.STRUCT, "ep.all_red"),
+    ({"calls": ((*SENT, ("ep.all_to_all", 400)), SENT), "wanted_calls": (DISPATCH,) * 2}, Verdict.STRUCT, "of 400"),
+    ({"calls": (SENT[1:], SENT), "wanted_calls": (DISPATCH,) * 2}, Verdict.STRUCT, "rank 0"),
     ({"same_bits": False, "differing_stages": ("act",)}, Verdict.NONDETERMINISTIC, "act differ"),
     ({"same_bits": False, "differing_stages": ("act",), "promised_deterministic": False}, Verdict.PASS, ""),
     ({"same_bits": None}, Verdict.PASS, ""),

@@ -69,4 +69,4 @@ def show_command(case_or_model: str, tp: int | None, as_json: bool) -> None:
         lines = describe_case(case)
         document = dict(lines)
     click.echo(json.dumps(document, indent=1) if as_json
-               else "\n".join(f"{key:14} {value}" for key, value in lines))
+               else "\n".join(f"{key:16} {value}" for key, value in lines))

@@ -1,18 +1,23 @@
 """A case or a model in words."""
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
-from moe_ref.contract.case import Case
+from moe_ref.contract.case import Case, Problem
 from moe_ref.contract.case_id import format_case
+from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.features import features_of
-from moe_ref.contract.parallel import PLACEMENTS, Parallel
+from moe_ref.contract.parallel import Parallel
+from moe_ref.contract.shares import rank_shares
 from moe_ref.contract.spec import MoESpec
-from moe_ref.contract.vocabulary import Dtype, Storage
+from moe_ref.contract.vocabulary import Dtype, Schedule, Storage, Tokens
+from moe_ref.contract.volume import Transfer, transfers
 from moe_ref.models.registry import Model
 from moe_ref.models.words import mlp_formula, numerics_words, router_steps, shared_words
 
 _BYTES = {Dtype.FP32: 4, Dtype.FP16: 2, Dtype.BF16: 2}
+
+_SHOWN_TOKENS = 32
 
 Lines = list[tuple[str, str]]
 
@@ -50,6 +55,9 @@ def describe_model(model: Model, tp: int = 1) -> Lines:
         lines.append(("routing", f"to be injected: {model.reason}"))
     lines += _mathematics(model.spec)
     lines += [(f"rank {rank}", _shape_words(_shapes(model.spec, Parallel(tp=tp), rank))) for rank in range(tp)]
+    problem = Problem(spec=model.spec, num_tokens=_SHOWN_TOKENS, dtype=Dtype.BF16, model=model.name)
+    lines += [(f"{name}", f"{words}, {_SHOWN_TOKENS} tokens in bf16")
+              for name, words in _schedules(Case(problem=problem, parallel=Parallel(tp=tp)), mark=False)] * (tp > 1)
     lines += [("parameters", f"{count / 1e9:.3f} G, {active / 1e6:.0f} M of them used by a token at most; "
                              f"{2 * count / 2**30:.2f} GiB in bf16"),
               ("released code", "; ".join(numerics_words(model.numerics))
@@ -90,23 +98,81 @@ def describe_case(case: Case) -> Lines:
     lines += [*_mathematics(spec), ("tokens", str(tokens)), ("dtype", problem.dtype.value),
               ("inputs", f"pattern {problem.pattern}, data {problem.data}, seed {problem.seed}"
                          + (", a residual added once" if problem.residual else ""))]
-    lines += _ranks(spec, parallel, tokens)
+    lines += _grid(case)
     lines += [("storage", f"{case.storage}: strided views of that order")] * (case.storage is not Storage.OUT_IN)
-    lines.append(("placements", ", ".join(f"{name} {PLACEMENTS[name].kind}"
-                                          for name in _shapes(spec, parallel, 0))))
-    elements = tokens * spec.hidden_size
-    lines.append(("communication", "none" if parallel.tp == 1 else
-                  f"one all_reduce of {elements} elements, {elements * _BYTES[problem.dtype]} bytes per rank"))
-    return lines + _bounds(case)
+    lines.append(("placements", ", ".join(_placement_words(name, parallel) for name in _shapes(spec, parallel, 0))))
+    return lines + _communication(case) + _bounds(case)
 
 
-def _ranks(spec: MoESpec, parallel: Parallel, tokens: int) -> Lines:
-    rows, lines = tokens * spec.top_k, []
-    for rank, (start, stop) in enumerate(parallel.ranges(spec.intermediate_size)):
-        rows_words = f"act ({rows}, {stop - start}), down ({rows}, {spec.hidden_size})"
-        lines.append((f"rank {rank}", f"columns [{start}, {stop}) of intermediate: "
-                                      f"{_shape_words(_shapes(spec, parallel, rank))}; {rows_words}, "
-                                      f"merged ({tokens}, {spec.hidden_size})"))
+def _grid(case: Case) -> Lines:
+    """One line per rank: what it starts from, holds and shows."""
+    spec, parallel, lines = case.problem.spec, case.parallel, []
+    for share in rank_shares(case):
+        (start, stop), (first, last), (low, high) = share.columns, share.tokens, share.merged_tokens
+        rows = "its slots" if parallel.ep > 1 else str((high - low) * spec.top_k)
+        width = share.outputs[1] - share.outputs[0]
+        words = [f"ep {share.ep_rank}, tp {share.tp_rank}, experts {_runs(share.experts)}"] * (parallel.ep > 1)
+        words += [f"tokens [{first}, {last})"] * (parallel.tokens is not Tokens.REPLICATED)
+        words.append(f"columns [{start}, {stop}) of intermediate: {_shape_words(_shapes(spec, parallel, share.rank))}; "
+                     f"act ({rows}, {stop - start}), down ({rows}, {width}), merged ({high - low}, {width})")
+        lines.append((f"rank {share.rank}", ", ".join(words)))
+    return lines
+
+
+def _runs(experts: tuple[int, ...]) -> str:
+    """Experts with runs of three and more as "4-7"."""
+    words: list[str] = []
+    run: list[int] = []
+    for e in (*experts, -1):
+        if run and e == run[-1] + 1:
+            run.append(e)
+            continue
+        words += [f"{run[0]}-{run[-1]}"] if len(run) > 2 else [str(one) for one in run]
+        run = [e]
+    return " ".join(words) or "none"
+
+
+def _placement_words(name: str, parallel: Parallel) -> str:
+    # As in _shapes: without torch until it is needed.
+    from moe_ref.contract.placements import placements
+    placement = placements(parallel)[name]
+    also = placement.expert_dim is not None and parallel.ep > 1
+    return f"{name} {placement.kind}" + " over tp, experts over ep" * also
+
+
+def _communication(case: Case) -> Lines:
+    """What each rank hands to collectives, and how much that is under every schedule."""
+    size = _BYTES[case.problem.dtype]
+    lines = [(f"sends {rank}", "; ".join(f"{one.name} of {one.num_elements} elements ({one.what})"
+                                         + f", {one.num_elements * size} bytes" * (not one.describes)
+                                         for one in planned) or "none")
+             for rank, planned in enumerate(_planned(case))]
+    if len({words for _, words in lines}) == 1:
+        lines = [("each rank sends", lines[0][1])]
+    if case.parallel.tokens.over_ep:
+        lines.append(("rows travel", "counted for even loads; the routing decides how many there are"))
+    return lines + _schedules(case)
+
+
+def _planned(case: Case) -> list[tuple[Transfer, ...]]:
+    """The collectives of every rank; of rows that travel to their experts as many as even loads would give."""
+    top_k, even = case.problem.spec.top_k, case.problem.num_tokens * case.problem.spec.top_k // case.parallel.ep
+    return [transfers(case, share, (share.merged_tokens[1] - share.merged_tokens[0]) * top_k, even)
+            for share in rank_shares(case)]
+
+
+def _schedules(case: Case, mark: bool = True) -> Lines:
+    """Calls and bytes of rows per rank, the most that any rank sends, under each schedule that the tokens allow."""
+    lines, size = [], _BYTES[case.problem.dtype]
+    for schedule in Schedule:
+        try:
+            planned = _planned(replace(case, parallel=replace(case.parallel, schedule=schedule)))
+        except UsageValueError:
+            continue
+        calls = [sum(not one.describes for one in ranks) for ranks in planned]
+        sent = [size * sum(one.num_elements for one in ranks if not one.describes) for ranks in planned]
+        lines.append((schedule.value, f"{max(calls)} call{'s' * (max(calls) != 1)}, {max(sent)} bytes per rank"
+                      + " (this case)" * (mark and schedule is case.parallel.schedule)))
     return lines
 
 
@@ -119,7 +185,7 @@ def _bounds(case: Case) -> Lines:
         ("bound down", f"from act: gamma(K={inner}) = {inner * 2.0**-24:.2e} of the sum of absolute products, "
                        f"times the weight, plus one store in {dtype}"),
         ("bound merged", f"from down: {spec.top_k + (spec.shared is not None)} rows summed in fp32, one store"),
-        ("bound reduced", f"from merged: {case.parallel.tp - 1} additions between ranks, each rounded"),
+        ("bound reduced", f"from merged: at most {case.parallel.size - 1} additions between ranks, each rounded"),
         ("bound output", "all of these propagated, against the unsharded fp64 oracle; derivation in "
                          "docs/bounds.md"),
     ]

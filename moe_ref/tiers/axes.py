@@ -6,7 +6,16 @@ from moe_ref.contract.case import Case, Problem
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.spec import MLP, MoESpec, Router, SharedExpert
-from moe_ref.contract.vocabulary import Data, Dtype, Pattern, Storage
+from moe_ref.contract.vocabulary import (
+    Data,
+    Dtype,
+    Hosting,
+    Pattern,
+    Schedule,
+    SharedPlacement,
+    Storage,
+    Tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -45,13 +54,59 @@ SHAPES = (
     Shape(40, 72, 90, 0, 0, "a dense gated MLP: no router"),
 )
 
+@dataclass(frozen=True)
+class Spread:
+    """How a layer is spread beyond its tp degree; uneven: of the tokens where they are sharded, else of the columns."""
+
+    purpose: str
+    ep: int = 1
+    schedule: Schedule = Schedule.ALL_REDUCE
+    tokens: Tokens = Tokens.REPLICATED
+    hosting: Hosting = Hosting.CONTIGUOUS
+    shared: SharedPlacement = SharedPlacement.SHARDED
+    redundant: bool = False
+    uneven: bool = False
+
+    def over(self, tp: int, num_experts: int) -> tuple[Parallel, tuple[int, ...] | None]:
+        """The grid for a tp degree, and the shares of the tokens."""
+        shares, is_sharded = None, self.tokens is not Tokens.REPLICATED
+        if self.uneven:
+            shares = _falling(self.ep * tp if is_sharded else tp)
+        copies = tuple(sorted({0, num_experts - 1})) if self.redundant else ()
+        parallel = Parallel(tp=tp, ep=self.ep, schedule=self.schedule, tokens=self.tokens, hosting=self.hosting,
+                            shared=self.shared, redundant=copies, splits=None if is_sharded else shares)
+        return parallel, shares if is_sharded else None
+
+
+def _falling(count: int) -> tuple[int, ...]:
+    """count - 1, ..., 1, 0."""
+    return tuple(reversed(range(count)))
+
+
 ROUTERS = ("softmax", "softmax-norm", "sigmoid-norm-bias", "sigmoid-groups", "softmax-groups")
 SHARED = ("none", "shared", "shared-gate")
+
+SPREADS: dict[str, Spread] = {
+    "plain": Spread("one all-reduce after the merge"),
+    "rows": Spread("one all-reduce before the merge", schedule=Schedule.ALL_REDUCE_ROWS),
+    "scatter": Spread("reduce-scatter and all-gather", schedule=Schedule.REDUCE_SCATTER),
+    "gather": Spread("no row split: gathers", schedule=Schedule.GATHER),
+    "sequence": Spread("tokens sharded over tp", schedule=Schedule.REDUCE_SCATTER, tokens=Tokens.SHARDED_TP),
+    "uneven": Spread("uneven shares, the last rank without columns", uneven=True),
+    "whole-shared": Spread("a shared expert whole on every rank", shared=SharedPlacement.REPLICATED),
+    "ep": Spread("experts over two ranks, tokens on both", ep=2),
+    "ep-copies": Spread("experts dealt out in turn to three ranks, two of them twice", ep=3, redundant=True,
+                        hosting=Hosting.ROUND_ROBIN),
+    "dispatch": Spread("rows travel to their experts and back", ep=2, tokens=Tokens.SHARDED_EP),
+    "dispatch-uneven": Spread("uneven tokens over both axes, a rank without any", ep=2, tokens=Tokens.SHARDED,
+                              uneven=True, schedule=Schedule.REDUCE_SCATTER),
+}
 
 AXES: dict[str, tuple] = {
     "shape": tuple(shape.name for shape in SHAPES), "dtype": tuple(Dtype), "tp": (1, 2, 3, 4, 8),
     "pattern": tuple(Pattern), "router": ROUTERS, "activation": ("silu", "gelu", "gelu_tanh"), "shared": SHARED,
     "residual": (False, True), "data": (Data.UNIT, Data.OUTLIER), "storage": tuple(Storage),
+    "spread": tuple(SPREADS),
 }
 """Every axis and its values, the plainest first."""
 
@@ -79,11 +134,15 @@ def row_case(row: Row) -> Case | None:
     try:
         spec = MoESpec(hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
                        router=_router(row["router"], shape), experts=mlp, shared=shared)
+        spread = SPREADS[str(row["spread"])]
+        if row["tp"] == 1 and spread.ep == 1 and spread.uneven:
+            return None
+        parallel, token_shares = spread.over(int(str(row["tp"])), shape.num_experts or 1)
         problem = Problem(spec=spec, num_tokens=shape.num_tokens, dtype=Dtype(row["dtype"]),
                           pattern=Pattern(row["pattern"]), data=Data(row["data"]), residual=bool(row["residual"]))
     except UsageValueError:
         return None
-    return Case(problem=problem, parallel=Parallel(tp=int(str(row["tp"]))), storage=Storage(row["storage"]))
+    return Case(problem=problem, parallel=parallel, token_shares=token_shares, storage=Storage(row["storage"]))
 
 
 def _router(kind: object, shape: Shape) -> Router | None:

@@ -94,13 +94,27 @@ _OTHER_SIZES = (
     ("T1.H48.I40.E8.K2", "norm-zero4-cap1-sh26-shmean", "a single token"),
 )
 
+_SPREAD_LAYERS = (
+    ("K2", "norm-mlpbias-sh26-shgate-shmlpbias-outbias-res", "biases that must come in once"),
+    ("K3", "bias-scale6-zero4-sh26", "identity experts"),
+    ("K3", "sigmoid-norm-bias-scale2.5-learnscale-sh26-shrouter2", "shared experts in the router"),
+    ("K2", "norm-sh26-shmean-outbias-res", "mean of routed and shared"),
+    ("K3", "sigmoid-norm-scale2.5-relu-weightinput-res", "weights on the input"),
+)
+
+_SPREADS = ("tp2", "tp2-allreducerows", "tp2-reducescatter", "tp3-gather", "tp2-reducescatter-tokenstp",
+            "tp3-split2.1.0", "tp2-wholeshared", "tp2-ep2", "tp2-ep3-roundrobin-copy0.7", "tp2-ep2-tokensep",
+            "tp2-ep2-reducescatter-tokensboth-share3.2.1.0")
+
 
 def family_ids() -> list[tuple[str, str]]:
-    """(case id, purpose) of every layer in fp32 and bf16, on one rank and on three."""
+    """(case id, purpose) of every layer in fp32 and bf16, on one rank and on three; of some spread in every way."""
     named = [(f"{_SIZES}.{top_k}", words, purpose)
              for top_k, words, purpose in (*_ROUTERS, *_EXPERTS, *_MERGES, *_CAPACITIES, *_NON_FINITE)]
     ids = []
     for (sizes, words, purpose), dtype, tp in product((*named, *_OTHER_SIZES), (Dtype.FP32, Dtype.BF16), (1, 3)):
         parts = ["v1", sizes, dtype, *[words] * (words != ""), *["tp3"] * (tp == 3)]
         ids.append(("-".join(parts), purpose))
+    ids += [(f"v1-{_SIZES}.{top_k}-{Dtype.FP32}-{words}-{spread}", f"{purpose}, {spread}")
+            for (top_k, words, purpose), spread in product(_SPREAD_LAYERS, _SPREADS)]
     return ids

@@ -1,5 +1,5 @@
-"""The tiers: smoke, quick, full, nightly, each of pinned cases plus covers, each holding the one before it; and
-families, pinned layers of released families."""
+"""The tiers: smoke, quick, full, nightly, each of pinned cases plus covers, each holding the one before it;
+families, pinned layers of released families; ranks, every way to spread a layer on real processes."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -9,10 +9,9 @@ from itertools import product
 from moe_ref.contract.case import Case
 from moe_ref.contract.case_id import format_case, parse_case
 from moe_ref.contract.errors import UsageValueError
-from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.vocabulary import Dtype, Pattern, Ranks
 from moe_ref.models.registry import models
-from moe_ref.tiers.axes import AXES, PLAIN, SHAPES, Row, row_case
+from moe_ref.tiers.axes import AXES, PLAIN, SHAPES, SHARED, SPREADS, Row, row_case
 from moe_ref.tiers.cover import pairwise_rows, possible_pairs, row_pairs
 from moe_ref.tiers.families import family_ids
 
@@ -41,8 +40,11 @@ class Tier:
     pairs_possible: int
 
 
-MINIMUM_EXECUTED = {"smoke": 24, "quick": 250, "full": 280, "nightly": 500, "families": 60}
-"""families: what an implementation of softmax routers, expert groups and shared experts can run at least."""
+MINIMUM_EXECUTED = {"smoke": 24, "quick": 250, "full": 280, "nightly": 500, "families": 60, "ranks": 100}
+"""families: what an implementation of softmax routers, expert groups and shared experts can run at least; ranks:
+what one of tensor parallelism alone can."""
+
+BIASED = "v1-T21.H48.I40.E8.K2-fp32-norm-mlpbias-sh26-shgate-shmlpbias-outbias-res-tp2"
 
 _TP_AND_DTYPE = tuple(product(AXES["tp"], Dtype))
 
@@ -58,6 +60,9 @@ def _smoke_rows() -> list[tuple[Row, str]]:
     rows += [(PLAIN | {"activation": activation, "shared": "shared", "tp": 2}, f"{activation}, shared expert too")
              for activation in ("gelu", "gelu_tanh")]
     rows.append((PLAIN | {"shape": SHAPES[11].name, "residual": True, "tp": 4}, "residual added once, not tp times"))
+    # Every way to spread a layer, with a shared expert and a residual, which must come in once.
+    rows += [(rich | {"tp": 2, "spread": spread, "dtype": tuple(Dtype)[number % 3]}, f"tp 2: {SPREADS[spread].purpose}")
+             for number, spread in enumerate(name for name in SPREADS if name != PLAIN["spread"])]
     return rows
 
 
@@ -84,6 +89,25 @@ def _gloo_cases() -> list[PlannedCase]:
     cases = [row_case(row) for row in rows]
     return [PlannedCase(case=replace(case, problem=replace(case.problem, seed=1)), ranks=Ranks.GLOO,
                         purpose="gloo process ranks") for case in cases if case]
+
+
+SPREAD_DEGREES = {1: (2, 3, 4, 8), 2: (1, 2, 4), 3: (1, 2)}
+"""tp degrees that process ranks are tried at, by ep degree."""
+
+
+def _rank_cases() -> list[PlannedCase]:
+    """Every way to spread a layer on 2, 3, 4, 6 and 8 processes, three dtypes, two layers each."""
+    grids = [(name, tp) for name, spread in SPREADS.items() for tp in SPREAD_DEGREES[spread.ep]]
+    shapes = [shape for shape in SHAPES if shape.num_experts > 2]
+    planned = []
+    for number, ((spread, tp), dtype, layer) in enumerate(product(grids, Dtype, range(2))):
+        row = PLAIN | {"spread": spread, "tp": tp, "dtype": dtype, "shape": shapes[number % len(shapes)].name,
+                       "pattern": tuple(Pattern)[number // 2 % len(Pattern)]}
+        row |= {"shared": SHARED[1 + number // 2 % 2], "residual": True} if layer else {}
+        case = row_case(row) or row_case(row | {"pattern": Pattern.UNIFORM})
+        assert case is not None
+        planned.append(PlannedCase(case=case, ranks=Ranks.GLOO, purpose=f"{SPREADS[spread].purpose}, tp {tp}"))
+    return planned
 
 
 QUICK_MODELS = ("olmoe.1b.7b.T8.E4-bf16-tp2", "granite3.1b.a400m.T16.E8-bf16-tp4", "qwen3.30b.a3b.T4.E8-bf16-tp8",
@@ -119,8 +143,11 @@ def tier(name: str) -> Tier:
         raise UsageValueError(f"unknown tier {name!r}; known: {', '.join(MINIMUM_EXECUTED)}")
     if name == "families":
         return _families()
+    if name == "ranks":
+        return Tier(name, tuple({one.case_id: one for one in _rank_cases()}.values()), MINIMUM_EXECUTED[name], 0, 0)
     rows = _smoke_rows() if name == "smoke" else _quick_rows()
     planned = [PlannedCase(case=case, purpose=purpose) for row, purpose in rows if (case := row_case(row))]
+    planned.append(PlannedCase(case=parse_case(BIASED), purpose="biases of w2 and output added once, not tp times"))
     if name == "smoke":
         planned += _gloo_cases()[:2]
     else:
@@ -140,5 +167,6 @@ def _families() -> Tier:
 
 
 def with_tp(planned: PlannedCase, tp: int) -> PlannedCase:
-    """The same problem at another tensor-parallel degree."""
-    return replace(planned, case=replace(planned.case, parallel=Parallel(tp=tp)))
+    """The same problem at another tensor-parallel degree; shares are for one degree and become equal ones."""
+    parallel = replace(planned.case.parallel, tp=tp, splits=None)
+    return replace(planned, case=replace(planned.case, parallel=parallel, token_shares=None))

@@ -1,8 +1,9 @@
 """The failure message: at most ten lines, the verdict first, a command that repeats the case last."""
 
 from moe_ref.contract.case import Case
-from moe_ref.contract.vocabulary import Stage, Verdict
+from moe_ref.contract.vocabulary import Schedule, Stage, Verdict
 from moe_ref.records.schema import CaseLine, StageResult, from_number
+from moe_ref.verify.likely import likely
 
 _DETAIL_LINES = 3
 _LINE_LIMIT = 120
@@ -14,7 +15,7 @@ def explain(line: CaseLine, case: Case) -> str:
     first, *details = [_cut(text) for text in head.split("\n")]
     if line.verdict in (Verdict.PASS, Verdict.UNSUPPORTED, Verdict.NOT_RUN):
         return first
-    culprit = next((stage for stage in line.stages if stage.stage == line.first_stage), None)
+    culprit = next((stage for stage in line.stages if stage.stage == line.first_stage and stage.num_bad), None)
     lines = [first, *(f"  | {detail}" for detail in details[:1 if culprit else _DETAIL_LINES])]
     lines.append(f"  case    {line.case}   impl {line.implementation.name} {line.implementation.version}, "
                  f"{line.ranks} ranks, {line.device}")
@@ -40,11 +41,13 @@ def _stage(stage: StageResult, first_stage: str | None) -> str:
 
 def _where(stage: StageResult, case: Case) -> list[str]:
     spec, tokens = case.problem.spec, case.problem.num_tokens
-    parts = [f"{stage.num_bad_tokens} of {tokens} tokens ({_some(stage.bad_tokens, stage.num_bad_tokens)})"]
+    parts = []
+    if stage.num_bad_tokens or stage.exact:
+        parts.append(f"{stage.num_bad_tokens} of {tokens} tokens ({_some(stage.bad_tokens, stage.num_bad_tokens)})")
     if stage.bad_experts:
         parts.append(f"experts {_some(stage.bad_experts)} of {spec.num_experts}")
     if stage.bad_ranks:
-        parts.append(f"ranks {_some(stage.bad_ranks)} of {case.parallel.tp}")
+        parts.append(f"ranks {_some(stage.bad_ranks)} of {case.parallel.size}")
     if stage.bad_tiles:
         parts.append(f"64-column tiles {_some(stage.bad_tiles)} of {stage.num_tiles}")
     lines = ["  where   " + ", ".join(parts) + f"; best-fit scale {from_number(stage.scale):.4g}, "
@@ -54,9 +57,11 @@ def _where(stage: StageResult, case: Case) -> list[str]:
         lines.append(f"  note    {_cut(stage.note)}")
     elif worst is not None:
         place = ", ".join(f"{name} {value}" for name, value in (
-            ("token", worst.token), ("slot", worst.slot), ("expert", worst.expert), ("rank", worst.rank),
-            ("column", worst.column)) if value is not None)
+            ("token", worst.token), ("row", worst.row), ("slot", worst.slot), ("expert", worst.expert),
+            ("rank", worst.rank), ("column", worst.column)) if value is not None)
         lines.append(f"  worst   {stage.stage}[{place}] got {worst.got}, want {worst.want}, allowed {worst.allowed}")
+    if words := likely(stage, case):
+        lines.append(f"  likely  looks like {words}")
     lines.append(f"  bound   tolerances.yaml, rounding model {_model(stage.stage, case)}")
     return lines
 
@@ -67,14 +72,24 @@ def _some(numbers: list[int], total: int | None = None) -> str:
 
 
 def _model(stage: str, case: Case) -> str:
-    spec = case.problem.spec
+    if Stage(stage).is_gradient:
+        return "whole layer backward, propagated"
+    spec, parallel = case.problem.spec, case.parallel
+    inner = max(stop - start for start, stop in parallel.ranges(spec.intermediate_size))
+    if parallel.schedule is Schedule.GATHER:
+        inner = spec.intermediate_size
+    in_rows = parallel.schedule is Schedule.ALL_REDUCE_ROWS
+    additions = 0 if parallel.schedule is Schedule.GATHER else (
+        parallel.tp if parallel.tokens.over_ep or in_rows else parallel.size) - 1
     return {
         Stage.LOGITS: f"sum of K = {spec.hidden_size}", Stage.IDS: "scores within their bound, ties to the lower id",
         Stage.WEIGHTS: f"{spec.router.score if spec.router else 'none'} of {spec.num_choices} logits",
         Stage.GATE_UP: f"sum of K = {spec.hidden_size}",
         Stage.ACT: f"{'two sums' if spec.experts.gated else 'one sum'} of K = {spec.hidden_size}, "
                    f"{spec.experts.activation}, one store",
-        Stage.DOWN: f"sum of K = {case.parallel.ranges(spec.intermediate_size)[0][1]} per rank, weight, one store",
-        Stage.SHARED: "shared expert from the tokens", Stage.MERGED: f"sum of {spec.top_k} rows, one store",
-        Stage.REDUCED: f"{case.parallel.tp - 1} additions between ranks", Stage.OUTPUT: "whole layer, propagated",
+        Stage.DOWN: f"sum of K = {inner} per rank, weight, one store",
+        Stage.SHARED: "shared expert from the tokens",
+        Stage.MERGED: f"sum of {spec.top_k} rows" + f", each of {additions + 1} ranks' parts" * in_rows + ", one store",
+        Stage.REDUCED: f"{0 if in_rows else additions} additions between ranks",
+        Stage.OUTPUT: "whole layer, propagated",
     }[Stage(stage)]

@@ -11,15 +11,23 @@ Calls = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
+class WantedCalls:
+    """What one rank should hand to collectives: its payload, and what describes that, in any form of about its size."""
+
+    payload: Calls
+    describing: Calls = ()
+
+
+@dataclass(frozen=True)
 class RunFacts:
     """What is known of a run besides the numbers.
 
-    calls: per rank, (operation, elements) in order. allowed_calls: the lists that a rank may have issued; none
-    are listed when calls are not judged. promised_*: what the subject declares of itself.
+    calls: per rank, (group.operation, elements). wanted_calls: the same as the schedule has it; empty when
+    calls are not judged. promised_*: what the subject declares of itself.
     """
 
     calls: tuple[Calls, ...]
-    allowed_calls: tuple[Calls, ...]
+    wanted_calls: tuple[WantedCalls, ...]
     same_bits: bool | None
     differing_stages: tuple[str, ...]
     promised_deterministic: bool
@@ -37,6 +45,8 @@ class Judgement:
 
 
 _ORDER = list(Stage)
+_DESCRIBING_FACTOR = 4
+"""How much larger than one number per id and weight their description may be; 64 elements of counts are free."""
 
 
 def failing(stages: tuple[StageResult, ...], limit: float) -> list[StageResult]:
@@ -55,8 +65,9 @@ def judge(measurement: Measurement, facts: RunFacts, ratio_limit: float, power_l
         return Judgement(Verdict.STRUCT, f"changed its inputs {', '.join(facts.changed_inputs)}, which must not change")
     if measurement.differing_ranks and facts.promised_equal_ranks:
         ranks = _list_numbers(list(measurement.differing_ranks))
-        return Judgement(Verdict.MISMATCH, "reduced: declared equal on all ranks, but the bits of "
-                                           f"rank {ranks} differ from those of rank 0", Stage.REDUCED)
+        stage = measurement.differing_stage
+        return Judgement(Verdict.MISMATCH, f"{stage}: declared equal on all ranks, but the bits of "
+                                           f"rank {ranks} differ from those of rank 0", stage)
     if wrong := wrong_calls(facts):
         return Judgement(Verdict.STRUCT, wrong, Stage.REDUCED)
     if facts.same_bits is False and facts.promised_deterministic:
@@ -78,12 +89,38 @@ def _calls_note(facts: RunFacts) -> str:
 
 
 def wrong_calls(facts: RunFacts) -> str:
-    """How the collectives differ from the schedule's, in words; empty when they do not."""
-    for rank, calls in enumerate(facts.calls):
-        if facts.allowed_calls and calls not in facts.allowed_calls:
-            allowed = " or ".join(_list_calls(calls) for calls in facts.allowed_calls)
-            return f"collectives of rank {rank}: {_list_calls(calls)}, but should be {allowed}"
+    """How the collectives differ from the schedule's, in words; empty when they do not.
+
+    Ids and weights that go with rows may be sent packed, twice, or with counts, so only their amount is limited. Where
+    there is nothing to send a call may be left out.
+    """
+    for rank, (calls, wanted) in enumerate(zip(facts.calls, facts.wanted_calls, strict=False)):
+        described = sum(elements for _, elements in wanted.describing)
+        left = [call for call in calls if call[1] > 0]
+        for call in (call for call in wanted.payload if call[1] > 0):
+            if call not in left:
+                return _wrong_words(rank, calls, wanted)
+            left.remove(call)
+        names, allowed = {name for name, _ in wanted.describing}, _DESCRIBING_FACTOR * (described + 64)
+        if any(name not in names for name, _ in left) or sum(elements for _, elements in left) > allowed:
+            return _wrong_words(rank, calls, wanted)
     return ""
+
+
+def _wrong_words(rank: int, calls: Calls, wanted: WantedCalls) -> str:
+    """What is too much and what is missing; those of both are only counted."""
+    surplus, missing = list(calls), []
+    for call in wanted.payload:
+        if call in surplus:
+            surplus.remove(call)
+        else:
+            missing.append(call)
+    for call in wanted.describing:
+        if call in surplus:
+            surplus.remove(call)
+    beside = f"beside {len(calls) - len(surplus)} as they should be, " * (len(calls) > len(surplus))
+    return (f"collectives of rank {rank}: {beside}{_list_calls(tuple(surplus))}, "
+            f"but should be {_list_calls(tuple(missing))}")
 
 
 def _list_calls(calls: Calls) -> str:

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +31,38 @@ class CollectiveSkipped(TorchMoE):
 
     def all_reduce(self, call: Call, merged_TH: torch.Tensor) -> torch.Tensor:
         return merged_TH if call.rank == 1 else super().all_reduce(call, merged_TH)
+
+
+class CollectivesDiffer(TorchMoE):
+    """Rank 1 gathers where the others reduce."""
+
+    def all_reduce(self, call: Call, merged_TH: torch.Tensor) -> torch.Tensor:
+        if call.rank == 1:
+            return torch.stack(call.groups.tp.all_gather(merged_TH)).sum(0)
+        return super().all_reduce(call, merged_TH)
+
+
+class ShapesDiffer(TorchMoE):
+    """Rank 1 reduces one token more than the others."""
+
+    def all_reduce(self, call: Call, merged_TH: torch.Tensor) -> torch.Tensor:
+        if call.rank == 1:
+            return super().all_reduce(call, torch.cat([merged_TH, merged_TH[:1]]))[:-1]
+        return super().all_reduce(call, merged_TH)
+
+
+class DiesOnFiveTokens(TorchMoE):
+    """Rank 1 is killed before the all-reduce of five tokens; any other number of them is served."""
+
+    def all_reduce(self, call: Call, merged_TH: torch.Tensor) -> torch.Tensor:
+        if call.rank == 1 and len(merged_TH) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().all_reduce(call, merged_TH)
+
+
+def _sleep_on_rank_one(rank: int) -> None:
+    if rank == 1:
+        time.sleep(3600)
 
 
 def _raise(error: BaseException) -> Callable[[int], object]:
@@ -61,7 +94,11 @@ def _take_memory(rank: int) -> None:
 
 
 sleeps = Disturbed(lambda rank: time.sleep(3600))
+sleeps_on_rank_one = Disturbed(_sleep_on_rank_one)
 collective_skipped = CollectiveSkipped()
+collectives_differ = CollectivesDiffer()
+shapes_differ = ShapesDiffer()
+dies_on_five_tokens = DiesOnFiveTokens()
 segmentation_fault = Disturbed(lambda rank: ctypes.string_at(0))
 ends_the_process = Disturbed(lambda rank: os._exit(0))
 takes_memory = Disturbed(_take_memory)

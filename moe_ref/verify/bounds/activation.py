@@ -20,10 +20,10 @@ def activated(model: RoundingModel, gate_up_RGI: Rows, mlp: MLP, inner: Format |
     """act before it is stored, (R, I); `inner` is the format of every step inside, None the evaluation's."""
     unit, floor = model.elementwise(inner)
     gate = Rows(gate_up_RGI.value[:, 0], gate_up_RGI.bound[:, 0])
-    factor = _activation(model, gate, mlp, inner)
+    factor = activation(model, gate, mlp, inner)
     if mlp.gated:
         up = Rows(gate_up_RGI.value[:, 1], gate_up_RGI.bound[:, 1])
-        other = _up_factor(model, up, mlp, inner)
+        other = up_factor(model, up, mlp, inner)
     else:
         up = other = exact(torch.ones_like(gate.value))
     error = factor.bound * other.largest + factor.value.abs() * other.bound
@@ -37,7 +37,7 @@ def activated(model: RoundingModel, gate_up_RGI: Rows, mlp: MLP, inner: Format |
     return Rows(value, torch.where(widest < model.largest(inner), error + unit * (value.abs() + error), torch.inf))
 
 
-def _activation(model: RoundingModel, gate: Rows, mlp: MLP, inner: Format | None) -> Rows:
+def activation(model: RoundingModel, gate: Rows, mlp: MLP, inner: Format | None) -> Rows:
     """activation(gate) with its limit, and the error of evaluating it.
 
     silu's error is relative to its value and grows with the exponent's argument; gelu cancels for negative
@@ -74,7 +74,7 @@ def _propagated(gate: Rows, mlp: MLP) -> torch.Tensor:
     return SLOPE[mlp.activation] * gate.bound
 
 
-def _up_factor(model: RoundingModel, up: Rows, mlp: MLP, inner: Format | None) -> Rows:
+def up_factor(model: RoundingModel, up: Rows, mlp: MLP, inner: Format | None) -> Rows:
     """up, clamped or soft-capped, plus the offset."""
     unit, floor = model.elementwise(inner)
     error, plain = up.bound, mlp.limit is None and not mlp.up_softcap and not mlp.up_offset

@@ -6,6 +6,7 @@ from moe_ref.contract.capabilities import Numerics
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.routing import Routing
+from moe_ref.contract.shares import spread
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.weights import WeightSource
 from moe_ref.verify.bounds.output_chain import OutputChain
@@ -23,14 +24,14 @@ def output_bound(x_TH: torch.Tensor, routing: Routing, weights: WeightSource, sp
     when the routing lacks the weights of shared experts that the router gates, OverflowError when a sum has no bound.
     """
     steps = Steps(spec, numerics, model)
-    chain = OutputChain(steps, x_TH, Parallel())
+    chain = OutputChain(steps, x_TH, Parallel(), spread(spec, len(x_TH), Parallel()))
     for e in range(spec.num_choices):
         token_R, slot_R = (routing.ids_TK == e).nonzero(as_tuple=True)
         if len(token_R) == 0:
             continue
         weight = exact(routing.weights_TK[token_R, slot_R, None])
         if e < spec.num_experts:
-            chain.routed(token_R, weights.expert(e), weight)
+            chain.routed(token_R, weights.expert(e), weight, torch.zeros_like(token_R))
         else:
             chain.identity(token_R, weight)
     if expert := weights.shared_expert():

@@ -4,11 +4,14 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_ref.contract.parallel import Parallel
+from moe_ref.contract.parallel import Parallel, Range
+from moe_ref.contract.shares import RankShare
+from moe_ref.contract.vocabulary import SharedPlacement
 from moe_ref.contract.weights import ExpertWeights
 from moe_ref.oracle import expert as formula
-from moe_ref.verify.bounds.rows import Partials, Rows, exact
+from moe_ref.verify.bounds.rows import Rows, exact
 from moe_ref.verify.bounds.steps import Steps
+from moe_ref.verify.bounds.summing import Summing
 
 
 @dataclass(frozen=True)
@@ -22,13 +25,13 @@ class ExpertRows:
 class OutputChain:
     """Partial sums of every rank with their bound, beside the truth, which is never sharded."""
 
-    def __init__(self, steps: Steps, x_TH: torch.Tensor, parallel: Parallel) -> None:
-        self.steps, self.x_TH, self.parallel = steps, x_TH, parallel
-        self.partials = Partials.zeros(parallel.tp, x_TH)
+    def __init__(self, steps: Steps, x_TH: torch.Tensor, parallel: Parallel, shares: tuple[RankShare, ...]) -> None:
+        self.steps, self.x_TH, self.parallel, self.shares = steps, x_TH, parallel, shares
+        self.summing = Summing(steps, x_TH, parallel, shares)
         self.truth_TH = torch.zeros(x_TH.shape, dtype=torch.float64, device=x_TH.device)
 
-    def routed(self, token_R: torch.Tensor, expert: ExpertWeights, weight: Rows) -> ExpertRows:
-        """Add the rows of one expert."""
+    def routed(self, token_R: torch.Tensor, expert: ExpertWeights, weight: Rows, server_R: torch.Tensor) -> ExpertRows:
+        """Add the rows of one expert; server_R: the ep rank that serves each."""
         steps, spec = self.steps, self.steps.spec
         gate_up = steps.gate_up(steps.tokens(self.x_TH[token_R], weight), expert)
         act = steps.act(gate_up, spec.experts, steps.act_weight(weight))
@@ -36,33 +39,59 @@ class OutputChain:
         if expert.w2_bias_H is not None:
             down_RH = down_RH + expert.w2_bias_H.double()
         self.truth_TH.index_add_(0, token_R, down_RH if steps.on_input else weight.value * down_RH)
-        for rank, (start, stop) in enumerate(self.parallel.ranges(spec.intermediate_size)):
-            share = expert._replace(w2_HI=expert.w2_HI[:, start:stop])
-            self.partials.add(rank, token_R, steps.down(act.columns(start, stop), share, weight, rank == 0).addend)
+        parts = []
+        for share in self.shares[:self.parallel.tp]:
+            inner = (0, spec.intermediate_size) if self.summing.by_output else share.columns
+            part = down_part(expert, inner, share.outputs)
+            adds_bias = self.summing.by_output or share.tp_rank == 0
+            parts.append(steps.down(act.columns(*inner), part, weight, adds_bias).addend)
+        self.summing.add_routed(parts, token_R, server_R)
         return ExpertRows(gate_up, act)
 
     def identity(self, token_R: torch.Tensor, weight: Rows) -> None:
         """Add the rows of one identity expert."""
         x_RH = self.x_TH[token_R].double()
         self.truth_TH.index_add_(0, token_R, weight.value * x_RH)
-        self.partials.add(0, token_R, self.steps.identity(x_RH, weight, True).addend)
+        self.summing.add_routed(self.identity_parts(x_RH, weight), token_R, torch.zeros_like(token_R))
+
+    def identity_parts(self, x_RH: torch.Tensor, weight: Rows) -> list[Rows]:
+        """Rows of an identity expert as each tp rank adds them."""
+        by_output = self.summing.by_output
+        return [self.steps.identity(x_RH[:, slice(*share.outputs)], weight, by_output or share.tp_rank == 0).addend
+                for share in self.shares[:self.parallel.tp]]
 
     def shared(self, expert: ExpertWeights, gate: Rows | None) -> list[Rows]:
-        """Add the shared expert; its rows on every rank. gate: (T, S), None without gates."""
+        """Add the shared expert; its rows on every rank, of the tokens that the rank computes it for.
+
+        gate: (T, S), None without gates.
+        """
         steps, shared = self.steps, self.steps.spec.shared
         assert shared is not None
         act = steps.act(steps.gate_up(exact(self.x_TH), expert), shared.mlp)
         self.truth_TH += self._shared_truth(act, expert, gate)
-        token_T, rows = torch.arange(len(self.x_TH), device=self.x_TH.device), []
-        for rank, (start, stop) in enumerate(self.parallel.ranges(shared.intermediate_size)):
-            if shared.gate == "router":
-                assert gate is not None
-                rows.append(self._shared_blocks(act, expert, gate, start, stop))
-            else:
-                share = expert._replace(w2_HI=expert.w2_HI[:, start:stop])
-                rows.append(steps.shared(act.columns(start, stop), share, gate, rank == 0))
-            self.partials.add(rank, token_T, rows[-1])
-        return rows
+        if self.parallel.shared is SharedPlacement.REPLICATED:
+            inner, outputs = (0, shared.intermediate_size), (0, steps.spec.hidden_size)
+            whole = self._shared_rows(act, expert, gate, inner, outputs, True)
+            self.summing.add_shared([whole])
+            return [whole.rows(slice(*share.tokens)) for share in self.shares]
+        by_output, parts = self.summing.by_output, []
+        for share in self.shares:
+            first = share.tp_rank == 0 and (share.ep_rank == 0 or self.parallel.tokens.over_ep)
+            inner = (0, shared.intermediate_size) if by_output else share.shared_columns
+            token_T = slice(*share.merged_tokens)
+            gate_T = None if gate is None else gate.rows(token_T)
+            parts.append(self._shared_rows(act.rows(token_T), expert, gate_T, inner, share.outputs, by_output or first))
+        self.summing.add_shared(parts)
+        return parts
+
+    def _shared_rows(self, act: Rows, expert: ExpertWeights, gate: Rows | None, inner: Range, outputs: Range,
+                     adds_bias: bool) -> Rows:
+        """Rows of one rank: the activation's columns `inner`, the output's columns `outputs`."""
+        shared = self.steps.spec.shared
+        if shared is not None and shared.gate == "router":
+            assert gate is not None
+            return self._shared_blocks(act, expert._replace(w2_HI=expert.w2_HI[slice(*outputs)]), gate, *inner)
+        return self.steps.shared(act.columns(*inner), down_part(expert, inner, outputs), gate, adds_bias)
 
     def _shared_truth(self, act: Rows, expert: ExpertWeights, gate: Rows | None) -> torch.Tensor:
         shared = self.steps.spec.shared
@@ -89,10 +118,18 @@ class OutputChain:
 
     def finish(self, residual_TH: torch.Tensor | None, output_bias_H: torch.Tensor | None) -> torch.Tensor:
         """Complete the truth and return the bound of the output, (T, H); call it once."""
-        steps, shared = self.steps, self.steps.spec.shared
+        shared = self.steps.spec.shared
         if shared is not None and shared.merge == "mean":
             self.truth_TH /= 2
         for one in (output_bias_H, residual_TH):
             if one is not None:
                 self.truth_TH += one.double()
-        return steps.reduced(steps.merged(self.partials, output_bias_H), self.truth_TH, residual_TH, output_bias_H)
+        merged = self.summing.merged(output_bias_H)
+        return self.summing.reduced(merged, residual_TH, output_bias_H, bias_is_summed=False).bound
+
+
+def down_part(expert: ExpertWeights, inner: Range, outputs: Range) -> ExpertWeights:
+    """The expert with the part of its down projection that takes the columns `inner` and makes `outputs`."""
+    bias_H = expert.w2_bias_H
+    return expert._replace(w2_HI=expert.w2_HI[slice(*outputs), slice(*inner)],
+                           w2_bias_H=None if bias_H is None else bias_H[slice(*outputs)])

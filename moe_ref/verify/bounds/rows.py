@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_ref.contract.parallel import Range
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -21,7 +23,7 @@ class Rows:
         """The columns [start, stop) of the last axis."""
         return Rows(self.value[..., start:stop], self.bound[..., start:stop])
 
-    def rows(self, index_R: torch.Tensor) -> "Rows":
+    def rows(self, index_R: torch.Tensor | slice) -> "Rows":
         """Some of the rows."""
         return Rows(self.value[index_R], self.bound[index_R])
 
@@ -36,7 +38,7 @@ class DownRows:
 
 @dataclass
 class Partials:
-    """Per rank and token: a partial sum's value, its bound and the sum of absolute addends, (tp, T, H) fp64."""
+    """Per rank and token: a partial sum's value, its bound and the sum of absolute addends, (ranks, T, H) fp64."""
 
     value: torch.Tensor
     bound: torch.Tensor
@@ -47,11 +49,10 @@ class Partials:
         """Empty sums, one per rank in the shape of the tokens."""
         return cls(*(torch.zeros(ranks, *x_TH.shape, dtype=torch.float64, device=x_TH.device) for _ in range(3)))
 
-    def add(self, rank: int, token_R: torch.Tensor, rows: Rows) -> None:
-        """One addend of each of these tokens."""
-        self.value[rank].index_add_(0, token_R, rows.value)
-        self.bound[rank].index_add_(0, token_R, rows.bound)
-        self.gauge[rank].index_add_(0, token_R, rows.largest)
+    def add(self, rank_R: torch.Tensor, token_R: torch.Tensor, rows: Rows, outputs: Range) -> None:
+        """One addend of each of these tokens to the sum of that rank, in the columns `outputs`."""
+        for sums, addend in ((self.value, rows.value), (self.bound, rows.bound), (self.gauge, rows.largest)):
+            sums[:, :, slice(*outputs)].index_put_((rank_R, token_R), addend, accumulate=True)
 
 
 def exact(value: torch.Tensor) -> Rows:

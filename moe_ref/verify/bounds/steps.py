@@ -10,7 +10,7 @@ from moe_ref.contract.vocabulary import Format, Stage
 from moe_ref.contract.weights import ExpertWeights, WeightSource
 from moe_ref.verify.bounds.activation import activated
 from moe_ref.verify.bounds.rounding import RoundingModel
-from moe_ref.verify.bounds.rows import DownRows, Partials, Rows, exact
+from moe_ref.verify.bounds.rows import DownRows, Rows, exact
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,11 @@ class Steps:
     def on_input(self) -> bool:
         """Whether the routing weight multiplies the tokens."""
         return self.spec.weight_on == "input"
+
+    @property
+    def weighs_later(self) -> bool:
+        """Whether the routing weight multiplies down rows after they were stored."""
+        return self.numerics.weight_at == "merge" and not self.on_input
 
     def tokens(self, x_RH: torch.Tensor, weight: Rows) -> Rows:
         """What the first product of routed experts takes: the token, times its weight where the spec says so."""
@@ -140,7 +145,7 @@ class Steps:
             gauge = gauge + rows.largest
             total = rows if total is None else Rows(total.value + rows.value, total.bound + rows.bound)
         assert total is not None
-        return self.stored(Rows(total.value, self._summed(total.bound, gauge, len(gates))), Stage.SHARED)
+        return self.stored(Rows(total.value, self.summed(total.bound, gauge, len(gates))), Stage.SHARED)
 
     def shared_gate(self, x_TH: torch.Tensor, weights: WeightSource) -> Rows:
         """sigmoid(x @ shared_gate^T), (T, 1)."""
@@ -151,26 +156,7 @@ class Steps:
         error_T1 = value_T1 * (torch.expm1(2 * logit.bound) + units * self.model.evaluation_unit)
         return Rows(value_T1, error_T1 + self.model.rounded(value_T1, self.stored_in(Stage.WEIGHTS)))
 
-    def merged(self, partials: Partials, output_bias_H: torch.Tensor | None) -> Partials:
-        """Sums of all addends as they are stored; rank 0's holds the output bias.
-
-        What travels between ranks is rounded to the reduction's format even where no rounding of it is declared.
-        """
-        shared, value, bound, gauge = self.spec.shared, partials.value, partials.bound, partials.gauge
-        num_addends = self.spec.top_k + (shared is not None)
-        if shared is not None and shared.merge == "mean":
-            # Halves are exact above the subnormals, whether they are taken of the sum or of each part.
-            value, bound, gauge = value / 2, bound / 2 + self.model.summed(torch.zeros_like(bound), 1), gauge / 2
-        if output_bias_H is not None:
-            bias_H, num_addends = output_bias_H.double(), num_addends + 1
-            value, gauge = (torch.cat([sums[:1] + one, sums[1:]]) for sums, one in ((value, bias_H),
-                                                                                   (gauge, bias_H.abs())))
-        bound = self._summed(bound, gauge, num_addends)
-        stored = self.stored_in(Stage.MERGED) or (self.numerics.reduce if len(value) > 1 else None)
-        bound = bound + self.model.rounded(value.abs() + bound, stored)
-        return Partials(value, bound, value.abs() + bound)
-
-    def _summed(self, bound: torch.Tensor, gauge: torch.Tensor, num_addends: int) -> torch.Tensor:
+    def summed(self, bound: torch.Tensor, gauge: torch.Tensor, num_addends: int) -> torch.Tensor:
         """Error of a running sum whose absolute addends, errors included, sum up to `gauge`."""
         if self.numerics.merge is None:
             return bound + self.model.summed(gauge, num_addends)
@@ -178,21 +164,3 @@ class Steps:
         for _ in range(num_addends):
             error = error + self.model.rounded(gauge + error, self.numerics.merge)
         return bound + error
-
-    def reduced(self, partials: Partials, want: torch.Tensor, residual_TH: torch.Tensor | None,
-                bias_H: torch.Tensor | None = None) -> torch.Tensor:
-        """Bound of the output: additions between ranks, each rounded in the reduction's format in whatever order.
-
-        A residual, and an output bias that is not yet in the partial sums, may join any of them or their total, as
-        long as it joins once.
-        """
-        ranks = len(partials.value)
-        bound, additions = partials.bound.sum(0), ranks - 1
-        summed_in = self.numerics.reduce if additions else self.stored_in(Stage.MERGED)
-        gauge, late = partials.gauge.sum(0) + bound, [one for one in (residual_TH, bias_H) if one is not None]
-        for one in late:
-            gauge, additions = gauge + one.double().abs(), additions + 1
-        bound = bound + additions * self.model.rounded(gauge, summed_in)
-        if late or summed_in != self.stored_in(Stage.REDUCED):
-            bound = bound + self.model.rounded(want.abs() + bound, self.stored_in(Stage.REDUCED))
-        return bound

@@ -11,49 +11,57 @@ import torch
 
 from moe_ref.contract.case import Case
 from moe_ref.contract.case_id import parse_case
-from moe_ref.contract.comm import Comm, CountingComm, Groups
+from moe_ref.contract.comm import CommCall, CountingComm, Groups, grid_groups
 from moe_ref.contract.errors import UsageError
 from moe_ref.contract.local_comm import LocalComm, run_virtual_ranks
-from moe_ref.contract.torch_comm import TorchComm
+from moe_ref.contract.parallel import Parallel
+from moe_ref.contract.shares import rank_shares
 from moe_ref.contract.trace import Trace
-from moe_ref.contract.vocabulary import Ranks, Stage
+from moe_ref.contract.vocabulary import Direction, Ranks, Stage
 from moe_ref.contract.weights import MoEWeights
-from moe_ref.inputs.build import Inputs, build_inputs, build_shards
+from moe_ref.inputs.build import Inputs, build_inputs, build_shards, cut_tokens, output_gradient
+from moe_ref.verify.child.gradient_call import call_with_gradients
 from moe_ref.verify.child.guard import POISON_NAMES, fingerprint, poison
 from moe_ref.verify.child.messages import RankReport, RankTensors, Reply, Request, pack_runs, unpack_runs
-from moe_ref.verify.child.process_ranks import RankError, run_process_ranks
+from moe_ref.verify.child.process_ranks import RankPool, RanksHung
+from moe_ref.verify.child.rank_watch import RankError
+from moe_ref.verify.run.last_words import cut_lines
 
 
 class Job:
     """One case with its inputs; `run_rank` is what every rank does, whatever ranks are."""
 
-    def __init__(self, subject: ModuleType, request: Request, tell: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(self, subject: ModuleType, request: Request, tell: Callable[[str], None] = lambda text: None,
+                 device: torch.device | None = None, rank: int | None = None) -> None:
         self.subject, self.request, self.tell = subject, request, tell
         self.case: Case = parse_case(request.case)
         self.inputs: Inputs = build_inputs(self.case.problem)
-        local = request.ranks == Ranks.LOCAL
-        # Process ranks are forked, so weights are made once before, in shared pages, and moved by each rank.
-        self.shards: list[MoEWeights] = build_shards(self.case.problem, self.case.parallel,
-                                                     request.device if local else "cpu", self._tell_expert,
-                                                     self.case.storage)
+        self.shares = rank_shares(self.case)
+        # A process rank makes its own weights only.
+        ranks = range(self.case.parallel.size) if rank is None else [rank]
+        made = build_shards(self.case.problem, self.case.parallel, device or request.device, self._tell_expert,
+                            self.case.storage, only=frozenset(ranks))
+        self.shards: dict[int, MoEWeights] = dict(zip(ranks, made, strict=True))
 
     def _tell_expert(self, expert: int) -> None:
         self.tell(f"weights of expert {expert + 1} of {self.case.problem.spec.num_experts}")
 
-    def run_rank(self, comm: Comm, device: torch.device, run: int) -> tuple[RankTensors, RankReport, list[str]]:
+    def run_rank(self, groups: Groups, device: torch.device, run: int) -> tuple[RankTensors, RankReport, list[str]]:
         """Tensors shown, calls made, and the names of inputs that changed."""
-        self.tell(f"run {run + 1} of {self.request.runs}, rank {comm.rank + 1} of {comm.size}")
-        weights, inputs = self.shards[comm.rank], self.inputs
+        self.tell(f"run {run + 1} of {self.request.runs}, rank {groups.rank + 1} of {self.case.parallel.size}")
+        weights = self.shards[groups.rank]
         if weights.w2_EHI.device != device:
             weights = MoEWeights(**{name: tensor.to(device) for name, tensor in weights.named_tensors()})
-        handed = {"x_TH": inputs.x_TH, "logits_TE": inputs.logits_TE, "residual_TH": inputs.residual_TH}
-        handed = {name: None if tensor is None else tensor.to(device, copy=True) for name, tensor in handed.items()}
+        handed = {name: None if tensor is None else tensor.to(device, copy=True)
+                  for name, tensor in cut_tokens(self.inputs, self.shares[groups.rank].tokens).items()}
         watched = [*((n, t) for n, t in handed.items() if t is not None), *weights.named_tensors()]
         before = {name: fingerprint(tensor) for name, tensor in watched}
-        counting, trace = CountingComm(comm), Trace()
+        calls: list[CommCall] = []
+        counting = Groups(tp=CountingComm(groups.tp, calls, "tp"), ep=CountingComm(groups.ep, calls, "ep"))
+        trace = Trace()
         with poison(run):
             output = self.subject.moe(handed["x_TH"], weights, self.case.problem.spec, self.case.parallel,
-                                      Groups(tp=counting), logits_TE=handed["logits_TE"],
+                                      counting, logits_TE=handed["logits_TE"],
                                       residual_TH=handed["residual_TH"], trace=trace)
         _check_tensor("output", output)
         for stage, tensor in trace.tensors.items():
@@ -62,23 +70,51 @@ class Job:
             _check_tensor(stage, tensor)
         # A copy: a subject may hand out the same buffer again in its next call.
         output = output.detach().clone()
+        gradients: RankTensors = {}
+        if self.case.direction is Direction.BACKWARD:
+            with poison(run):
+                gradients = self._gradients(handed, weights, groups)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         changed = [name for name, tensor in watched if fingerprint(tensor) != before[name]]
-        calls = [(call.operation, call.num_elements, call.num_bytes) for call in counting.calls]
-        return {**trace.tensors, Stage.REDUCED: output}, RankReport(calls=calls), changed
+        made = [(f"{call.group}.{call.operation}", call.num_elements, call.num_bytes) for call in calls]
+        return {**trace.tensors, Stage.REDUCED: output, **gradients}, RankReport(calls=made), changed
+
+    def _gradients(self, handed: dict[str, torch.Tensor | None], weights: MoEWeights, groups: Groups) -> RankTensors:
+        """Of all that this rank is handed; collectives are not counted, since no schedule says what they should be."""
+        grad_y_TH = output_gradient(self.case.problem)[slice(*self.shares[groups.rank].tokens)]
+        gradients = call_with_gradients(self.subject, self.case, handed, weights,
+                                        grad_y_TH.to(weights.w2_EHI.device), groups)
+        if gradients is None:
+            raise StructError("output: no gradient, but should have one, since the backward direction is declared")
+        for stage, gradient in gradients.items():
+            _check_tensor(stage, gradient)
+        return gradients
 
 
-def execute(subject: ModuleType, request: Request,
-            tell: Callable[[str], None] = lambda text: None) -> tuple[Reply, bytes]:
-    """The reply to a request and its payload; errors of the subject are part of the reply."""
-    if request.ranks != Ranks.LOCAL and request.device == "cpu":
-        _warm_up(subject)
-    job = Job(subject, request, tell)
-    started = time.monotonic()
-    outcomes = _run_local(job) if request.ranks == Ranks.LOCAL else _run_processes(job)
-    seconds = (time.monotonic() - started) / request.runs
-    digest = job.inputs.digest()
+def execute(subject: ModuleType, request: Request, tell: Callable[[str], None] = lambda text: None,
+            pool: RankPool | None = None) -> tuple[Reply, bytes]:
+    """The reply to a request and its payload; errors of the subject are part of the reply.
+
+    Process ranks are those of `pool`, whose body is run_job of the same subject.
+    """
+    if request.ranks == Ranks.LOCAL:
+        job = Job(subject, request, tell)
+        started = time.monotonic()
+        outcomes, digest = _run_local(job), job.inputs.digest()
+        seconds = (time.monotonic() - started) / request.runs
+    else:
+        assert pool is not None
+        started = time.monotonic()
+        if request.device == "cpu":
+            _warm_up(subject)
+        case = parse_case(request.case)
+        digest = build_inputs(case.problem).digest()
+        left = request.time_limit - (time.monotonic() - started)
+        try:
+            outcomes, seconds = _run_processes(pool, request, case.parallel, left, tell)
+        except RanksHung as error:
+            return Reply(ranks=[RankReport(error=str(error), kind="hang")]), b""
     if isinstance(outcomes, Failed):
         return Reply(ranks=outcomes.reports, runs=1, seconds=seconds, inputs_digest=digest), b""
     first = outcomes[0]
@@ -132,29 +168,63 @@ def _warm_up(subject: ModuleType) -> None:
 _WARM_UP_CASE = "v1-T2.H16.I16.E4.K2-fp32-norm"
 
 
-def _run_processes(job: Job) -> list[Outcome] | Failed:
-    request = job.request
+class RankRun(msgspec.Struct, frozen=True):
+    """One run of one process rank, as it travels; tensors as safetensors bytes."""
 
-    def body(comm: TorchComm, device: torch.device) -> bytes:
-        with torch.no_grad():
-            return b"".join(_pack_rank(*job.run_rank(comm, device, run)) for run in range(request.runs))
+    report: RankReport
+    changed: list[str]
+    tensors: bytes
 
-    # The harness gives up first: it dumps the stacks of all ranks before it kills them.
-    answers = run_process_ranks(job.case.parallel.tp, request.ranks, request.device, 2 * request.time_limit, body)
-    if any(isinstance(answer, Exception) for answer in answers):
-        return Failed([_report_process_error(answer) for answer in answers])
-    by_rank = [_unpack_rank(answer) for answer in answers if isinstance(answer, bytes)]
-    return [_outcome(list(results)) for results in zip(*by_rank, strict=True)]
+
+class RankRuns(msgspec.Struct, frozen=True):
+    """All runs of one process rank, and how long one took."""
+
+    runs: list[RankRun]
+    seconds: float
+
+
+def run_job(subject: ModuleType, groups: Groups, device: torch.device, content: bytes,
+            tell: Callable[[str], None]) -> bytes:
+    """What a process rank does with a request: makes its own inputs, and returns RankRuns; both as msgpack."""
+    request = msgspec.msgpack.decode(content, type=Request)
+    job = Job(subject, request, tell, device, groups.rank)
+    started = time.monotonic()
+    with torch.no_grad():
+        results = [job.run_rank(groups, device, run) for run in range(request.runs)]
+    seconds = (time.monotonic() - started) / request.runs
+    return msgspec.msgpack.encode(RankRuns([RankRun(report, changed, pack_runs([[tensors]]))
+                                            for tensors, report, changed in results], seconds))
+
+
+SHOWN_TRACE_LINES = 3
+"""Of a traceback: the innermost file and line, its code, and the error."""
+
+ANSWER_SHARE, ANSWER_SECONDS = 1 / 3, 5.0
+"""What process ranks leave of the time limit, at most, to the child, which then says where each of them is."""
+
+
+def _run_processes(pool: RankPool, request: Request, parallel: Parallel, seconds: float,
+                   tell: Callable[[str], None]) -> tuple[list[Outcome] | Failed, float]:
+    """The runs and the seconds of one on the slowest rank."""
+    answers = pool.run(parallel.tp, msgspec.msgpack.encode(request), ep=parallel.ep, backend=request.ranks,
+                       device=request.device, time_limit=max(seconds - ANSWER_SECONDS, (1 - ANSWER_SHARE) * seconds),
+                       tell=tell)
+    if any(isinstance(answer, RankError) for answer in answers):
+        return Failed([_report_process_error(answer) for answer in answers]), 0.0
+    ranks = [msgspec.msgpack.decode(answer, type=RankRuns) for answer in answers if isinstance(answer, bytes)]
+    outcomes = [_outcome([(unpack_runs(one.tensors, 1)[0][0], one.report, one.changed) for one in runs])
+                for runs in zip(*(rank.runs for rank in ranks), strict=True)]
+    return outcomes, max(rank.seconds for rank in ranks)
 
 
 def _run_local(job: Job) -> list[Outcome] | Failed:
-    device, size = torch.device(job.request.device), job.case.parallel.tp
+    device, size = torch.device(job.request.device), job.case.parallel.size
 
     def body(comm: LocalComm, run: int) -> RankResult | RankReport:
         try:
             # Forward only: no autograd, whose worker threads virtual ranks must not share.
             with torch.no_grad():
-                return job.run_rank(comm, device, run)
+                return job.run_rank(grid_groups(comm, job.case.parallel.tp, job.case.parallel.ep), device, run)
         except UsageError as error:
             # Wrong use is found before any communication, by every rank on its own: let each one say so.
             return _report(error, "usage")
@@ -191,33 +261,16 @@ def _report(error: BaseException, kind: str) -> RankReport:
     return RankReport(error=f"{type(error).__name__}: {error}", kind=kind, traceback=text[-4000:])
 
 
-def _report_process_error(answer: bytes | Exception) -> RankReport:
-    if not isinstance(answer, RankError):
+def _report_process_error(answer: bytes | RankError) -> RankReport:
+    if isinstance(answer, bytes):
         return RankReport()
     module, _, name = answer.kind.rpartition(".")
     kind = "usage" if module == "moe_ref.contract.errors" else "struct" if name == "StructError" else ""
-    return RankReport(error=f"{name}: {answer}", kind=kind, traceback=answer.trace[-4000:])
+    # The message shows the first lines: where all ranks were, then where the error was raised.
+    return RankReport(error=f"{name}: {answer}", kind=kind,
+                      traceback="\n".join(filter(None, (answer.places, cut_lines(answer.trace, SHOWN_TRACE_LINES)))))
 
 
 def _differing(first: list[RankTensors], other: list[RankTensors]) -> set[str]:
     return {stage for one, two in zip(first, other, strict=True) for stage, tensor in one.items()
             if stage not in two or fingerprint(tensor) != fingerprint(two[stage])}
-
-
-def _pack_rank(tensors: RankTensors, report: RankReport, changed: list[str]) -> bytes:
-    header, payload = msgspec.json.encode((report, changed)), pack_runs([[tensors]])
-    return b"".join(part for content in (header, payload) for part in (len(content).to_bytes(8, "little"), content))
-
-
-def _unpack_rank(content: bytes) -> list[RankResult]:
-    """The runs of one rank, in order."""
-    parts, at = [], 0
-    while at < len(content):
-        length = int.from_bytes(content[at:at + 8], "little")
-        parts.append(content[at + 8:at + 8 + length])
-        at += 8 + length
-    results = []
-    for header, payload in zip(parts[::2], parts[1::2], strict=True):
-        report, changed = msgspec.json.decode(header, type=tuple[RankReport, list[str]])
-        results.append((unpack_runs(payload, 1)[0][0], report, changed))
-    return results

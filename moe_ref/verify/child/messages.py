@@ -18,7 +18,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """Run one case; time_limit bounds collectives of process ranks, in seconds."""
+    """Run one case; time_limit, in seconds, is for the whole answer, of which process ranks get less."""
 
     case: str
     ranks: str
@@ -31,7 +31,7 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     """What one rank did: collectives as (operation, elements, bytes), or its error in one line and in full.
 
     kind of error: "usage" (the contract's checks refused a call), "struct" (what came back is not what
-    it should be), or "" (anything else).
+    it should be), "hang" (process ranks did not answer in time), or "" (anything else).
     """
 
     calls: list[tuple[str, int, int]] = []

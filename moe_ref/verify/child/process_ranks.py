@@ -1,106 +1,210 @@
-"""Real process ranks: forked from a child that has loaded the subject, never touched a device and has no thread left.
+"""Process ranks, kept from case to case: forked from a child that has loaded the subject and never touched a device.
 
 Fork instead of spawn: a fork does not import torch and the subject again for every rank. It is safe because the
 child runs with one OpenMP thread and has not initialised CUDA; each rank initialises its own device.
 """
 
-import multiprocessing
-import tempfile
+import os
 import time
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
+from contextlib import suppress
+from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import NamedTuple
 
-import torch
+import msgspec
 
-from moe_ref.contract.torch_comm import TorchComm
+from moe_ref.verify.child.rank_process import DUMP_SIGNAL, Body, Home, Work, World, rank_main
+from moe_ref.verify.child.rank_watch import (
+    DIED,
+    Raised,
+    RankError,
+    RankMessage,
+    RankWatch,
+    Returned,
+    Told,
+    rank_words,
+)
+from moe_ref.verify.run.last_words import describe_exit, innermost_frames, raising_frame
 
 ERROR_GRACE_SECONDS = 3.0
-"""After a rank's error the others get this long to report their own; wrong use shows on every rank."""
+"""After a rank's error those still at work get this long to report their own; wrong use shows on every rank."""
+
+MISMATCH_GRACE_SECONDS = 0.5
+"""After a mismatch the other members get this long to show what they issue, so that the odd one is named."""
+
+QUIET_SECONDS = 0.3
+"""Silence after which ranks that all wait are taken to wait for ever, once another one has failed."""
+
+STUCK_SECONDS = 2.0
+"""The same while none has failed: longer, since a sender of a broadcast may leave before the others come."""
+
+_POLL_SECONDS = 0.25
+_DUMP_SECONDS = 1.0
 
 
 class RanksHung(RuntimeError):
-    """Ranks did not answer within the time limit."""
+    """Ranks did not answer within the time limit; the message names them, their collectives and their stacks."""
 
 
-def run_process_ranks(size: int, backend: str, device: str, time_limit: float,
-                      body: Callable[[TorchComm, torch.device], bytes]) -> list[bytes | Exception]:
-    """Fork `size` ranks, run `body` in each, return its bytes or its error by rank; raises RanksHung.
+class _Rank(NamedTuple):
+    process: BaseProcess
+    orders: Connection
+    messages: Connection
+    dump: int
 
-    Ranks that are still running some seconds after another one failed are ended and reported as waiting.
+
+class RankPool:
+    """Process ranks that serve one case after another; after any failure all are ended, and the next case forks anew.
+
+    `body` runs in every rank of a case, with the rank's groups, its device, the job's bytes and a function that tells
+    progress; the bytes it returns come back. Ranks are the first of a world of their own, which grows to the largest
+    case and holds one rank more: a subject that takes the world for its group fails in every case, not in some. NCCL
+    needs a device for each rank, so there is none to spare.
     """
-    context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
-        rendezvous, receivers, processes = f"{folder}/store", [], []
-        for rank in range(size):
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_rank_main, daemon=True,
-                                      args=(rank, size, backend, device, time_limit, rendezvous, sender, body))
-            process.start()
-            sender.close()
-            receivers.append(receiver)
-            processes.append(process)
+
+    def __init__(self, body: Body) -> None:
+        self.body = body
+        self.num_forked = self.num_worlds = 0
+        self._ranks: list[_Rank] = []
+        self._kind = ("", "")
+        self._rendezvous = -1
+
+    def run(self, tp: int, job: bytes = b"", *, ep: int = 1, backend: str = "gloo", device: str = "cpu",
+            time_limit: float = 60.0, tell: Callable[[str], None] = lambda text: None) -> list[bytes | RankError]:
+        """Run the body on a grid of ep * tp ranks; what each returned, or its error, by rank. Raises RanksHung."""
+        self._prepare(tp * ep, backend, device)
+        watch = RankWatch(tp * ep)
+        for number, rank in enumerate(self._ranks):
+            _send(rank.orders, Work(tp=tp, ep=ep, job=job if number < watch.size else b""))
         try:
-            return _collect(receivers, time_limit)
+            in_time = self._serve(watch, time.monotonic() + time_limit, tell)
+            if watch.finished:
+                return watch.answers("")
+            odd = watch.mismatch()[0] or watch.raised() or watch.at_work()
+            ranks = sorted(range(watch.size), key=lambda rank: (rank not in odd, rank))
+            places = watch.places(ranks, self._frames(watch))
+            if not in_time:
+                late = f"{rank_words(odd)} of {watch.size} did not answer within {time_limit:.3g} s"
+                raise RanksHung("\n".join(("; ".join(filter(None, (late, watch.waiting_words()))), places)))
+            return watch.answers(places)
         finally:
-            for process in processes:
-                process.kill()
-                process.join()
+            if not watch.finished or not all(isinstance(end, Returned) and end.fit for end in watch.ended.values()):
+                self.close()
+
+    def _prepare(self, size: int, backend: str, device: str) -> None:
+        """Enough ranks, joined to one world."""
+        spare = 0 if backend == "nccl" else 1
+        # A rank that died between two cases is no fault of the second.
+        if self._kind != (backend, device) or not all(rank.process.is_alive() for rank in self._ranks):
+            self.close()
+        if len(self._ranks) >= size + spare:
+            return
+        if self._rendezvous < 0:
+            # A file in memory that ends with the last process that holds it, however it ends.
+            self._rendezvous = os.memfd_create("rendezvous")
+        self._kind = (backend, device)
+        while len(self._ranks) < size + spare:
+            self._ranks.append(self._fork(len(self._ranks)))
+        for rank in self._ranks:
+            _send(rank.orders, World(number=self.num_worlds, size=size + spare))
+        self.num_worlds += 1
+
+    def _fork(self, number: int) -> _Rank:
+        context = get_context("fork")
+        orders, to_rank = context.Pipe(duplex=False)
+        messages, from_rank = context.Pipe(duplex=False)
+        dump = os.memfd_create(f"stacks of rank {number}")
+        backend, device = self._kind
+        home = Home(rank=number, backend=backend, device=device, rendezvous=self._rendezvous, parent=os.getpid(),
+                    dump=dump, orders=orders, messages=from_rank)
+        process = context.Process(target=rank_main, args=(home, self.body), daemon=True)
+        process.start()
+        orders.close()
+        from_rank.close()
+        self.num_forked += 1
+        return _Rank(process, to_rank, messages, dump)
+
+    def _serve(self, watch: RankWatch, deadline: float, tell: Callable[[str], None]) -> bool:
+        """Hear the ranks until they have finished or nothing more can come of it; False if time is up first."""
+        failed_at, heard_at = float("inf"), time.monotonic()
+        while not watch.finished:
+            now = time.monotonic()
+            if watch.over:
+                return True
+            if watch.settled and now - heard_at >= (QUIET_SECONDS if watch.failed else STUCK_SECONDS):
+                return True
+            if now - failed_at >= (MISMATCH_GRACE_SECONDS if watch.disagree else ERROR_GRACE_SECONDS):
+                return True
+            if now >= deadline:
+                return watch.failed
+            if self._hear(watch, tell, min(_POLL_SECONDS, deadline - now)):
+                heard_at = time.monotonic()
+            if watch.failed:
+                failed_at = min(failed_at, time.monotonic())
+        return True
+
+    def _hear(self, watch: RankWatch, tell: Callable[[str], None], seconds: float) -> bool:
+        """Take one message of every rank that has one; whether any had."""
+        by_connection = {self._ranks[rank].messages: rank for rank in range(watch.size) if rank not in watch.ended}
+        ready = wait(list(by_connection), timeout=min(seconds, QUIET_SECONDS / 4) if watch.failed else seconds)
+        for connection in ready:
+            rank = by_connection[connection]  # type: ignore[index]
+            message = self._read(rank)
+            if isinstance(message, Told):
+                tell(message.text)
+            else:
+                watch.hear(rank, message)
+        return bool(ready)
+
+    def _read(self, number: int) -> RankMessage:
+        rank = self._ranks[number]
+        try:
+            return msgspec.msgpack.decode(rank.messages.recv_bytes(), type=RankMessage)
+        except (EOFError, OSError):
+            rank.process.join(_DUMP_SECONDS)
+            code = rank.process.exitcode
+            how = "closed its pipe without ending" if code is None else describe_exit(code)
+            return Raised(kind=DIED, message=f"rank {number} {how}")
+
+    def _frames(self, watch: RankWatch) -> dict[int, str]:
+        """The innermost frame of the subject in every rank that runs, has raised, or left a dump when it died."""
+        running = {rank: self._dumped(rank) for rank in range(watch.size) if rank not in watch.ended}
+        for rank in running:
+            if (process := self._ranks[rank].process).is_alive():
+                os.kill(process.pid or 0, DUMP_SIGNAL)
+        until = time.monotonic() + _DUMP_SECONDS
+        while time.monotonic() < until and any(self._dumped(rank) == before for rank, before in running.items()):
+            time.sleep(_DUMP_SECONDS / 100)
+        # From the first line to the last.
+        time.sleep(_DUMP_SECONDS / 20)
+        frames = {rank: raising_frame(end.trace) for rank, end in watch.ended.items() if isinstance(end, Raised)}
+        for rank in (*running, *watch.raised(DIED)):
+            dump = os.pread(self._ranks[rank].dump, self._dumped(rank), running.get(rank, 0)).decode(errors="replace")
+            frames[rank] = next(iter(innermost_frames(dump)), "")
+        return {rank: frame for rank, frame in frames.items() if frame}
+
+    def _dumped(self, rank: int) -> int:
+        return os.fstat(self._ranks[rank].dump).st_size
+
+    def close(self) -> None:
+        """End all ranks."""
+        for rank in self._ranks:
+            rank.process.kill()
+        for rank in self._ranks:
+            rank.process.join()
+            rank.process.close()
+            rank.orders.close()
+            rank.messages.close()
+            os.close(rank.dump)
+        self._ranks = []
+        if self._rendezvous >= 0:
+            os.close(self._rendezvous)
+            self._rendezvous = -1
 
 
-def _rank_main(rank: int, size: int, backend: str, device: str, time_limit: float, rendezvous: str,
-               sender: Connection, body: Callable[[TorchComm, torch.device], bytes]) -> None:
-    try:
-        torch.set_num_threads(1)
-        where = torch.device(device, rank % torch.cuda.device_count()) if device == "cuda" else torch.device(device)
-        if where.type == "cuda":
-            torch.cuda.set_device(where)
-        torch.distributed.init_process_group(
-            backend, store=torch.distributed.FileStore(rendezvous, size), rank=rank, world_size=size,
-            timeout=timedelta(seconds=time_limit))
-        # A rank that ends before the others have connected would break their connections, not its own.
-        torch.distributed.barrier()
-        sender.send_bytes(b"\0" + body(TorchComm(), where))
-    except BaseException as error:
-        lines = (type(error).__module__ + "." + type(error).__qualname__, str(error), traceback.format_exc())
-        sender.send_bytes(b"\1" + "\0".join(lines).encode())
-    finally:
-        sender.close()
-
-
-class RankError(Exception):
-    """An error raised in a process rank: its type's full name, message and traceback."""
-
-    def __init__(self, kind: str, message: str, trace: str) -> None:
-        super().__init__(message)
-        self.kind, self.trace = kind, trace
-
-
-def _collect(receivers: list[Connection], time_limit: float) -> list[bytes | Exception]:
-    answers: dict[int, bytes | Exception] = {}
-    deadline = time.monotonic() + time_limit
-    while len(answers) < len(receivers):
-        open_ranks = [rank for rank in range(len(receivers)) if rank not in answers]
-        ready = wait([receivers[rank] for rank in open_ranks], timeout=max(0.0, deadline - time.monotonic()))
-        if not ready:
-            if any(isinstance(answer, Exception) for answer in answers.values()):
-                break
-            raise RanksHung(f"ranks {open_ranks} of {len(receivers)} did not answer within {time_limit:g} s")
-        for rank in open_ranks:
-            if receivers[rank] in ready:
-                answers[rank] = _read_answer(receivers[rank])
-                if isinstance(answers[rank], Exception):
-                    deadline = min(deadline, time.monotonic() + ERROR_GRACE_SECONDS)
-    waiting = RankError("waiting", "was waiting for a rank that failed", "")
-    return [answers.get(rank, waiting) for rank in range(len(receivers))]
-
-
-def _read_answer(receiver: Connection) -> bytes | Exception:
-    try:
-        content = receiver.recv_bytes()
-    except (EOFError, OSError):
-        return RankError("died", "ended without an answer (killed, out of memory, or a crash in native code)", "")
-    if content[:1] == b"\0":
-        return content[1:]
-    return RankError(*content[1:].decode().split("\0", 2))
+def _send(connection: Connection, order: World | Work) -> None:
+    # A rank that has died: reading from it says how.
+    with suppress(BrokenPipeError):
+        connection.send_bytes(msgspec.msgpack.encode(order))

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import BinaryIO
@@ -21,9 +22,9 @@ import torch
 
 from moe_ref.contract.capabilities import Capabilities
 from moe_ref.contract.errors import UsageError
-from moe_ref.verify.child.execute import execute
-from moe_ref.verify.child.messages import Hello, Progress, RankReport, Reply, Request, read_frame, write_frame
-from moe_ref.verify.child.process_ranks import RanksHung
+from moe_ref.verify.child.execute import execute, run_job
+from moe_ref.verify.child.messages import Hello, Progress, Request, read_frame, write_frame
+from moe_ref.verify.child.process_ranks import RankPool
 from moe_ref.verify.run.subjects import load_subject, source_digest
 
 _ORACLE_SIDE = ("moe_ref.oracle", "moe_ref.verify.measure", "moe_ref.verify.bounds", "moe_ref.verify.judge")
@@ -82,17 +83,16 @@ def main(name: str, memory_gib: float) -> None:
         write_frame(frames_out, Hello(usage_error=text))
         return
     write_frame(frames_out, Hello(capabilities=declared.decode(), source_digest=source_digest(subject)))
+    # Ranks are forked when a case first asks for them.
+    pool = RankPool(partial(run_job, subject))
     while True:
         try:
             header, _ = read_frame(frames_in)
         except EOFError:
+            pool.close()
             return
         request = msgspec.json.decode(header, type=Request)
-        try:
-            reply, payload = execute(subject, request, Teller(frames_out))
-        except RanksHung as error:
-            reply, payload = Reply(ranks=[RankReport(error=f"RanksHung: {error}")]), b""
-        write_frame(frames_out, reply, payload)
+        write_frame(frames_out, *execute(subject, request, Teller(frames_out), pool))
 
 
 if __name__ == "__main__":

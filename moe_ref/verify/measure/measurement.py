@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from moe_ref.contract.vocabulary import Stage
 from moe_ref.records.schema import StageResult
 
 
@@ -13,7 +14,9 @@ class Measurement:
     power: by what factor an all-zero result would miss its bound, where it misses it most. A subject that
     shows its stages is caught at whichever stage turns to zero first, so the weakest of them counts; one
     that shows only its output is caught there. unjudged_tokens: their choice of experts is hidden and ambiguous.
-    differing_ranks: whose output is not bit for bit that of rank 0.
+    differing_ranks: whose output, or what differing_stage names, is not bit for bit that of the first rank that should
+    hold the same. rows_moved: per rank
+    the routed slots of its tp group, and those that its ep rank serves.
     """
 
     stages: tuple[StageResult, ...]
@@ -21,3 +24,5 @@ class Measurement:
     power: float = math.inf
     unjudged_tokens: int = 0
     differing_ranks: tuple[int, ...] = ()
+    differing_stage: Stage = Stage.REDUCED
+    rows_moved: tuple[tuple[int, int], ...] = ()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_ref.contract.capabilities import Capabilities, Numerics
+from moe_ref.contract.parallel import Range
 from moe_ref.contract.vocabulary import Format, Stage
 from moe_ref.inputs.build import Inputs
 from moe_ref.records.schema import StageResult, Worst
@@ -13,9 +14,8 @@ from moe_ref.verify.bounds.rows import Rows, exact
 from moe_ref.verify.bounds.scores import Scores
 from moe_ref.verify.bounds.selection import broken_ties
 from moe_ref.verify.bounds.steps import Steps
+from moe_ref.verify.measure.placing import RankTensors
 from moe_ref.verify.measure.stage_meter import Place, StageMeter
-
-RankTensors = dict[Stage, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,14 @@ def tainted_tokens(inputs: Inputs) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Router:
-    """What the routing of one case is judged with; tainted: tokens without finite logits of their own."""
+    """What the routing of one case is judged with; tainted: tokens without finite logits of their own.
+
+    ranks: every rank's routing over all tokens; own: the tokens [start, stop) that are each rank's to answer for.
+    """
 
     inputs: Inputs
     ranks: list[RankTensors]
+    own: list[Range]
     steps: Steps
     truth: Scores
     tainted_T: torch.Tensor
@@ -64,23 +68,23 @@ class Router:
                       self.steps.model)
 
 
-def measure_routing(inputs: Inputs, ranks: list[RankTensors], numerics: Numerics, capabilities: Capabilities,
-                    model: RoundingModel) -> RoutingMeasure:
-    """Every rank holds the whole routing, so every rank is compared."""
+def measure_routing(inputs: Inputs, ranks: list[RankTensors], own: list[Range], numerics: Numerics,
+                    capabilities: Capabilities, model: RoundingModel) -> RoutingMeasure:
+    """Every rank is compared in the tokens that it holds; ranks and own as in Router."""
     spec, num_tokens = inputs.problem.spec, len(inputs.x_TH)
     if spec.router is None:
-        return _dense(ranks, num_tokens)
+        return _dense(ranks, own, num_tokens)
     steps = Steps(spec, numerics, model)
-    logits, shared_logits = _true_logits(inputs, steps), _shared_logits(inputs, steps)
-    tainted_T = tainted_tokens(inputs)
+    truth, shared_logits = true_scores(inputs, steps)
+    logits, tainted_T = truth.logits, tainted_tokens(inputs)
     own_logits_T = tainted_T & (inputs.logits_TE is None)
-    router = Router(inputs, ranks, steps, Scores(logits, shared_logits, inputs, model), own_logits_T,
+    router = Router(inputs, ranks, own, steps, truth, own_logits_T,
                     tainted_T if shared_logits is not None else own_logits_T)
     stages = []
     if Stage.LOGITS in ranks[0]:
         meter = StageMeter(Stage.LOGITS, spec.num_choices, tainted_T=own_logits_T)
         for rank, tensors in enumerate(ranks):
-            meter.add(tensors[Stage.LOGITS], logits.value, logits.bound, Place(rank, torch.arange(num_tokens)))
+            _add_own(meter, tensors[Stage.LOGITS], logits, rank, own[rank])
         stages.append(meter.result())
     if Stage.IDS not in ranks[0]:
         return RoutingMeasure(stages, _follow(router, router.truth.ids(), router.truth.choice.unambiguous_T))
@@ -94,19 +98,30 @@ def measure_routing(inputs: Inputs, ranks: list[RankTensors], numerics: Numerics
     return RoutingMeasure(stages, _follow(router, ids_TK, torch.ones(num_tokens, dtype=torch.bool)))
 
 
-def _dense(ranks: list[RankTensors], num_tokens: int) -> RoutingMeasure:
+def _add_own(meter: StageMeter, got: torch.Tensor, want: Rows, rank: int, tokens: Range) -> None:
+    at = slice(*tokens)
+    meter.add(got[at], want.value[at], want.bound[at], Place(rank, torch.arange(*tokens)))
+
+
+def _dense(ranks: list[RankTensors], own: list[Range], num_tokens: int) -> RoutingMeasure:
     """Without a router the only routing is expert 0 with weight 1."""
     stages = []
     for stage, value in ((Stage.IDS, 0.0), (Stage.WEIGHTS, 1.0)):
         if stage in ranks[0]:
             meter = StageMeter(stage, 1)
             for rank, tensors in enumerate(ranks):
-                want = torch.full((num_tokens, 1), value, dtype=torch.float64)
-                meter.add(tensors[stage], want, torch.zeros_like(want), Place(rank, torch.arange(num_tokens)))
+                want = exact(torch.full((num_tokens, 1), value, dtype=torch.float64))
+                _add_own(meter, tensors[stage], want, rank, own[rank])
             stages.append(meter.result())
     ones = torch.ones(num_tokens, 1, dtype=torch.float64)
     return RoutingMeasure(stages, FollowedRouting(torch.zeros(num_tokens, 1, dtype=torch.int64), exact(ones), None,
                                                   torch.ones(num_tokens, dtype=torch.bool)))
+
+
+def true_scores(inputs: Inputs, steps: Steps) -> tuple[Scores, Rows | None]:
+    """Scores from the layer's inputs, and the logits of the router's further columns (T, S)."""
+    shared_logits = _shared_logits(inputs, steps)
+    return Scores(_true_logits(inputs, steps), shared_logits, inputs, steps.model), shared_logits
 
 
 def _true_logits(inputs: Inputs, steps: Steps) -> Rows:
@@ -137,8 +152,9 @@ def _follow(router: Router, ids_TK: torch.Tensor, judged_T: torch.Tensor) -> Fol
 
 def _measure_ids(router: Router, capabilities: Capabilities) -> StageResult:
     """Exact stage: a refused choice, a tie broken against the declared rule, or ranks that differ."""
-    bad, notes, finite_T = {}, set(), ~router.tainted_T
+    bad, notes = {}, set()
     for rank, tensors in enumerate(router.ranks):
+        finite_T = ~router.tainted_T & _mask(router.own[rank], len(router.tainted_T))
         ids_TK, scores = tensors[Stage.IDS], router.own_scores(tensors)
         choice = scores.choice if scores.router.capacity is not None else scores.choice.chosen
         refused_T = ~choice.accepts(ids_TK) & finite_T
@@ -157,8 +173,13 @@ def _measure_ids(router: Router, capabilities: Capabilities) -> StageResult:
     return _ids_result(router, bad, notes)
 
 
+def _mask(tokens: Range, num_tokens: int) -> torch.Tensor:
+    token_T = torch.arange(num_tokens)
+    return (token_T >= tokens[0]) & (token_T < tokens[1])
+
+
 def _ids_result(router: Router, bad: dict[int, torch.Tensor], notes: set[str]) -> StageResult:
-    num_checked = sum(tensors[Stage.IDS].numel() for tensors in router.ranks)
+    num_checked = router.truth.router.top_k * sum(stop - start for start, stop in router.own)
     if not bad:
         return StageResult(stage=Stage.IDS, ratio=0.0, exact=True, num_checked=num_checked, num_bad=0)
     tokens = torch.stack(list(bad.values())).any(0).nonzero().flatten().tolist()
@@ -176,6 +197,5 @@ def _measure_weights(router: Router) -> StageResult:
     meter = StageMeter(Stage.WEIGHTS, router.truth.router.top_k, tainted_T=router.tainted_weights_T)
     for rank, tensors in enumerate(router.ranks):
         want = router.own_scores(tensors).weights(tensors[Stage.IDS]).routed
-        allowed = router.steps.stored(want, Stage.WEIGHTS).bound
-        meter.add(tensors[Stage.WEIGHTS], want.value, allowed, Place(rank, torch.arange(len(want.value))))
+        _add_own(meter, tensors[Stage.WEIGHTS], router.steps.stored(want, Stage.WEIGHTS), rank, router.own[rank])
     return meter.result()

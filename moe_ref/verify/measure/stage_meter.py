@@ -15,13 +15,17 @@ NAMED_TOKENS = 8
 
 @dataclass(frozen=True)
 class Place:
-    """Where a block of compared elements sits: R rows of one expert and rank, columns from `column`."""
+    """Where a block of compared elements sits: R rows of one expert and rank, columns from `column`.
+
+    token_R: None for rows of a parameter, which start at `row`.
+    """
 
     rank: int
-    token_R: torch.Tensor
+    token_R: torch.Tensor | None
     slot_R: torch.Tensor | None = None
     expert: int | None = None
     column: int = 0
+    row: int = 0
 
 
 @dataclass
@@ -62,7 +66,7 @@ class StageMeter:
         # An infinite bound times a zero weight is NaN: still no bound. Nothing is said of such elements.
         allowed = torch.nan_to_num(allowed, nan=math.inf, posinf=math.inf)
         ratio = self._ratios(got, want, allowed)
-        if self.tainted_T is not None:
+        if self.tainted_T is not None and place.token_R is not None:
             lost = torch.where(torch.isfinite(got) & ~torch.isfinite(want), math.inf, 0.0)
             ratio = torch.where(self.tainted_T[place.token_R][:, None], lost, ratio)
         self.num_checked += ratio.numel()
@@ -91,13 +95,15 @@ class StageMeter:
                     place: Place) -> None:
         row, column = divmod(flat, got.shape[1])
         slot = None if place.slot_R is None else int(place.slot_R[row])
-        self.worst = Worst(rank=place.rank, token=int(place.token_R[row]), slot=slot, expert=place.expert,
+        token, place_row = (None, place.row + row) if place.token_R is None else (int(place.token_R[row]), None)
+        self.worst = Worst(rank=place.rank, token=token, row=place_row, slot=slot, expert=place.expert,
                            column=place.column + column, got=to_number(float(got[row, column])),
                            want=to_number(float(want[row, column])), allowed=to_number(float(allowed[row, column])))
 
     def _locate(self, bad: torch.Tensor, place: Place) -> None:
         self.num_bad += int(bad.sum())
-        self.tokens.update(place.token_R[bad.any(1)].tolist())
+        if place.token_R is not None:
+            self.tokens.update(place.token_R[bad.any(1)].tolist())
         columns = torch.nonzero(bad.any(0)).flatten() + place.column
         self.tiles.update((columns // TILE).tolist())
         self.ranks.add(place.rank)

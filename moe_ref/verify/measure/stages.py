@@ -13,28 +13,38 @@ import torch
 
 from moe_ref.contract.capabilities import Capabilities, Numerics
 from moe_ref.contract.case import Case
-from moe_ref.contract.vocabulary import Stage
+from moe_ref.contract.parallel import Range
+from moe_ref.contract.shares import RankShare, rank_shares
+from moe_ref.contract.vocabulary import SharedPlacement, Stage
 from moe_ref.contract.weights import ExpertWeights
 from moe_ref.inputs.build import Inputs
 from moe_ref.records.schema import from_number
-from moe_ref.verify.bounds.output_chain import ExpertRows, OutputChain
+from moe_ref.verify.bounds.output_chain import ExpertRows, OutputChain, down_part
 from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.bounds.rows import DownRows, Partials, Rows, exact
 from moe_ref.verify.bounds.steps import Steps
+from moe_ref.verify.bounds.summing import Summing
 from moe_ref.verify.measure.measurement import Measurement
-from moe_ref.verify.measure.routing import FollowedRouting, RankTensors, measure_routing, tainted_tokens
+from moe_ref.verify.measure.placing import RankTensors, over_all_tokens, row_positions, servers
+from moe_ref.verify.measure.routing import FollowedRouting, measure_routing, tainted_tokens
 from moe_ref.verify.measure.stage_meter import Place, StageMeter
 from moe_ref.verify.measure.structure import struct_faults
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The rows of one expert: token, slot and routed row (token * K + slot)."""
+    """The rows of one expert: token, slot, routed row (token * K + slot), and the ep rank that serves each."""
 
     token_R: torch.Tensor
     slot_R: torch.Tensor
     row_R: torch.Tensor
+    server_R: torch.Tensor
     expert: int
+
+    def of(self, index_R: torch.Tensor) -> "Chosen":
+        """Some of the rows."""
+        return Chosen(self.token_R[index_R], self.slot_R[index_R], self.row_R[index_R], self.server_R[index_R],
+                      self.expert)
 
     def place(self, rank: int, column: int) -> Place:
         """Where a block of these rows sits."""
@@ -47,10 +57,14 @@ class Comparison:
     def __init__(self, case: Case, inputs: Inputs, ranks: list[RankTensors], numerics: Numerics,
                  model: RoundingModel, followed: FollowedRouting) -> None:
         self.case, self.inputs, self.ranks, self.followed = case, inputs, ranks, followed
-        self.spec = case.problem.spec
+        self.spec, self.shares = case.problem.spec, rank_shares(case)
+        self.routing = over_all_tokens(ranks, self.shares, case.problem.num_tokens)
         self.steps = Steps(self.spec, numerics, model)
-        self.chain = OutputChain(self.steps, inputs.x_TH, case.parallel)
-        self.fed = Partials.zeros(case.parallel.tp, inputs.x_TH)
+        self.chain = OutputChain(self.steps, inputs.x_TH, case.parallel, self.shares)
+        self.fed = Summing(self.steps, inputs.x_TH, case.parallel, self.shares)
+        self.server_TK = servers(followed.ids_TK, case, self.shares)
+        shown_TK = servers(self.routing[0][Stage.IDS], case, self.shares) if self.shows(Stage.IDS) else self.server_TK
+        self.positions = [row_positions(shown_TK, share, case.parallel.ep) for share in self.shares]
         self.differing_ranks: list[int] = []
         intermediate, projections = self.spec.intermediate_size, self.spec.experts.num_projections
         widths = {Stage.GATE_UP: projections * intermediate, Stage.ACT: intermediate}
@@ -68,7 +82,7 @@ class Comparison:
             token_R, slot_R = (self.followed.ids_TK == e).nonzero(as_tuple=True)
             if len(token_R) == 0:
                 continue
-            chosen = Chosen(token_R, slot_R, token_R * self.spec.top_k + slot_R, e)
+            chosen = Chosen(token_R, slot_R, token_R * self.spec.top_k + slot_R, self.server_TK[token_R, slot_R], e)
             weight = Rows(*(tensor[token_R, slot_R, None] for tensor in (self.followed.weights.value,
                                                                          self.followed.weights.bound)))
             if e < self.spec.num_experts:
@@ -81,25 +95,61 @@ class Comparison:
         self._reduced()
 
     def _routed(self, chosen: Chosen, expert: ExpertWeights, weight: Rows) -> None:
-        real = self.chain.routed(chosen.token_R, expert, weight)
-        for rank, (start, stop) in enumerate(self.case.parallel.ranges(self.spec.intermediate_size)):
-            own_weight = self._own_weight(rank, chosen, weight)
-            gate_up = self._fed_gate_up(rank, chosen, expert, real, own_weight).columns(start, stop)
-            if self.shows(Stage.GATE_UP):
-                gate_up = self._judge_gate_up(rank, chosen, gate_up, start)
-            act = self._fed_act(gate_up, real.act.columns(start, stop), own_weight)
-            if self.shows(Stage.ACT):
-                got = self.ranks[rank][Stage.ACT][chosen.row_R]
-                self.meters[Stage.ACT].add(got, act.value, act.bound, chosen.place(rank, start))
-                act = exact(got)
-            share = expert._replace(w2_HI=expert.w2_HI[:, start:stop])
-            self._judge_down(rank, chosen, self.steps.down(act, share, own_weight, rank == 0), own_weight)
+        real = self.chain.routed(chosen.token_R, expert, weight, chosen.server_R)
+        for ep_rank in range(self.case.parallel.ep):
+            index_R = (chosen.server_R == ep_rank).nonzero().flatten()
+            if len(index_R):
+                rows = ExpertRows(real.gate_up.rows(index_R), real.act.rows(index_R))
+                self._served(ep_rank, chosen.of(index_R), expert, rows, weight.rows(index_R))
+
+    def _served(self, ep_rank: int, chosen: Chosen, expert: ExpertWeights, real: ExpertRows, weight: Rows) -> None:
+        """The rows of one expert that one ep rank serves, on each of its tp ranks."""
+        tp = self.case.parallel.tp
+        shares = self.shares[ep_rank * tp:(ep_rank + 1) * tp]
+        acts = [self._fed_columns(share, chosen, expert, real, weight) for share in shares]
+        inner = [share.columns for share in shares]
+        if self.fed.by_output:  # every rank takes the activations of all
+            whole = Rows(torch.cat([act.value for act in acts], -1), torch.cat([act.bound for act in acts], -1))
+            acts, inner = [whole] * tp, [(0, self.spec.intermediate_size)] * tp
+        parts = []
+        for share, act, columns in zip(shares, acts, inner, strict=True):
+            own_weight = self._own_weight(share.rank, chosen, weight)
+            want = self.steps.down(act, down_part(expert, columns, share.outputs), own_weight,
+                                   self.fed.by_output or share.tp_rank == 0)
+            parts.append(self._judge_down(share, chosen, want, own_weight))
+        self.fed.add_routed(parts, chosen.token_R, chosen.server_R)
+
+    def _fed_columns(self, share: RankShare, chosen: Chosen, expert: ExpertWeights, real: ExpertRows,
+                     weight: Rows) -> Rows:
+        """The activation of one rank, judged where it is shown and then taken as the subject's."""
+        start, stop = share.columns
+        own_weight = self._own_weight(share.rank, chosen, weight)
+        gate_up = self._fed_gate_up(share.rank, chosen, expert, real, own_weight).columns(start, stop)
+        if self.shows(Stage.GATE_UP):
+            gate_up = self._judge_gate_up(share, chosen, gate_up)
+        act = self._fed_act(gate_up, real.act.columns(start, stop), own_weight)
+        return self._judge_rows(Stage.ACT, share, chosen, act, start)
+
+    def _judge_rows(self, stage: Stage, share: RankShare, chosen: Chosen, want: Rows, column: int) -> Rows:
+        """What the subject shows of these rows, after its comparison; what is wanted where it shows nothing.
+
+        A token without finite logits may have lost its rows; nothing is said of them then.
+        """
+        if not self.shows(stage):
+            return want
+        position_R = self.positions[share.rank][chosen.row_R]
+        there_R = position_R >= 0
+        got = want.value.clone()
+        got[there_R] = self.ranks[share.rank][stage][position_R[there_R]].double()
+        self.meters[stage].add(got[there_R], want.value[there_R], want.bound[there_R],
+                               chosen.of(there_R).place(share.rank, column))
+        return exact(got)
 
     def _own_weight(self, rank: int, chosen: Chosen, weight: Rows) -> Rows:
-        """The rank's own routing weights where it shows them."""
+        """The rank's own routing weights, or those of the rank that sent the rows, where they are shown."""
         if not self.shows(Stage.WEIGHTS):
             return weight
-        return exact(self.ranks[rank][Stage.WEIGHTS][chosen.token_R, chosen.slot_R, None])
+        return exact(self.routing[rank][Stage.WEIGHTS][chosen.token_R, chosen.slot_R, None])
 
     def _fed_gate_up(self, rank: int, chosen: Chosen, expert: ExpertWeights, real: ExpertRows,
                      weight: Rows) -> Rows:
@@ -108,12 +158,20 @@ class Comparison:
             return real.gate_up
         return self.steps.gate_up(self.steps.tokens(self.inputs.x_TH[chosen.token_R], weight), expert)
 
-    def _judge_gate_up(self, rank: int, chosen: Chosen, want: Rows, start: int) -> Rows:
-        got = self.ranks[rank][Stage.GATE_UP][chosen.row_R]
-        for g in range(got.shape[1]):
-            self.meters[Stage.GATE_UP].add(got[:, g], want.value[:, g], want.bound[:, g],
-                                           chosen.place(rank, g * self.spec.intermediate_size + start))
-        return exact(got)
+    def _judge_gate_up(self, share: RankShare, chosen: Chosen, want: Rows) -> Rows:
+        halves = [self._judge_rows_of(g, share, chosen, want) for g in range(want.value.shape[1])]
+        return exact(torch.stack(halves, 1))
+
+    def _judge_rows_of(self, g: int, share: RankShare, chosen: Chosen, want: Rows) -> torch.Tensor:
+        """One half of gate_up, whose columns follow those of the half before."""
+        position_R = self.positions[share.rank][chosen.row_R]
+        there_R = position_R >= 0
+        got = want.value[:, g].clone()
+        got[there_R] = self.ranks[share.rank][Stage.GATE_UP][position_R[there_R], g].double()
+        column = g * self.spec.intermediate_size + share.columns[0]
+        self.meters[Stage.GATE_UP].add(got[there_R], want.value[there_R, g], want.bound[there_R, g],
+                                       chosen.of(there_R).place(share.rank, column))
+        return got
 
     def _fed_act(self, gate_up: Rows, real: Rows, weight: Rows) -> Rows:
         """What act should be: from the subject's gate_up and weights where they are shown."""
@@ -123,57 +181,88 @@ class Comparison:
         return self.steps.act(gate_up, self.spec.experts, self.steps.act_weight(weight))
 
     def _identity(self, chosen: Chosen, weight: Rows) -> None:
+        """With expert parallelism these rows are no rank's to show."""
         self.chain.identity(chosen.token_R, weight)
-        x_RH = self.inputs.x_TH[chosen.token_R].double()
-        for rank in range(self.case.parallel.tp):
-            own_weight = self._own_weight(rank, chosen, weight)
-            self._judge_down(rank, chosen, self.steps.identity(x_RH, own_weight, rank == 0), own_weight)
+        first = torch.zeros_like(chosen.token_R)
+        if self.case.parallel.ep > 1:
+            x_RH, own_weight = self.inputs.x_TH[chosen.token_R].double(), self._own_weight(0, chosen, weight)
+            self.fed.add_routed(self.chain.identity_parts(x_RH, own_weight), chosen.token_R, first)
+            return
+        parts = []
+        for share in self.shares:
+            own_weight = self._own_weight(share.rank, chosen, weight)
+            x_RH = self.inputs.x_TH[chosen.token_R, slice(*share.outputs)].double()
+            want = self.steps.identity(x_RH, own_weight, self.fed.by_output or share.tp_rank == 0)
+            parts.append(self._judge_down(share, chosen, want, own_weight))
+        self.fed.add_routed(parts, chosen.token_R, first)
 
-    def _judge_down(self, rank: int, chosen: Chosen, want: DownRows, weight: Rows) -> None:
-        addend = want.addend
-        if self.shows(Stage.DOWN):
-            got = self.ranks[rank][Stage.DOWN][chosen.row_R]
-            self.meters[Stage.DOWN].add(got, want.stored.value, want.stored.bound, chosen.place(rank, 0))
-            weighs_later = self.steps.numerics.weight_at == "merge" and not self.steps.on_input
-            addend = self.steps.weigh(exact(got), weight) if weighs_later else exact(got)
-        self.fed.add(rank, chosen.token_R, addend)
+    def _judge_down(self, share: RankShare, chosen: Chosen, want: DownRows, weight: Rows) -> Rows:
+        """What the rank adds to its sum."""
+        if not self.shows(Stage.DOWN):
+            return want.addend
+        got = self._judge_rows(Stage.DOWN, share, chosen, want.stored, share.outputs[0])
+        return self.steps.weigh(got, weight) if self.steps.weighs_later else got
 
     def _shared(self, expert: ExpertWeights) -> None:
-        gates, token_T = self.followed.shared, torch.arange(len(self.inputs.x_TH))
+        gates = self.followed.shared
         if self.spec.shared is not None and self.spec.shared.gate == "sigmoid":
             gates = self.steps.shared_gate(self.inputs.x_TH, self.inputs.weights)
-        for rank, rows in enumerate(self.chain.shared(expert, gates)):
+        whole = self.case.parallel.shared is SharedPlacement.REPLICATED
+        parts = []
+        for share, rows in zip(self.shares, self.chain.shared(expert, gates), strict=True):
             if self.shows(Stage.SHARED):
-                got = self.ranks[rank][Stage.SHARED]
-                self.meters[Stage.SHARED].add(got, rows.value, rows.bound, Place(rank, token_T))
+                got = self.ranks[share.rank][Stage.SHARED]
+                token_T = torch.arange(*(share.tokens if whole else share.merged_tokens))
+                self.meters[Stage.SHARED].add(got, rows.value, rows.bound,
+                                              Place(share.rank, token_T, column=0 if whole else share.outputs[0]))
                 rows = exact(got)
-            self.fed.add(rank, token_T, rows)
+            parts.append(rows)
+        self.fed.add_shared([self._assembled(parts)] if whole else parts)
+
+    def _assembled(self, parts: list[Rows]) -> Rows:
+        """Rows of all tokens from those that each rank has of its own."""
+        value, bound = (torch.zeros(self.inputs.x_TH.shape, dtype=torch.float64) for _ in range(2))
+        for share, rows in zip(reversed(self.shares), reversed(parts), strict=True):
+            value[slice(*share.tokens)], bound[slice(*share.tokens)] = rows.value, rows.bound
+        return Rows(value, bound)
 
     def _merged(self) -> None:
-        self.fed = self.steps.merged(self.fed, self.inputs.weights.output_bias_H)
+        sums = self.fed.partials = self.fed.merged(self.inputs.weights.output_bias_H)
         if not self.shows(Stage.MERGED):
             return
-        for rank, tensors in enumerate(self.ranks):
-            got = tensors[Stage.MERGED]
-            self.meters[Stage.MERGED].add(got, self.fed.value[rank], self._unjudged(self.fed.bound[rank]),
-                                          Place(rank, torch.arange(len(got))))
-        merged = torch.stack([tensors[Stage.MERGED].double() for tensors in self.ranks])
-        self.fed = Partials(merged, torch.zeros_like(merged), merged.abs())
+        got, bound = sums.value.clone(), sums.bound.clone()
+        for share, tensors in zip(reversed(self.shares), reversed(self.ranks), strict=True):
+            row = 0 if self.fed.reduces_rows else share.rank
+            at = (row, slice(*share.merged_tokens), slice(*share.outputs))
+            want, allowed = sums.value[at], self._unjudged(sums.bound[row])[at[1:]]
+            place = Place(share.rank, torch.arange(*share.merged_tokens), column=share.outputs[0])
+            self.meters[Stage.MERGED].add(tensors[Stage.MERGED], want, allowed, place)
+            got[at], bound[at] = tensors[Stage.MERGED].double(), 0.0
+        self.fed.partials = Partials(got, bound, got.abs() + bound)
 
     def _reduced(self) -> None:
-        residual = self.inputs.residual_TH
-        bound_TH = self.chain.finish(residual, self.inputs.weights.output_bias_H)
-        want_TH = self.fed.value.sum(0) if residual is None else self.fed.value.sum(0) + residual.double()
-        fed_bound_TH = self.steps.reduced(self.fed, want_TH, residual)
-        for stage, want, bound in ((Stage.REDUCED, want_TH, fed_bound_TH),
+        residual, bias_H = self.inputs.residual_TH, self.inputs.weights.output_bias_H
+        bound_TH = self.chain.finish(residual, bias_H)
+        fed = self.fed.reduced(self.fed.partials, residual, bias_H, bias_is_summed=True)
+        for stage, want, bound in ((Stage.REDUCED, fed.value, fed.bound),
                                    (Stage.OUTPUT, self.chain.truth_TH, bound_TH)):
             allowed = self._unjudged(bound)
-            for rank, tensors in enumerate(self.ranks):
-                place = Place(rank, torch.arange(len(want)))
-                self.meters[stage].add(tensors[Stage.REDUCED], want, allowed, place)
-        first = bits(self.ranks[0][Stage.REDUCED])
-        self.differing_ranks = [rank for rank, tensors in enumerate(self.ranks)
-                                if not torch.equal(bits(tensors[Stage.REDUCED]), first)]
+            for share, tensors in zip(self.shares, self.ranks, strict=True):
+                at, place = slice(*share.tokens), Place(share.rank, torch.arange(*share.tokens))
+                self.meters[stage].add(tensors[Stage.REDUCED], want[at], allowed[at], place)
+        first: dict[Range, torch.Tensor] = {}
+        for share, tensors in zip(self.shares, self.ranks, strict=True):
+            mine = bits(tensors[Stage.REDUCED])
+            if not torch.equal(first.setdefault(share.tokens, mine), mine):
+                self.differing_ranks.append(share.rank)
+
+    def rows_moved(self) -> tuple[tuple[int, int], ...]:
+        """Per rank how many routed slots its tp group has, and how many its ep rank serves."""
+        moved = []
+        for share in self.shares:
+            routed = int((self.server_TK[slice(*share.merged_tokens)] >= 0).sum())
+            moved.append((routed, int((self.server_TK == share.ep_rank).sum())))
+        return tuple(moved)
 
     def power(self) -> float:
         """How far an all-zero result would miss its bound; see Measurement."""
@@ -199,7 +288,9 @@ def measure(case: Case, inputs: Inputs, ranks: list[RankTensors], capabilities: 
     numerics = capabilities.numerics[case.problem.dtype]
     if faults := struct_faults(case, ranks, capabilities):
         return Measurement((), tuple(faults))
-    routing = measure_routing(inputs, ranks, numerics, capabilities, model)
+    shares = rank_shares(case)
+    expanded = over_all_tokens(ranks, shares, case.problem.num_tokens)
+    routing = measure_routing(inputs, expanded, [share.tokens for share in shares], numerics, capabilities, model)
     comparison = Comparison(case, inputs, ranks, numerics, model, routing.followed)
     comparison.run(tell)
     unjudged = int((~routing.followed.judged_T).sum())
@@ -209,4 +300,4 @@ def measure(case: Case, inputs: Inputs, ranks: list[RankTensors], capabilities: 
     stages = (*routing.stages, *shown)
     assert all(from_number(stage.ratio) >= 0 for stage in stages)
     return Measurement(stages, power=comparison.power(), unjudged_tokens=unjudged,
-                       differing_ranks=tuple(comparison.differing_ranks))
+                       differing_ranks=tuple(comparison.differing_ranks), rows_moved=comparison.rows_moved())

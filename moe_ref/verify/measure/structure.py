@@ -5,22 +5,35 @@ from collections.abc import Collection
 from moe_ref.contract.capabilities import Capabilities
 from moe_ref.contract.case import Case
 from moe_ref.contract.dtypes import TORCH_DTYPES
-from moe_ref.contract.vocabulary import Stage
-from moe_ref.verify.measure.routing import RankTensors
+from moe_ref.contract.parallel import Range
+from moe_ref.contract.shares import RankShare, rank_shares
+from moe_ref.contract.vocabulary import SharedPlacement, Stage
+from moe_ref.verify.measure.placing import RankTensors, over_all_tokens, servers
+from moe_ref.verify.measure.row_counts import likely_rows
+
+ROW_STAGES = (Stage.GATE_UP, Stage.ACT, Stage.DOWN)
 
 
-def stage_shapes(case: Case, rank: int) -> dict[Stage, tuple[int, ...]]:
-    """What each stage of `rank` should look like; sharded stages have the rank's own width."""
-    spec, tokens = case.problem.spec, case.problem.num_tokens
-    rows = tokens * spec.top_k
-    start, stop = case.parallel.ranges(spec.intermediate_size)[rank]
+def stage_shapes(case: Case, share: RankShare) -> dict[Stage, tuple[int, ...]]:
+    """What each stage of a rank should look like; sharded stages have the rank's own width.
+
+    Of routed rows with expert parallelism the number is left out: it depends on the ids.
+    """
+    spec, own, merged = case.problem.spec, _length(share.tokens), _length(share.merged_tokens)
+    columns, outputs = _length(share.columns), _length(share.outputs)
+    rows = (merged * spec.top_k,) if case.parallel.ep == 1 else ()
+    whole_shared = case.parallel.shared is SharedPlacement.REPLICATED
     return {
-        Stage.LOGITS: (tokens, spec.num_choices), Stage.IDS: (tokens, spec.top_k), Stage.WEIGHTS: (tokens, spec.top_k),
-        Stage.GATE_UP: (rows, spec.experts.num_projections, stop - start),
-        Stage.ACT: (rows, stop - start), Stage.DOWN: (rows, spec.hidden_size),
-        Stage.SHARED: (tokens, spec.hidden_size), Stage.MERGED: (tokens, spec.hidden_size),
-        Stage.REDUCED: (tokens, spec.hidden_size),
+        Stage.LOGITS: (own, spec.num_choices), Stage.IDS: (own, spec.top_k), Stage.WEIGHTS: (own, spec.top_k),
+        Stage.GATE_UP: (*rows, spec.experts.num_projections, columns),
+        Stage.ACT: (*rows, columns), Stage.DOWN: (*rows, outputs),
+        Stage.SHARED: (own, spec.hidden_size) if whole_shared else (merged, outputs), Stage.MERGED: (merged, outputs),
+        Stage.REDUCED: (own, spec.hidden_size),
     }
+
+
+def _length(part: Range) -> int:
+    return part[1] - part[0]
 
 
 def expected_stages(case: Case, capabilities: Capabilities) -> set[Stage]:
@@ -36,29 +49,46 @@ def expected_stages(case: Case, capabilities: Capabilities) -> set[Stage]:
 def struct_faults(case: Case, ranks: list[RankTensors], capabilities: Capabilities) -> list[str]:
     """One line per stage that is missing or undeclared, or of wrong shape or dtype, with both."""
     numerics, faults = capabilities.numerics[case.problem.dtype], []
-    expected = expected_stages(case, capabilities)
+    expected, shares = expected_stages(case, capabilities), rank_shares(case)
     for rank, tensors in enumerate(ranks):
         if missing := expected - tensors.keys():
             faults.append(f"rank {rank} does not show {_names(missing)}, but should, as declared")
         if extra := tensors.keys() - expected:
             faults.append(f"rank {rank} shows {_names(extra)}, but should not, since it is not declared for this layer")
     for rank, tensors in enumerate(ranks):
-        shapes = stage_shapes(case, rank)
-        if rows := [stage for stage in (Stage.WEIGHTS, Stage.GATE_UP, Stage.ACT, Stage.DOWN)
+        shapes = stage_shapes(case, shares[rank])
+        if rows := [stage for stage in (Stage.WEIGHTS, *ROW_STAGES)
                     if stage in tensors and Stage.IDS not in tensors]:
             faults.append(f"{_names(rows)} shown without ids, so nobody can say which expert a row belongs to")
         for stage, tensor in tensors.items():
             if stage not in shapes:
                 faults.append(f"{stage}: shown, but this stage is not compared, so it should not be [rank {rank}]")
                 continue
-            if tuple(tensor.shape) != shapes[stage]:
-                faults.append(f"{stage}: shape {tuple(tensor.shape)}, but should be {shapes[stage]} [rank {rank}]")
+            shape = tuple(tensor.shape)
+            if shape != shapes[stage] and not (stage in ROW_STAGES and shape[1:] == shapes[stage]):
+                faults.append(f"{stage}: shape {shape}, but should be {shapes[stage]} [rank {rank}]")
             stored = numerics.storage.get(stage)
             if stored is not None and tensor.dtype != TORCH_DTYPES[stored]:
                 faults.append(f"{stage}: dtype {tensor.dtype}, but should be {TORCH_DTYPES[stored]} as declared "
                               f"[rank {rank}]")
             if stage is Stage.IDS and tensor.dtype.is_floating_point:
                 faults.append(f"ids: dtype {tensor.dtype}, but should be an integer type [rank {rank}]")
+    return faults or _row_faults(case, ranks, shares)
+
+
+def _row_faults(case: Case, ranks: list[RankTensors], shares: tuple[RankShare, ...]) -> list[str]:
+    """With expert parallelism a rank shows the rows that it serves, no more and no fewer."""
+    if case.parallel.ep == 1 or Stage.IDS not in ranks[0]:
+        return []
+    expanded, faults = over_all_tokens(ranks, shares, case.problem.num_tokens), []
+    for share, tensors, routing in zip(shares, ranks, expanded, strict=True):
+        served = int((servers(routing[Stage.IDS], case, shares) == share.ep_rank).sum())
+        faults += [f"{stage}: {len(tensors[stage])} rows, but rank {share.rank} serves {served} of the chosen slots"
+                   for stage in ROW_STAGES if stage in tensors and len(tensors[stage]) != served]
+    stage = next((stage for stage in ROW_STAGES if stage in ranks[0]), None)
+    if faults and stage is not None:
+        words = likely_rows(case, shares, expanded[0][Stage.IDS], [len(tensors[stage]) for tensors in ranks])
+        faults[1:1] = [words] * (words != "")
     return faults
 
 

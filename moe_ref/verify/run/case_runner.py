@@ -11,7 +11,9 @@ import torch
 
 from moe_ref.contract.capabilities import Capabilities, Numerics
 from moe_ref.contract.case import Case
+from moe_ref.contract.shares import rank_shares
 from moe_ref.contract.vocabulary import Ranks, Verdict
+from moe_ref.contract.volume import transfers
 from moe_ref.inputs.build import build_inputs
 from moe_ref.records.schema import CaseLine, CollectiveCount, Implementation, to_number
 from moe_ref.tiers.tiers import PlannedCase
@@ -19,9 +21,9 @@ from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.bounds.tolerances import Tolerances
 from moe_ref.verify.child.messages import RankReport, Reply, Request
 from moe_ref.verify.explain import explain
-from moe_ref.verify.judge import Calls, Judgement, RunFacts, judge
+from moe_ref.verify.judge import Judgement, RunFacts, WantedCalls, judge
+from moe_ref.verify.measure.gradients import measure_case
 from moe_ref.verify.measure.measurement import Measurement
-from moe_ref.verify.measure.stages import measure
 from moe_ref.verify.run.children import Answer, ChildDied, ChildHung, ChildPool
 from moe_ref.verify.run.last_words import cut_lines
 
@@ -85,8 +87,8 @@ def missing_devices(planned: PlannedCase, device: str) -> str:
     """Why this machine cannot run the case's ranks; empty when it can."""
     if planned.ranks is Ranks.NCCL and device != "cuda":
         return "nccl ranks need CUDA devices"
-    if planned.ranks is Ranks.NCCL and torch.cuda.device_count() < planned.case.parallel.tp:
-        return f"nccl needs one device per rank: {torch.cuda.device_count()} found, {planned.case.parallel.tp} needed"
+    if planned.ranks is Ranks.NCCL and torch.cuda.device_count() < planned.case.parallel.size:
+        return f"nccl needs one device per rank: {torch.cuda.device_count()} found, {planned.case.parallel.size} needed"
     return ""
 
 
@@ -101,7 +103,7 @@ def _crash(failed: list[tuple[int, RankReport]], case: Case) -> Judgement:
     rank, first = min(failed, key=lambda pair: (any(text in pair[1].error for text in _SECONDARY), pair[0]))
     error = cut_lines(first.error.strip(), 1000).partition("\n")[0][:_ERROR_LIMIT]
     same = [number for number, report in failed if report.error == first.error]
-    where = f"on all {case.parallel.tp} ranks" if len(same) == case.parallel.tp else f"on rank {rank}"
+    where = f"on all {case.parallel.size} ranks" if len(same) == case.parallel.size else f"on rank {rank}"
     if first.kind == "usage":
         return Judgement(Verdict.CRASH, f"{USAGE_PREFIX}{error} [{where}]")
     if first.kind == "struct":
@@ -115,33 +117,40 @@ def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> Case
     if inputs.digest() != answer.reply.inputs_digest:
         raise RuntimeError(f"inputs digest {answer.reply.inputs_digest} in the child, {inputs.digest()} here")
     model = RoundingModel(settings.tolerances, settings.device, capabilities.numerics[case.problem.dtype].accumulate)
-    limits, facts, judged = settings.tolerances.file.limits, _facts(case, settings, answer), []
+    limits, judged = settings.tolerances.file.limits, []
     for ranks in answer.runs:
-        measurement = measure(case, inputs, ranks, capabilities, model,
-                              lambda text: settings.tell(planned.case_id, text))
+        measurement = measure_case(case, inputs, ranks, capabilities, model,
+                                   lambda text: settings.tell(planned.case_id, text))
+        facts = _facts(case, settings, answer, measurement)
         judged.append((judge(measurement, facts, limits.ratio.max, limits.power.min), measurement))
     # Runs that differ are all judged; the first that fails speaks for the case.
     judgement, measurement = next((pair for pair in judged if pair[0].verdict is not Verdict.PASS), judged[0])
     return _line(planned, settings, judgement, answer, measurement, time.monotonic() - started)
 
 
-def _facts(case: Case, settings: RunSettings, answer: Answer) -> RunFacts:
+def _facts(case: Case, settings: RunSettings, answer: Answer, measurement: Measurement) -> RunFacts:
     reply = answer.reply
+    # A call in a group of one rank moves nothing; whether it is made is nobody's business.
+    moving = {group for group, size in (("tp", case.parallel.tp), ("ep", case.parallel.ep)) if size > 1}
     return RunFacts(
-        calls=tuple(tuple((name, elements) for name, elements, _ in report.calls) for report in reply.ranks),
-        allowed_calls=allowed_calls(case) if settings.capabilities.collectives_through_groups else (),
+        calls=tuple(tuple((name, elements) for name, elements, _ in report.calls if name.partition(".")[0] in moving)
+                    for report in reply.ranks),
+        wanted_calls=wanted_calls(case, measurement) if settings.capabilities.collectives_through_groups else (),
         same_bits=reply.same_bits, differing_stages=tuple(reply.differing_stages),
         promised_deterministic=settings.capabilities.deterministic,
         promised_equal_ranks=settings.capabilities.equal_ranks, changed_inputs=tuple(reply.changed_inputs))
 
 
-def allowed_calls(case: Case) -> tuple[Calls, ...]:
-    """What a rank may communicate under the default schedule: one all_reduce of T*H elements.
-
-    A single rank may also skip it, and so may all ranks when there is no token.
-    """
-    once = (("all_reduce", case.problem.num_tokens * case.problem.spec.hidden_size),)
-    return (once, ()) if case.parallel.tp == 1 or case.problem.num_tokens == 0 else (once,)
+def wanted_calls(case: Case, measurement: Measurement) -> tuple[WantedCalls, ...]:
+    """What each rank should communicate, for the routing that it took."""
+    moved = measurement.rows_moved or ((0, 0),) * case.parallel.size
+    wanted = []
+    for share, (sent, served) in zip(rank_shares(case), moved, strict=True):
+        planned = transfers(case, share, sent, served)
+        wanted.append(WantedCalls(
+            payload=tuple((one.name, one.num_elements) for one in planned if not one.describes),
+            describing=tuple((one.name, one.num_elements) for one in planned if one.describes)))
+    return tuple(wanted)
 
 
 def _line(planned: PlannedCase, settings: RunSettings, judgement: Judgement, answer: Answer | None = None,

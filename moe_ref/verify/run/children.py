@@ -25,13 +25,16 @@ STACK_DUMP_SECONDS = 1.0
 LOG_TAIL = 100_000
 DETAIL_LINES = 3
 
+# Made once, before lanes have threads: msgspec must not learn a type from two of them at once.
+_HELLO, _MESSAGE = msgspec.json.Decoder(Hello), msgspec.json.Decoder(Reply | Progress)
+
 
 class ChildDied(RuntimeError):
     """The child ended without an answer; the message holds the end of its output."""
 
 
 class ChildHung(RuntimeError):
-    """The child did not answer in time; the message holds the stacks of all its threads and ranks."""
+    """No answer in time; the message holds the stacks of the child's threads, or of its ranks and their collectives."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,10 @@ class Child:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "moe_ref.verify.child.worker", self.subject, str(self.memory_gib)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, env=environment, start_new_session=True)
-        return msgspec.json.decode(self._receive(time.monotonic() + START_LIMIT_SECONDS)[0], type=Hello)
+        return _HELLO.decode(self._receive(time.monotonic() + START_LIMIT_SECONDS)[0])
 
     def ask(self, request: Request, on_progress: Callable[[str], None] = lambda text: None) -> Answer:
-        """Run one case; raises ChildDied or ChildHung, after which the next call starts a fresh child."""
+        """Run one case; raises ChildDied or ChildHung. If the child itself failed, the next call starts a fresh one."""
         if self._process is None:
             self._start()
         assert self._process is not None
@@ -91,8 +94,11 @@ class Child:
         deadline = time.monotonic() + request.time_limit
         while True:
             header, payload = self._receive(deadline)
-            message = msgspec.json.decode(header, type=Reply | Progress)
+            message = _MESSAGE.decode(header)
             if isinstance(message, Reply):
+                # Process ranks that hang are ended by their child, which can say more about them, and stays.
+                if message.ranks[0].kind == "hang":
+                    raise ChildHung(message.ranks[0].error)
                 return Answer(message, unpack_runs(payload, len(message.ranks)))
             on_progress(message.text)
 

@@ -1,0 +1,163 @@
+"""One expert backward with the error of all it makes: gradients of its parameters, and what each rank adds to sums.
+
+    values    as in moe_ref.oracle.backward.mlp
+    orders    the routing weight may join the gradient of the rows before the product with w2, or after it; its own
+              gradient may be a sum over the output, grad . row, or over the activation, act . grad_act: the wider
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from moe_ref.contract.parallel import Range
+from moe_ref.contract.spec import MLP
+from moe_ref.contract.vocabulary import Stage
+from moe_ref.contract.weights import ExpertWeights
+from moe_ref.verify.bounds.activation import activation, up_factor
+from moe_ref.verify.bounds.backward_steps import BackwardSteps
+from moe_ref.verify.bounds.rows import Rows, exact
+from moe_ref.verify.bounds.slopes import activation_slope, factor_slope
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One rank's part: columns of the activation that its w13 makes, those that its w2 takes, and outputs of w2."""
+
+    columns: Range
+    inner: Range
+    outputs: Range
+
+
+@dataclass(frozen=True)
+class MLPRows:
+    """Rows that pass one expert: their tokens (R, H), the gradient of what they add to the sum (R, H), both exact.
+
+    weight: (R, 1), of the rows, or of the tokens with on_input; blocks: (R, S), of equal blocks of the activation.
+    """
+
+    x_RH: torch.Tensor
+    grad_RH: torch.Tensor
+    weight: Rows | None = None
+    on_input: bool = False
+    blocks: Rows | None = None
+
+
+@dataclass(frozen=True)
+class RankPart:
+    """What one rank adds to the gradients of tokens, with the sum of absolute addends, and of weights, row by row."""
+
+    x: Rows
+    x_gauge: torch.Tensor
+    weights: Rows | None
+
+
+@dataclass(frozen=True)
+class MLPGradients:
+    """Of the parameters, in the order of ExpertWeights and before their last store; every rank's part of the rest."""
+
+    parameters: tuple[Rows, Rows, Rows | None, Rows | None]
+    parts: list[RankPart]
+
+
+class MLPBackward:
+    """One expert with its cuts, a cut per rank that shares it."""
+
+    def __init__(self, back: BackwardSteps, expert: ExpertWeights, mlp: MLP, cuts: list[Cut]) -> None:
+        self.back, self.steps, self.expert, self.mlp, self.cuts = back, back.steps, expert, mlp, cuts
+        self.w13_GIH, self.w2_HI = expert.w13_GIH.double(), expert.w2_HI.double()
+        self.by_output = any(cut.outputs != (0, len(self.w2_HI)) for cut in cuts)
+
+    def run(self, rows: MLPRows) -> MLPGradients:
+        """All gradients of these rows."""
+        back, grad = self.back, exact(rows.grad_RH)
+        tokens = self.steps.tokens(rows.x_RH, rows.weight) if rows.on_input and rows.weight else exact(rows.x_RH)
+        gate_up = back.saved(self.steps.gate_up(tokens, self.expert), Stage.GATE_UP)
+        taken = act = back.saved(self.steps.act(gate_up, self.mlp), Stage.ACT)
+        weight = None if rows.on_input else rows.weight
+        grad_down = grad if weight is None else back.product(grad, weight)
+        grad_act = grad_taken = self._through_w2(grad_down)
+        if rows.blocks is not None:
+            columns = self._columns(rows.blocks)
+            taken, grad_act = back.product(act, columns), back.product(grad_taken, columns)
+        grads = self._activation_backward(grad_act, gate_up)
+        w13 = [back.outer(one, tokens) for one in grads]
+        biases = [back.down_columns(one) for one in grads] if self.expert.w13_bias_GI is not None else []
+        parameters = (_stacked(w13), back.outer(grad_down, taken), _stacked(biases) if biases else None,
+                      None if self.expert.w2_bias_H is None else back.down_columns(grad_down))
+        return MLPGradients(parameters, [self._part(number, rows, grads, act, grad_taken)
+                                         for number in range(len(self.cuts))])
+
+    def _through_w2(self, grad_down: Rows) -> Rows:
+        """Gradient of what w2 took; where w2 is cut by output it is a sum over ranks."""
+        back = self.back
+        if not self.by_output:
+            return back.again(back.through(grad_down, self.w2_HI), 1)
+        parts = [back.through(grad_down.columns(*cut.outputs), self.w2_HI[slice(*cut.outputs)]) for cut in self.cuts]
+        gauge = torch.stack([part.largest for part in parts]).sum(0)
+        bound = torch.stack([part.bound for part in parts]).sum(0)
+        total = Rows(torch.stack([part.value for part in parts]).sum(0),
+                     bound + back.rounded(gauge, back.joined_in, 2 * len(parts)))
+        return back.again(total, 1)
+
+    def _columns(self, blocks: Rows) -> Rows:
+        width = self.w2_HI.shape[1] // blocks.value.shape[1]
+        return Rows(*(one.repeat_interleave(width, 1) for one in (blocks.value, blocks.bound)))
+
+    def _activation_backward(self, grad_act: Rows, gate_up: Rows) -> list[Rows]:
+        """Gradients of gate and up, or of the one projection; a cap is a step more where each of them is rounded."""
+        times = 1 if self.steps.numerics.activation is None else 2
+        back, model, inner, mlp = self.back, self.steps.model, self.steps.numerics.activation, self.mlp
+        gate = Rows(gate_up.value[:, 0], gate_up.bound[:, 0])
+        grad_gate = back.product(grad_act, activation_slope(model, gate, mlp, inner), times)
+        if not mlp.gated:
+            return [grad_gate]
+        up = Rows(gate_up.value[:, 1], gate_up.bound[:, 1])
+        grad_up = back.product(grad_act, back.again(activation(model, gate, mlp, inner), 1), times)
+        return [back.product(grad_gate, up_factor(model, up, mlp, inner), times),
+                back.product(grad_up, factor_slope(model, up, mlp, inner), times)]
+
+    def _part(self, number: int, rows: MLPRows, grads: list[Rows], act: Rows, grad_taken: Rows) -> RankPart:
+        cut, back = self.cuts[number], self.back
+        through = [back.again(back.through(one.columns(*cut.columns), w_IH[slice(*cut.columns)]), 1)
+                   for one, w_IH in zip(grads, self.w13_GIH, strict=True)]
+        gradient, weights = _sum(through), None
+        if rows.on_input and rows.weight is not None:
+            weights = back.dot(exact(rows.x_RH), gradient)
+            through = [back.product(one, rows.weight) for one in through]
+        elif rows.weight is not None:
+            weights = self._weight_part(number, rows.grad_RH, act)
+        elif rows.blocks is not None:
+            weights = self._block_part(cut, rows.blocks.value.shape[1], act, grad_taken)
+        return RankPart(_sum(through), torch.stack([one.largest for one in through]).sum(0), weights)
+
+    def _weight_part(self, number: int, grad_RH: torch.Tensor, act: Rows) -> Rows:
+        """One rank's part of the gradient of the rows' weights, (R, 1)."""
+        cut, back = self.cuts[number], self.back
+        w2_HI, grad = self.w2_HI[slice(*cut.outputs), slice(*cut.inner)], exact(grad_RH[:, slice(*cut.outputs)])
+        inner = act.columns(*cut.inner)
+        down = back.again(back.through(inner, w2_HI.T), 1)
+        over_outputs = back.dot(grad, down)
+        over_columns = back.dot(inner, back.again(back.through(grad, w2_HI), 1))
+        result = Rows(over_outputs.value, torch.maximum(over_outputs.bound, over_columns.bound))
+        if self.expert.w2_bias_H is None or not (self.by_output or number == 0):
+            return result
+        bias = exact(self.expert.w2_bias_H[slice(*cut.outputs)].expand_as(grad.value))
+        biased = back.dot(grad, back.again(bias, 1))
+        return Rows(result.value + biased.value, result.bound + biased.bound)
+
+    def _block_part(self, cut: Cut, num_blocks: int, act: Rows, grad_taken: Rows) -> Rows:
+        """One rank's part of the gradient of the blocks' weights, (R, S)."""
+        width, parts = self.w2_HI.shape[1] // num_blocks, []
+        for block in range(num_blocks):
+            ends = block * width, (block + 1) * width
+            start, stop = (min(max(end, cut.columns[0]), cut.columns[1]) for end in ends)
+            parts.append(self.back.dot(act.columns(start, stop), grad_taken.columns(start, stop)))
+        return Rows(torch.cat([one.value for one in parts], 1), torch.cat([one.bound for one in parts], 1))
+
+
+def _stacked(parts: list[Rows]) -> Rows:
+    return Rows(torch.stack([one.value for one in parts]), torch.stack([one.bound for one in parts]))
+
+
+def _sum(parts: list[Rows]) -> Rows:
+    return Rows(torch.stack([one.value for one in parts]).sum(0), torch.stack([one.bound for one in parts]).sum(0))

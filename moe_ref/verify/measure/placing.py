@@ -1,0 +1,54 @@
+"""What ranks showed, in the coordinates of the whole layer: all tokens, and each rank's routed rows."""
+
+import torch
+
+from moe_ref.contract.case import Case
+from moe_ref.contract.hosting import serving_copies
+from moe_ref.contract.shares import RankShare
+from moe_ref.contract.vocabulary import Stage
+
+RankTensors = dict[Stage, torch.Tensor]
+
+ROUTING_STAGES = (Stage.LOGITS, Stage.IDS, Stage.WEIGHTS)
+
+
+def over_all_tokens(ranks: list[RankTensors], shares: tuple[RankShare, ...], num_tokens: int) -> list[RankTensors]:
+    """Per rank its logits, ids and weights, with those of the first rank that has a token where it has not."""
+    whole = {stage: torch.empty(num_tokens, *ranks[0][stage].shape[1:], dtype=ranks[0][stage].dtype)
+             for stage in ROUTING_STAGES if stage in ranks[0]}
+    for tensors, share in zip(reversed(ranks), reversed(shares), strict=True):
+        for stage, tensor in whole.items():
+            tensor[slice(*share.tokens)] = tensors[stage]
+    expanded = []
+    for tensors, share in zip(ranks, shares, strict=True):
+        own = dict(whole)
+        if share.tokens != (0, num_tokens) or any(not torch.equal(tensors[stage], whole[stage]) for stage in whole):
+            own = {stage: tensor.clone() for stage, tensor in whole.items()}
+            for stage, tensor in own.items():
+                tensor[slice(*share.tokens)] = tensors[stage]
+        expanded.append(own)
+    return expanded
+
+
+def servers(ids_TK: torch.Tensor, case: Case, shares: tuple[RankShare, ...]) -> torch.Tensor:
+    """(T, K) ep rank that serves each slot by the contract's rule; -1 where the id is no routed expert."""
+    return serving_places(ids_TK, case, shares)[0]
+
+
+def serving_places(ids_TK: torch.Tensor, case: Case,
+                   shares: tuple[RankShare, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(T, K) ep rank that serves each slot, and the place of the expert there; -1 where the id is no routed expert."""
+    parallel, num_experts = case.parallel, case.problem.spec.num_experts
+    if not parallel.tokens.over_ep:
+        return serving_copies(ids_TK, parallel, num_experts)
+    cuts = [share.merged_tokens for share in shares[::parallel.tp]]
+    found = [serving_copies(ids_TK[start:stop], parallel, num_experts) for start, stop in cuts]
+    return torch.cat([hosts for hosts, _ in found]), torch.cat([places for _, places in found])
+
+
+def row_positions(server_TK: torch.Tensor, share: RankShare, parallel_ep: int) -> torch.Tensor:
+    """(T*K,) where a rank's tensors hold each routed row, -1: nowhere; without expert parallelism all are there."""
+    if parallel_ep == 1:
+        return torch.arange(server_TK.numel())
+    served_R = (server_TK == share.ep_rank).reshape(-1)
+    return torch.where(served_R, served_R.cumsum(0) - 1, -1)
