@@ -6,7 +6,17 @@ from moe_ref.contract.capabilities import Capabilities, Numerics
 from moe_ref.contract.errors import raise_faults
 from moe_ref.contract.features import Feature
 from moe_ref.contract.spec import MoESpec
-from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Stage, Storage
+from moe_ref.contract.vocabulary import (
+    Dtype,
+    Format,
+    Hosting,
+    Ranks,
+    Schedule,
+    SharedPlacement,
+    Stage,
+    Storage,
+    Tokens,
+)
 
 
 def _numerics(dtype: Dtype) -> Numerics:
@@ -22,7 +32,8 @@ CAPABILITIES = Capabilities(
             Stage.REDUCED),
     activations=("silu", "gelu", "gelu_tanh"), scores=("softmax", "sigmoid"),
     features=(Feature.DENSE, Feature.GROUPS, Feature.SELECTION_BIAS, Feature.SHARED_EXPERT, Feature.RESIDUAL),
-    max_tp=64, storages=tuple(Storage), ranks=tuple(Ranks),
+    max_tp=64, max_ep=64, tokens=tuple(Tokens), hostings=tuple(Hosting), redundant=True,
+    shared_placements=tuple(SharedPlacement), schedules=tuple(Schedule), storages=tuple(Storage), ranks=tuple(Ranks),
     deterministic=True, equal_ranks=True, lower_id_ties=True, collectives_through_groups=True)
 
 

@@ -5,6 +5,7 @@ type in a loop), so a green matrix on a CPU says nothing about that. The launche
 real call of the layer with the tile sizes of a GPU; nothing is listed by hand.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,13 +15,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-import moe_fast.kernels.align
-import moe_fast.kernels.combine
-import moe_fast.kernels.down
-import moe_fast.kernels.gate_up
-import moe_fast.kernels.router
-import moe_fast.layer
-from moe_fast.tiles import gemm_tile
+import moe_fast
+from moe_fast.kernels.act_gradient import three_product_tile
+from moe_fast.launch import launch as start
+from moe_fast.tiles import Tile, gemm_tile
 from moe_ref import parse_case
 from moe_ref.inputs.build import build_inputs, build_shards
 
@@ -46,6 +44,11 @@ class Launch:
     def name(self) -> str:
         return self.kernel.fn.__name__
 
+    @property
+    def types(self) -> tuple[torch.dtype, ...]:
+        """Of its tensors: one kernel is compiled for each combination."""
+        return tuple(value.dtype for value in self.arguments.values() if isinstance(value, torch.Tensor))
+
     def compile(self, capability: int) -> triton.compiler.CompiledKernel:
         # A launch makes a constant of every integer that is 1, which a kernel must survive as well.
         constants = {parameter.name: self.arguments[parameter.name] for parameter in self.kernel.params
@@ -62,7 +65,8 @@ def _is_one(value: object) -> bool:
 
 
 def _type(value: object) -> str:
-    names = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
+    names = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32",
+             torch.int64: "*i64"}
     if isinstance(value, torch.Tensor):
         return names[value.dtype]
     return "fp32" if isinstance(value, float) else ("i32" if abs(value) < 2**31 else "i64")
@@ -70,25 +74,28 @@ def _type(value: object) -> str:
 
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Launch]]:
-    """The launches of one call of the layer, with a GPU's tiles; none is run."""
+    """The launches of one call of the layer and of its gradients, with a GPU's tiles; none is run."""
     launches: list[Launch] = []
 
     def keep(kernel: triton.JITFunction, grid: tuple[int, ...], device: torch.device, **arguments: object) -> None:
         launches.append(Launch(kernel, arguments))
 
-    def gpu_tile(device: torch.device, *arguments: object, **options: object) -> object:
-        return gemm_tile(torch.device("cuda"), *arguments, **options)
+    def on_gpu(choose: Callable[..., Tile]) -> Callable[..., Tile]:
+        return lambda device, *arguments, **options: choose(torch.device("cuda"), *arguments, **options)
 
-    for module in (moe_fast.kernels.align, moe_fast.kernels.combine, moe_fast.kernels.down,
-                   moe_fast.kernels.gate_up, moe_fast.kernels.router):
-        monkeypatch.setattr(module, "launch", keep)
-    for module in (moe_fast.layer, moe_fast.kernels.router):
-        monkeypatch.setattr(module, "gemm_tile", gpu_tile)
+    replacements = {start: keep, gemm_tile: on_gpu(gemm_tile), three_product_tile: on_gpu(three_product_tile)}
+    for name, module in list(sys.modules.items()):
+        for function, replacement in replacements.items() if name.startswith("moe_fast.") else ():
+            if vars(module).get(function.__name__) is function:
+                monkeypatch.setattr(module, function.__name__, replacement)
 
     def call(case_id: str) -> list[Launch]:
         case = parse_case(case_id)
         inputs, shard = build_inputs(case.problem), build_shards(case.problem, case.parallel)[0]
-        moe_fast.moe(inputs.x_TH, shard, case.problem.spec)
+        for _, tensor in shard.named_tensors():
+            tensor.requires_grad_()
+        y_TH = moe_fast.moe(inputs.x_TH.requires_grad_(), shard, case.problem.spec)
+        y_TH.backward(torch.ones_like(y_TH))
         return launches
     return call
 
@@ -96,10 +103,11 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Launch]]:
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("case_id", CASES)
 def test_every_kernel_compiles_and_fits(case_id: str, capability: int, captured: Callable[[str], list[Launch]]) -> None:
-    launches = {launch.name: launch for launch in captured(case_id)}
+    launches = {(launch.name, launch.types): launch for launch in captured(case_id)}
     assert {"count_kernel", "layout_kernel", "scatter_kernel", "gate_up_kernel", "down_kernel", "combine_kernel",
-            "logits_kernel", "select_kernel"} == set(launches)
-    for name, launch in launches.items():
+            "product_kernel", "select_kernel", "act_gradient_kernel", "row_gradient_kernel", "weight_gradient_kernel",
+            "select_gradient_kernel"} == {name for name, _ in launches}
+    for (name, _), launch in launches.items():
         compiled = launch.compile(capability)
         assert compiled.metadata.shared <= SHARED_MEMORY_LIMIT[capability], f"{name}: {compiled.metadata.shared} bytes"
 
@@ -107,5 +115,6 @@ def test_every_kernel_compiles_and_fits(case_id: str, capability: int, captured:
 def test_bf16_products_run_on_tensor_cores(captured: Callable[[str], list[Launch]]) -> None:
     """A cast to fp32 before a dot would still be right, and an order of magnitude slower."""
     for launch in captured("v1-T512.H256.I128.E4.K2-bf16"):
-        if launch.name in ("gate_up_kernel", "down_kernel"):
+        if launch.name in ("gate_up_kernel", "down_kernel", "act_gradient_kernel", "row_gradient_kernel",
+                           "weight_gradient_kernel"):
             assert "wgmma.mma_async" in launch.compile(90).asm["ptx"], launch.name

@@ -1,7 +1,8 @@
 """Grouping routed rows by expert: a counting sort in three kernels with fixed grids.
 
 No torch.sort and no host synchronisation, so that it can be captured in a CUDA graph. A routed row is
-r = token * K + slot; rows of one expert keep that order, which makes every later sum repeatable.
+r = token * K + slot; rows of one expert keep that order, which makes every later sum repeatable. The first
+kernel also finds the place of every id among the experts at hand, which may be some of all, in any order.
 """
 
 from dataclasses import dataclass
@@ -16,17 +17,21 @@ CHUNK = 128
 """Rows counted by one program; ranks inside a chunk come from a CHUNK x CHUNK comparison."""
 CHUNKS_AT_ONCE = 16
 BLOCKS_AT_ONCE = 64
+EXPERTS_AT_ONCE = 32
+"""Experts a chunk is compared with at a time: CHUNK x 32 fits in the registers of a program."""
 
 
 @dataclass(frozen=True)
 class Alignment:
     """Rows sorted by expert, and the row blocks that a grouped GEMM walks over.
 
+    local_ids_R: place of each routed row's expert in the weights at hand, -1 where they do not hold it.
     sorted_rows_R: routed row of each sorted position; positions past offsets[-1] are undefined.
     offsets: first position of each expert, padded to a power of two, then the number of valid rows.
     block_expert, block_row, block_row_end: per row block its expert (-1: unused) and [start, end) positions.
     """
 
+    local_ids_R: torch.Tensor
     sorted_rows_R: torch.Tensor
     offsets: torch.Tensor
     block_expert: torch.Tensor
@@ -40,19 +45,21 @@ class Alignment:
 
 
 @triton.jit
-def load_ids(ids, row, num_rows, num_experts):
-    """Ids as int32 and which of them are experts; judged before the cast, so that no int64 wraps into range."""
-    wide = tl.load(ids + row, mask=row < num_rows, other=-1)
-    valid = (wide >= 0) & (wide < num_experts)
-    return tl.where(valid, wide, -1).to(tl.int32), valid
-
-
-@triton.jit
-def count_kernel(ids, counts, num_rows, num_experts, CHUNK: tl.constexpr, EXPERTS: tl.constexpr):
-    """counts[chunk, e] = rows of chunk that go to e; ids outside [0, num_experts) are not counted."""
+def count_kernel(ids, hosted, local_ids, counts, num_rows, num_experts, CHUNK: tl.constexpr, EXPERTS: tl.constexpr,
+                 EXPERTS_AT_ONCE: tl.constexpr):
+    """local_ids[row] = place of its id in `hosted`, or -1; counts[chunk, e] = rows of chunk at place e."""
     chunk = tl.program_id(0)
     row = chunk * CHUNK + tl.arange(0, CHUNK)
-    expert, valid = load_ids(ids, row, num_rows, num_experts)
+    # Compared in 64 bits, so that no id wraps into range.
+    wide = tl.load(ids + row, mask=row < num_rows, other=-1).to(tl.int64)
+    expert = tl.full((CHUNK,), EXPERTS, tl.int32)
+    for first in range(0, num_experts, EXPERTS_AT_ONCE):
+        place = first + tl.arange(0, EXPERTS_AT_ONCE)
+        held = tl.load(hosted + place, mask=place < num_experts, other=-1)
+        is_held = (wide[:, None] == held[None, :]) & (wide >= 0)[:, None]
+        expert = tl.minimum(expert, tl.min(tl.where(is_held, place[None, :], EXPERTS), axis=1))
+    valid = expert < EXPERTS
+    tl.store(local_ids + row, tl.where(valid, expert, -1), mask=row < num_rows)
     histogram = tl.histogram(tl.where(valid, expert, 0), EXPERTS, mask=valid)
     tl.store(counts + chunk * EXPERTS + tl.arange(0, EXPERTS), histogram)
 
@@ -90,13 +97,13 @@ def layout_kernel(counts, bases, offsets, block_expert, block_row, block_row_end
 
 
 @triton.jit
-def scatter_kernel(ids, bases, offsets, sorted_rows, num_rows, num_experts, CHUNK: tl.constexpr,
-                   EXPERTS: tl.constexpr):
+def scatter_kernel(local_ids, bases, offsets, sorted_rows, num_rows, CHUNK: tl.constexpr, EXPERTS: tl.constexpr):
     """sorted_rows[start of e + rows of e in earlier chunks + rank in this chunk] = row."""
     chunk = tl.program_id(0)
     lane = tl.arange(0, CHUNK)
     row = chunk * CHUNK + lane
-    expert, valid = load_ids(ids, row, num_rows, num_experts)
+    expert = tl.load(local_ids + row, mask=row < num_rows, other=-1)
+    valid = expert >= 0
     earlier = (expert[None, :] == expert[:, None]) & (lane[None, :] < lane[:, None])
     rank = tl.sum(earlier.to(tl.int32), axis=1)
     start = tl.load(offsets + expert, mask=valid, other=0)
@@ -104,14 +111,15 @@ def scatter_kernel(ids, bases, offsets, sorted_rows, num_rows, num_experts, CHUN
     tl.store(sorted_rows + start + base + rank, row, mask=valid)
 
 
-def align(ids_TK: torch.Tensor, num_experts: int, block_m: int) -> Alignment:
-    """Group the rows of ids_TK (int32 or int64, any value) by expert, in blocks of `block_m` rows.
+def align(ids_TK: torch.Tensor, hosted_E: torch.Tensor, block_m: int) -> Alignment:
+    """Group the rows of ids_TK (int32 or int64, any value) by place in hosted_E, in blocks of `block_m` rows.
 
-    The number of blocks is bounded by the shapes alone: every expert that has rows wastes less than one block.
+    hosted_E: int64, the id of the expert at each place; the lower place counts where an id is there twice. The
+    number of blocks is bounded by the shapes alone: every expert that has rows wastes less than one block.
     """
-    num_rows, device = ids_TK.numel(), ids_TK.device
-    ids_R = ids_TK.contiguous()
-    experts = triton.next_power_of_2(num_experts)
+    num_rows, num_experts, device = ids_TK.numel(), hosted_E.numel(), ids_TK.device
+    ids_R, hosted_E = ids_TK.contiguous(), hosted_E.contiguous()
+    experts = triton.next_power_of_2(max(num_experts, 1))
     num_chunks = triton.cdiv(num_rows, CHUNK)
     num_blocks = (num_rows + min(num_experts, num_rows) * (block_m - 1)) // block_m
 
@@ -119,13 +127,15 @@ def align(ids_TK: torch.Tensor, num_experts: int, block_m: int) -> Alignment:
         return torch.empty(size, dtype=torch.int32, device=device)
 
     counts, bases = table(num_chunks * experts), table(num_chunks * experts)
-    result = Alignment(table(num_rows), table(experts + 1), table(num_blocks), table(num_blocks), table(num_blocks))
-    launch(count_kernel, (num_chunks,), device, ids=ids_R, counts=counts, num_rows=num_rows,
-           num_experts=num_experts, CHUNK=CHUNK, EXPERTS=experts)
+    result = Alignment(table(num_rows), table(num_rows), table(experts + 1), table(num_blocks), table(num_blocks),
+                       table(num_blocks))
+    launch(count_kernel, (num_chunks,), device, ids=ids_R, hosted=hosted_E, local_ids=result.local_ids_R,
+           counts=counts, num_rows=num_rows, num_experts=num_experts, CHUNK=CHUNK, EXPERTS=experts,
+           EXPERTS_AT_ONCE=min(experts, EXPERTS_AT_ONCE))
     launch(layout_kernel, (1,), device, counts=counts, bases=bases, offsets=result.offsets,
            block_expert=result.block_expert, block_row=result.block_row, block_row_end=result.block_row_end,
            num_chunks=num_chunks, num_blocks=num_blocks, BLOCK_M=block_m, EXPERTS=experts,
            CHUNKS=CHUNKS_AT_ONCE, BLOCKS=BLOCKS_AT_ONCE)
-    launch(scatter_kernel, (num_chunks,), device, ids=ids_R, bases=bases, offsets=result.offsets,
-           sorted_rows=result.sorted_rows_R, num_rows=num_rows, num_experts=num_experts, CHUNK=CHUNK, EXPERTS=experts)
+    launch(scatter_kernel, (num_chunks,), device, local_ids=result.local_ids_R, bases=bases, offsets=result.offsets,
+           sorted_rows=result.sorted_rows_R, num_rows=num_rows, CHUNK=CHUNK, EXPERTS=experts)
     return result

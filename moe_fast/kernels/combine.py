@@ -8,7 +8,7 @@ from moe_fast.launch import launch
 
 
 @triton.jit
-def combine_kernel(down, shared, ids, merged, num_tokens, num_experts, hidden_size, stride_down_R, stride_shared_T,
+def combine_kernel(down, shared, local_ids, merged, num_tokens, hidden_size, stride_down_R, stride_shared_T,
                    stride_merged_T, TOP_K: tl.constexpr, HAS_SHARED: tl.constexpr, BLOCK_T: tl.constexpr,
                    BLOCK_H: tl.constexpr):
     """merged[t] = down[t, 0] + ... + down[t, K-1] (+ shared[t]), in fp32, rounded once; dropped slots are not read."""
@@ -19,8 +19,7 @@ def combine_kernel(down, shared, ids, merged, num_tokens, num_experts, hidden_si
     total = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
     for k in tl.static_range(TOP_K):
         row = t.to(tl.int64) * TOP_K + k
-        expert = tl.load(ids + row, mask=in_tokens, other=-1)
-        kept = (expert >= 0) & (expert < num_experts)
+        kept = tl.load(local_ids + row, mask=in_tokens, other=-1) >= 0
         total += tl.load(down + row[:, None] * stride_down_R + h[None, :], mask=inside & kept[:, None],
                          other=0.0).to(tl.float32)
     if HAS_SHARED:
@@ -30,17 +29,19 @@ def combine_kernel(down, shared, ids, merged, num_tokens, num_experts, hidden_si
              total.to(merged.dtype.element_ty), mask=inside)
 
 
-def combine(down_RH: torch.Tensor, shared_TH: torch.Tensor | None, ids_TK: torch.Tensor,
-            num_experts: int) -> torch.Tensor:
-    """merged_TH in down's dtype; one program sums a whole token tile in a fixed order."""
-    num_tokens, top_k = ids_TK.shape
+def combine(down_RH: torch.Tensor, shared_TH: torch.Tensor | None, local_ids_R: torch.Tensor,
+            num_tokens: int, top_k: int) -> torch.Tensor:
+    """merged_TH in down's dtype; one program sums a whole token tile in a fixed order.
+
+    down_RH: rows in (token, slot) order; those whose local_ids_R is -1 are not read.
+    """
     hidden = down_RH.shape[1]
     merged_TH = torch.empty(num_tokens, hidden, dtype=down_RH.dtype, device=down_RH.device)
     block_t, block_h = (32, 1024) if down_RH.device.type == "cpu" else (4, 512)
     block_h = min(block_h, triton.next_power_of_2(hidden))
     launch(combine_kernel, (triton.cdiv(num_tokens, block_t), triton.cdiv(hidden, block_h)), down_RH.device,
-           down=down_RH, shared=down_RH if shared_TH is None else shared_TH, ids=ids_TK.contiguous(),
-           merged=merged_TH, num_tokens=num_tokens, num_experts=num_experts, hidden_size=hidden,
+           down=down_RH, shared=down_RH if shared_TH is None else shared_TH, local_ids=local_ids_R,
+           merged=merged_TH, num_tokens=num_tokens, hidden_size=hidden,
            stride_down_R=down_RH.stride(0), stride_shared_T=0 if shared_TH is None else shared_TH.stride(0),
            stride_merged_T=merged_TH.stride(0), TOP_K=top_k, HAS_SHARED=shared_TH is not None,
            BLOCK_T=block_t, BLOCK_H=block_h)

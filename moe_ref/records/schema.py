@@ -29,12 +29,14 @@ def from_number(value: Number) -> float:
 class Worst(msgspec.Struct, frozen=True, kw_only=True):
     """The element with the largest error / allowed of one stage; an axis that a stage lacks is None.
 
-    rank: tensor-parallel rank. slot: the k of top-k. column: index along the last axis, counted in the
-    unsharded tensor. tile: [start, stop) of the subject-independent 64-column strip that holds it.
+    rank: of the grid. row: of a parameter, all axes but the last flattened. slot: the k of top-k. column: index along
+    the last axis. Rows and columns are counted in the unsharded tensor. tile: [start, stop) of the subject-independent
+    64-column strip that holds it.
     """
 
     rank: int
-    token: int
+    token: int | None = None
+    row: int | None = None
     slot: int | None = None
     expert: int | None = None
     column: int | None = None

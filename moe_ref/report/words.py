@@ -57,7 +57,7 @@ def worst_element(stage: StageResult) -> str:
     if stage.worst is None:
         return ""
     worst = stage.worst
-    axes = {"rank": worst.rank, "token": worst.token, "slot": worst.slot, "expert": worst.expert,
+    axes = {"rank": worst.rank, "token": worst.token, "row": worst.row, "slot": worst.slot, "expert": worst.expert,
             "column": worst.column}
     place = ", ".join(f"{name} {value}" for name, value in axes.items() if value is not None)
     return f"{stage.stage}[{place}] got {worst.got}, want {worst.want}, allowed {worst.allowed}"

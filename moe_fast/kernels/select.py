@@ -1,47 +1,10 @@
-"""Router: logits, and the selection of experts with their weights."""
+"""The selection of experts with their weights."""
 
 import torch
 import triton
 import triton.language as tl
 
 from moe_fast.launch import launch
-from moe_fast.tiles import gemm_tile
-from moe_ref.contract.spec import Router
-
-
-@triton.jit
-def logits_kernel(x, router, logits, num_tokens, num_experts, hidden_size, stride_x_T, stride_x_H, stride_w_E,
-                  stride_w_H, stride_logits_T, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr):
-    """logits = x @ router^T, accumulated and stored in fp32."""
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    h = tl.arange(0, BLOCK_H)
-    x_at = x + t.to(tl.int64)[:, None] * stride_x_T + h.to(tl.int64)[None, :] * stride_x_H
-    w_at = router + e.to(tl.int64)[None, :] * stride_w_E + h.to(tl.int64)[:, None] * stride_w_H
-    total = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
-    for start in range(0, hidden_size, BLOCK_H):
-        in_hidden = start + h < hidden_size
-        x_tile = tl.load(x_at, mask=(t < num_tokens)[:, None] & in_hidden[None, :], other=0.0)
-        w_tile = tl.load(w_at, mask=in_hidden[:, None] & (e < num_experts)[None, :], other=0.0)
-        total = tl.dot(x_tile, w_tile, total, input_precision="ieee")
-        x_at += BLOCK_H * stride_x_H
-        w_at += BLOCK_H * stride_w_H
-    tl.store(logits + t.to(tl.int64)[:, None] * stride_logits_T + e[None, :], total,
-             mask=(t < num_tokens)[:, None] & (e < num_experts)[None, :])
-
-
-def router_logits(x_TH: torch.Tensor, router_EH: torch.Tensor) -> torch.Tensor:
-    """logits_TE in fp32."""
-    (num_tokens, hidden), num_experts = x_TH.shape, router_EH.shape[0]
-    logits_TE = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x_TH.device)
-    tile = gemm_tile(x_TH.device, x_TH.dtype, min(num_tokens, 32), min(num_experts, 64), hidden)
-    block_e = max(16, min(tile.block_n, triton.next_power_of_2(num_experts)))
-    launch(logits_kernel, (triton.cdiv(num_tokens, tile.block_m), triton.cdiv(num_experts, block_e)), x_TH.device,
-           x=x_TH, router=router_EH, logits=logits_TE, num_tokens=num_tokens, num_experts=num_experts,
-           hidden_size=hidden, stride_x_T=x_TH.stride(0), stride_x_H=x_TH.stride(1), stride_w_E=router_EH.stride(0),
-           stride_w_H=router_EH.stride(1), stride_logits_T=logits_TE.stride(0), BLOCK_T=tile.block_m,
-           BLOCK_E=block_e, BLOCK_H=tile.block_k, num_warps=tile.num_warps, num_stages=tile.num_stages)
-    return logits_TE
 
 
 @triton.jit
@@ -118,21 +81,21 @@ def select_kernel(logits, selection_bias, ids, weights, num_tokens, num_experts,
              mask=(t < num_tokens)[:, None] & (slot < TOP_K)[None, :])
 
 
-def select(logits_TE: torch.Tensor, selection_bias_E: torch.Tensor | None,
-           router: Router) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids_TK (int32) and weights_TK (fp32) for `router`; a row with NaN logits gets NaN weights."""
-    num_tokens, device = len(logits_TE), logits_TE.device
-    ids_TK = torch.empty(num_tokens, router.top_k, dtype=torch.int32, device=device)
-    weights_TK = torch.empty(num_tokens, router.top_k, dtype=torch.float32, device=device)
+def select(logits_TE: torch.Tensor, selection_bias_E: torch.Tensor | None, top_k: int, score: str, num_groups: int,
+           num_groups_kept: int, group_score: str, renormalize: bool, renormalize_epsilon: float,
+           scaling_factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids_TK (int32) and weights_TK (fp32); the options as in Router; a row with NaN logits gets NaN weights."""
+    (num_tokens, num_experts), device = logits_TE.shape, logits_TE.device
+    ids_TK = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)
+    weights_TK = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)
     block_t = 32 if device.type == "cpu" else 4
     launch(select_kernel, (triton.cdiv(num_tokens, block_t),), device, logits=logits_TE,
-           selection_bias=logits_TE if selection_bias_E is None else selection_bias_E, ids=ids_TK,
-           weights=weights_TK, num_tokens=num_tokens, num_experts=router.num_experts,
-           group_size=router.num_experts // router.num_groups, stride_logits_T=logits_TE.stride(0),
-           stride_logits_E=logits_TE.stride(1), epsilon=router.renormalize_epsilon,
-           scaling_factor=router.scaling_factor, TOP_K=router.top_k, SLOTS=triton.next_power_of_2(router.top_k),
-           EXPERTS=triton.next_power_of_2(router.num_experts), SOFTMAX=router.score == "softmax",
-           HAS_BIAS=selection_bias_E is not None, NUM_GROUPS=router.num_groups,
-           GROUPS=triton.next_power_of_2(router.num_groups), GROUPS_KEPT=router.num_groups_kept,
-           TOP2_SUM=router.group_score == "top2_sum", RENORMALIZE=router.renormalize, BLOCK_T=block_t)
+           selection_bias=logits_TE if selection_bias_E is None else selection_bias_E.contiguous(), ids=ids_TK,
+           weights=weights_TK, num_tokens=num_tokens, num_experts=num_experts, group_size=num_experts // num_groups,
+           stride_logits_T=logits_TE.stride(0), stride_logits_E=logits_TE.stride(1), epsilon=renormalize_epsilon,
+           scaling_factor=scaling_factor, TOP_K=top_k, SLOTS=triton.next_power_of_2(top_k),
+           EXPERTS=triton.next_power_of_2(num_experts), SOFTMAX=score == "softmax",
+           HAS_BIAS=selection_bias_E is not None, NUM_GROUPS=num_groups, GROUPS=triton.next_power_of_2(num_groups),
+           GROUPS_KEPT=num_groups_kept, TOP2_SUM=group_score == "top2_sum", RENORMALIZE=renormalize,
+           BLOCK_T=block_t)
     return ids_TK, weights_TK

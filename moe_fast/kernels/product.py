@@ -1,0 +1,50 @@
+"""The dense product of the router, forward and backward: any strides, accumulated in fp32."""
+
+import torch
+import triton
+import triton.language as tl
+
+from moe_fast.launch import launch
+from moe_fast.tiles import gemm_tile
+
+
+@triton.jit
+def product_kernel(left, right, result, num_rows, num_columns, inner_size, stride_left_M, stride_left_K,
+                   stride_right_N, stride_right_K, stride_result_M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                   BLOCK_K: tl.constexpr):
+    """result = left @ right^T, accumulated in fp32, rounded once."""
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    left_at = left + m.to(tl.int64)[:, None] * stride_left_M + k.to(tl.int64)[None, :] * stride_left_K
+    right_at = right + n.to(tl.int64)[None, :] * stride_right_N + k.to(tl.int64)[:, None] * stride_right_K
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, inner_size, BLOCK_K):
+        in_inner = start + k < inner_size
+        left_tile = tl.load(left_at, mask=(m < num_rows)[:, None] & in_inner[None, :], other=0.0)
+        right_tile = tl.load(right_at, mask=in_inner[:, None] & (n < num_columns)[None, :], other=0.0)
+        # Gradients of logits, and routers kept precise, are fp32 beside tokens of another dtype; fp32 holds both.
+        if left_tile.dtype != right_tile.dtype:
+            left_tile = left_tile.to(tl.float32)
+            right_tile = right_tile.to(tl.float32)
+        total = tl.dot(left_tile, right_tile, total, input_precision="ieee")
+        left_at += BLOCK_K * stride_left_K
+        right_at += BLOCK_K * stride_right_K
+    tl.store(result + m.to(tl.int64)[:, None] * stride_result_M + n[None, :], total.to(result.dtype.element_ty),
+             mask=(m < num_rows)[:, None] & (n < num_columns)[None, :])
+
+
+def product(left_MK: torch.Tensor, right_NK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """left_MK @ right_NK^T, (M, N) in `dtype`; operands of different dtypes are multiplied in fp32."""
+    (num_rows, inner), num_columns, device = left_MK.shape, right_NK.shape[0], left_MK.device
+    result_MN = torch.empty(num_rows, num_columns, dtype=dtype, device=device)
+    operands = torch.promote_types(left_MK.dtype, right_NK.dtype)
+    tile = gemm_tile(device, operands, min(num_rows, 32), min(num_columns, 64), inner)
+    block_n = max(16, min(tile.block_n, triton.next_power_of_2(num_columns)))
+    launch(product_kernel, (triton.cdiv(num_rows, tile.block_m), triton.cdiv(num_columns, block_n)), device,
+           left=left_MK, right=right_NK, result=result_MN, num_rows=num_rows, num_columns=num_columns,
+           inner_size=inner, stride_left_M=left_MK.stride(0), stride_left_K=left_MK.stride(1),
+           stride_right_N=right_NK.stride(0), stride_right_K=right_NK.stride(1), stride_result_M=result_MN.stride(0),
+           BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=tile.block_k, num_warps=tile.num_warps,
+           num_stages=tile.num_stages)
+    return result_MN

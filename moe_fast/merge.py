@@ -1,0 +1,125 @@
+"""The experts of one rank and the merge: routed rows where their schedule computes them, and the shared expert.
+
+    tokens on every ep rank     the operator over this rank's experts, merged inside it
+    rows reduced by themselves  the operator over every slot as a token of its own, all-reduce, then the merge
+    tokens sharded over ep      the operator over the rows that arrive, and the merge of those that come back
+    gather                      see gather_form.py
+"""
+
+import torch
+
+from moe_fast.dispatch import send, send_back
+from moe_fast.gather_form import merged_columns
+from moe_fast.operators.collectives import enter, leave
+from moe_fast.operators.experts import experts, experts_forward
+from moe_fast.operators.moved_rows import sum_rows, take_rows
+from moe_fast.operators.rows import every_token
+from moe_fast.rank import Rank
+from moe_fast.tokens import GroupTokens
+from moe_ref.contract.comm import Comm
+from moe_ref.contract.spec import MoESpec
+from moe_ref.contract.trace import Trace
+from moe_ref.contract.vocabulary import Stage
+from moe_ref.contract.weights import MoEWeights
+
+
+def merged_tokens(tokens: GroupTokens, weights: MoEWeights, spec: MoESpec, rank: Rank,
+                  trace: Trace | None) -> torch.Tensor:
+    """merged_TH of the tp group: a partial sum, columns under gather, the whole where rows are reduced before it.
+
+    A shared expert that is whole on every rank is no part of it.
+    """
+    if rank.by_output:
+        return merged_columns(tokens, weights, spec, rank, trace)
+    if rank.over_ep:
+        return _travelled(tokens, weights, spec, rank, trace)
+    served_TK = rank.served(tokens.ids_TK, spec.num_experts)
+    compact = rank.ep.size > 1
+    if rank.by_slot:
+        source_R, place_TK = _slots(served_TK.shape, served_TK.device)
+        x_RH, weights_R1 = take_rows(tokens.x_TH, source_R, place_TK), tokens.weights_TK.reshape(-1, 1)
+        rows_RH = _routed(x_RH, served_TK.reshape(-1, 1), weights_R1, weights, spec, trace, compact)
+        return _reduced_rows(rows_RH, tokens, weights, spec, rank, trace)
+    shared = (None, None, None)
+    if not rank.whole_shared:
+        shared = weights.shared_w13_GIH, weights.shared_w2_HI, tokens.gate_TS
+    return _routed(tokens.x_TH, served_TK, tokens.weights_TK, weights, spec, trace, compact, *shared)
+
+
+def _routed(x_TH: torch.Tensor, local_TK: torch.Tensor, weights_TK: torch.Tensor, weights: MoEWeights, spec: MoESpec,
+            trace: Trace | None, compact: bool, shared_w13_GIH: torch.Tensor | None = None,
+            shared_w2_HI: torch.Tensor | None = None, gate_T1: torch.Tensor | None = None) -> torch.Tensor:
+    """The operator; compact: a trace gets only the rows of slots that have an expert here."""
+    hosted_E = torch.arange(len(weights.w13_EGIH), device=x_TH.device)
+    activation = spec.experts.activation
+    arguments = (x_TH, local_TK, weights_TK, hosted_E, weights.w13_EGIH, weights.w2_EHI, shared_w13_GIH, shared_w2_HI,
+                 gate_T1, activation, spec.shared.mlp.activation if spec.shared else activation)
+    if trace is None:
+        return experts(*arguments)
+    seen = Trace()
+    merged_TH = experts_forward(*arguments, trace=seen)
+    for stage in (Stage.ACT, Stage.DOWN):
+        trace.record(stage, seen.tensors[stage][local_TK.reshape(-1) >= 0] if compact else seen.tensors[stage])
+    if Stage.SHARED in seen.tensors:
+        trace.record(Stage.SHARED, seen.tensors[Stage.SHARED])
+    return merged_TH
+
+
+def _slots(shape_TK: torch.Size, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """source_R and place_TK, as moved_rows has them, where rows are slots in order."""
+    slot_R = torch.arange(shape_TK.numel(), device=device)
+    return slot_R // shape_TK[1], slot_R.view(shape_TK)
+
+
+def _travelled(tokens: GroupTokens, weights: MoEWeights, spec: MoESpec, rank: Rank,
+               trace: Trace | None) -> torch.Tensor:
+    """Rows of every slot computed where the expert is, and merged at home."""
+    sent = send(tokens, spec.num_experts, rank)
+    rows_RH = _routed(sent.x_RH, sent.local_R1, sent.weights_R1, weights, spec, trace, compact=False)
+    rows_RH = send_back(rows_RH, sent, rank)
+    source_R, place_TK = sent.slot_R // tokens.ids_TK.shape[1], sent.place_TK
+    if rank.by_slot:
+        rows_RH = take_rows(rows_RH, place_TK.reshape(-1), sent.slot_R[:, None])
+        return _reduced_rows(rows_RH, tokens, weights, spec, rank, trace)
+    shared_TH = _shared_in_sum(tokens, weights, spec, rank, trace)
+    if shared_TH is not None:
+        token_T = torch.arange(len(shared_TH), device=shared_TH.device)
+        place_TK = torch.cat([place_TK, len(rows_RH) + token_T[:, None]], dim=1)
+        rows_RH, source_R = torch.cat([rows_RH, shared_TH]), torch.cat([source_R, token_T])
+    return sum_rows(rows_RH, source_R, place_TK)
+
+
+def _reduced_rows(rows_RH: torch.Tensor, tokens: GroupTokens, weights: MoEWeights, spec: MoESpec, rank: Rank,
+                  trace: Trace | None) -> torch.Tensor:
+    """Rows of every slot, the shared expert's as one more, added up over ranks and then over slots."""
+    rows_TKH = rows_RH.view(*tokens.ids_TK.shape, rows_RH.shape[1])
+    shared_TH = _shared_in_sum(tokens, weights, spec, rank, trace)
+    if shared_TH is not None:
+        rows_TKH = torch.cat([rows_TKH, shared_TH[:, None]], dim=1)
+    rows_TKH = leave(rows_TKH, *rank.with_other_parts)
+    return sum_rows(rows_TKH.flatten(0, 1), *_slots(rows_TKH.shape[:2], rows_TKH.device))
+
+
+def _shared_in_sum(tokens: GroupTokens, weights: MoEWeights, spec: MoESpec, rank: Rank,
+                   trace: Trace | None) -> torch.Tensor | None:
+    """This rank's part of the shared expert's rows, None without one that is cut; ep ranks may hold the same part."""
+    if spec.shared is None or rank.whole_shared:
+        return None
+    shared_TH = shared_rows(tokens.x_TH, tokens.gate_TS, weights, spec, (rank.ep,) * rank.over_ep)
+    if trace is not None:
+        trace.record(Stage.SHARED, shared_TH)
+    return shared_TH
+
+
+def shared_rows(x_TH: torch.Tensor, gate_TS: torch.Tensor | None, weights: MoEWeights, spec: MoESpec,
+                holders: tuple[Comm, ...]) -> torch.Tensor:
+    """(T, H) of the shared expert that this rank holds, by the operator: an expert that every token visits.
+
+    holders: the groups whose ranks hold the same weights and other tokens, so that the gradient is added up.
+    """
+    assert spec.shared is not None
+    assert weights.shared_w13_GIH is not None
+    assert weights.shared_w2_HI is not None
+    w13_EGIH, w2_EHI = (enter(tensor, *holders)[None] for tensor in (weights.shared_w13_GIH, weights.shared_w2_HI))
+    activation = spec.shared.mlp.activation
+    return experts(x_TH, *every_token(x_TH, gate_TS), w13_EGIH, w2_EHI, None, None, None, activation, activation)

@@ -1,0 +1,16 @@
+"""How tokens become the rows of a grouped product, the same forward and backward."""
+
+import torch
+
+
+def mean_rows(ids_TK: torch.Tensor, num_experts: int) -> int:
+    """Rows per expert if all slots were at hand, rounded up: what tile sizes follow."""
+    return -(-ids_TK.numel() // max(num_experts, 1))
+
+
+def every_token(x_TH: torch.Tensor, gate_T1: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The shared expert's ids_T1, weights_T1 and hosted_1: a layer of one expert that every token visits."""
+    ids_T1 = torch.zeros(len(x_TH), 1, dtype=torch.int64, device=x_TH.device)
+    if gate_T1 is None:
+        gate_T1 = torch.ones_like(ids_T1, dtype=torch.float32)
+    return ids_T1, gate_T1, ids_T1.new_zeros(1)
