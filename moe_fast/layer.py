@@ -91,6 +91,8 @@ def experts(x_TH: torch.Tensor, routing: Routing, weights: WeightSource, spec: M
     check_routing(routing, spec, len(x_TH), check)
     if not reduce:
         _check_partial(rank.parallel)
+    if trace is not None:
+        _check_traced(x_TH, in_memory, routing.weights_TK, routing.shared_TS)
     return _experts(agreed_tokens(x_TH, rank), routing, in_memory, spec, rank, reduce, trace)
 
 
@@ -108,6 +110,11 @@ def _check_layer(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, paral
     return rank, router_over_tokens(weights, rank)
 
 
+def _check_traced(x_TH: torch.Tensor, weights: MoEWeights, *given: torch.Tensor | None) -> None:
+    """Raise where autograd would have to follow what a trace looks into."""
+    check_untracked((x_TH, *given, *(tensor for _, tensor in weights.named_tensors())))
+
+
 def _check_partial(parallel: Parallel) -> None:
     """Raise where the ranks' results are not partial sums of the layer."""
     if parallel.schedule not in (Schedule.ALL_REDUCE, Schedule.REDUCE_SCATTER):
@@ -122,7 +129,6 @@ def _experts(x_TH: torch.Tensor, routing: Routing, weights: MoEWeights, spec: Mo
              trace: Trace | None) -> torch.Tensor:
     """The merged tokens of the tp group, completed, and a shared expert that is whole on every rank."""
     if trace is not None:
-        check_untracked((x_TH, routing.weights_TK, routing.shared_TS, *(held for _, held in weights.named_tensors())))
         record_routing(trace, routing)
     given_TS = routing.shared_TS
     gate_TS = given_TS if given_TS is not None and given_TS.shape[1] else _shared_gate(x_TH, weights)
@@ -159,6 +165,9 @@ def moe(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, parallel: Para
         check_routing(routing, spec, len(x_TH), check)
     if residual_TH is not None:
         check_residual(residual_TH, x_TH)
+    if trace is not None:
+        injected = (None, None) if routing is None else (routing.weights_TK, routing.shared_TS)
+        _check_traced(x_TH, in_memory, logits_TE, *injected)
     x_TH = agreed_tokens(x_TH, rank)
     if routing is None:
         routing = _route(x_TH, in_memory, spec, logits_TE)

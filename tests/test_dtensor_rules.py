@@ -62,15 +62,14 @@ def by_roles(given: Problem, function: Callable, shape: tuple[int, ...], roles: 
     """One role per mesh dimension: the declared placements, right whole tensors, and no collective at all."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    from moe_fast.distributed.roles import of_gradient, of_result, of_tensor
+    from moe_fast.distributed.roles import of_result, of_tensor
 
     found, collectives = passed(given, function, init_device_mesh("cpu", shape),
                                 {name: [of_tensor(name, role) for role in roles] for name in arguments(given)},
                                 [of_tensor("merged_TH", role) for role in roles])
     assert collectives == 0, roles
     for name, tensor in found.items():
-        declared = tuple(of_result(role) if name == "merged_TH" else of_gradient(name, role) for role in roles)
-        assert tensor.placements == declared, (name, roles)
+        assert tensor.placements == tuple(of_result(name, role) for role in roles), (name, roles)
     assert excess(given, found) == {}, roles
 
 
@@ -177,12 +176,69 @@ def test_routing_of_sharded_tokens_is_bitwise_that_of_all() -> None:
     assert run_gloo_ranks(3, body) == [True] * 3
 
 
+def in_two_halves(*given: Any) -> Any:
+    """moe_fast::experts as act_rows of routed and shared experts, and merged_down of both."""
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    x_TH, ids_TK, weights_TK, hosted_E, w13_EGIH, w2_EHI, shared_w13_GIH, shared_w2_HI, gate_T1, *activations = given
+    every_T1, one_E = (distribute_tensor(tensor, x_TH.device_mesh, [Replicate()], src_data_rank=None)
+                       for tensor in (torch.zeros(len(x_TH), 1, dtype=torch.int64), torch.arange(1)))
+    act_RI = torch.ops.moe_fast.act_rows(x_TH, ids_TK, hosted_E, w13_EGIH, activations[0])
+    shared_act_TI = torch.ops.moe_fast.act_rows(x_TH, every_T1, one_E, shared_w13_GIH[None], activations[1])
+    return torch.ops.moe_fast.merged_down(act_RI, ids_TK, weights_TK, hosted_E, w2_EHI, shared_act_TI, shared_w2_HI,
+                                          gate_T1)
+
+
+def test_experts_in_two_halves() -> None:
+    """Columns need no collective between the halves; rows of dealt-out experts are zero elsewhere, and add up."""
+    given = problem("gated shared", injected=True)
+
+    def body(rank: int) -> dict:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Replicate
+
+        from moe_fast.distributed import Role
+        from moe_fast.distributed.roles import of_tensor
+
+        mesh, found = init_device_mesh("cpu", (3,)), {}
+        for role in Role:
+            placed = {name: [of_tensor(name, role)] for name in arguments(given)}
+            tensors, collectives = passed(given, in_two_halves, mesh, placed, [Replicate()])
+            found[str(role)] = (collectives == 0, excess(given, tensors))
+        return found
+
+    right: dict[str, float] = {}
+    for found in run_gloo_ranks(3, body):
+        assert found == {"replicated": (True, right), "columns": (True, right), "experts": (False, right),
+                         "tokens": (False, right)}
+
+
 def test_rules_name_the_operators_arguments() -> None:
     """Rules go by names in the order of the operators' own."""
     from moe_fast.distributed import rules
 
-    schema = torch.ops.moe_fast.experts.default._schema
-    assert [argument.name for argument in schema.arguments] == [*rules.EXPERTS, "activation", "shared_activation"]
+    for operator, names in [("experts", rules.EXPERTS), ("act_rows", rules.ACT_ROWS),
+                            ("merged_down", rules.MERGED_DOWN)]:
+        for suffix, gradient in [("", 0), ("_backward", 1)]:
+            schema = getattr(torch.ops.moe_fast, operator + suffix).default._schema
+            tensors = [argument.name for argument in schema.arguments if "Tensor" in str(argument.type)]
+            assert tuple(tensors[gradient:]) == names
+
+
+def test_an_operator_without_rules_is_refused() -> None:
+    """Tables of rows on their way to other ranks mean nothing to DTensor: it raises instead of guessing."""
+    def body(rank: int) -> str:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Replicate, distribute_tensor
+
+        mesh = init_device_mesh("cpu", (1,))
+        x_TH, source_R, place_TK = (distribute_tensor(tensor, mesh, [Replicate()])
+                                    for tensor in (torch.ones(2, 4), torch.arange(2), torch.arange(2)[:, None]))
+        with pytest.raises(NotImplementedError) as raised:
+            torch.ops.moe_fast.take_rows(x_TH, source_R, place_TK)
+        return str(raised.value)
+
+    assert "moe_fast.take_rows.default" in run_gloo_ranks(1, body)[0]
 
 
 MUTANTS: dict[str, tuple[str, int, int, tuple[int, ...], dict[str, int], str]] = {

@@ -21,19 +21,20 @@ def _warm() -> None:
     warm_up()
 
 
-def fully_sharded(given: Problem) -> torch.nn.Module:
-    """The layer with its weights: columns cut over tp, then every parameter cut over dp."""
+def fully_sharded(given: Problem, axis: str) -> torch.nn.Module:
+    """The layer with its weights on a mesh dp x tp or dp x ep: first by the plan, then every parameter cut over dp."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor.parallel import parallelize_module
 
-    from moe_fast.distributed import MoETensorParallel
+    from moe_fast.distributed import MoEExpertParallel, MoETensorParallel
 
-    mesh = init_device_mesh("cpu", (DP, 2), mesh_dim_names=("dp", "tp"))
+    mesh = init_device_mesh("cpu", (DP, 2), mesh_dim_names=("dp", axis))
     layer = moe_fast.MoELayer(given.spec)
     layer.load_weights(given.inputs.weights)
     # A local output is a view, of which fully_shard warns, since writing to it would drop its hooks.
-    parallelize_module(layer, mesh["tp"], MoETensorParallel(use_local_output=False))
+    plan = {"tp": MoETensorParallel, "ep": MoEExpertParallel}[axis]
+    parallelize_module(layer, mesh[axis], plan(use_local_output=False))
     return fully_shard(layer, mesh=mesh["dp"])
 
 
@@ -61,14 +62,14 @@ def step_bound(given: Problem, name: str, parameter: str, stepped: torch.Tensor)
     return rate * (moved + 16 * 2**-24) + 4 * 2**-24 * (stepped.abs() + rate)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_fully_sharded_step(name: str) -> None:
-    """dp x tp = 2 x 2: each dp rank has half of the tokens; FSDP averages over dp, so gradients are half of the sum."""
+@pytest.mark.parametrize(("name", "axis"), [("SGD", "tp"), ("AdamW", "tp"), ("SGD", "ep")])
+def test_fully_sharded_step(name: str, axis: str) -> None:
+    """On 2 x 2 ranks each dp rank has half of the tokens; FSDP averages over dp: gradients are half of the sum."""
     given = problem("gated shared", num_tokens=12)
     after = stepped_by_the_oracle(given, name)
 
     def body(rank: int) -> dict[str, float]:
-        layer = fully_sharded(given)
+        layer = fully_sharded(given, axis)
         tokens = slice(0, 6) if rank < 2 else slice(6, 12)
         y_TH = layer(given.inputs.x_TH[tokens]).to_local()
         y_TH.backward(given.inputs.grad_y_TH[tokens])
@@ -119,7 +120,7 @@ def read(given: Problem, folder: str, shape: tuple[int, ...]) -> list[str]:
     return [name for name, tensor in whole.items() if not torch.equal(tensor, saved[name])]
 
 
-@pytest.mark.parametrize("source", ["ep x tp", "dp x tp, fully sharded"])
+@pytest.mark.parametrize("source", ["ep x tp", "dp x tp", "dp x ep"])
 def test_checkpoints_across_meshes(source: str, tmp_path: Path) -> None:
     """Saved from a 2 x 2 mesh, read on tp = 4 and 3, over which nothing divides evenly, and by a plain layer."""
     given = problem("groups, bias, shared")
@@ -128,7 +129,7 @@ def test_checkpoints_across_meshes(source: str, tmp_path: Path) -> None:
         import torch.distributed.checkpoint as checkpoint
 
         layer = (spread(given, "MoETensorExpertParallel", (2, 2), loaded=True) if source == "ep x tp"
-                 else fully_sharded(given))
+                 else fully_sharded(given, source[-2:]))
         checkpoint.save(layer.state_dict(), checkpoint_id=str(tmp_path))
 
     run_gloo_ranks(4, save)

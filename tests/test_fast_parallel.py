@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 import moe_fast
 from moe_fast import layer as fast_layer
 from moe_fast.operators import collectives
-from moe_ref import Groups, MoEWeights, parse_case
+from moe_ref import Groups, MoEWeights, Trace, parse_case
 from moe_ref.contract.comm import SoloComm
 from moe_ref.contract.dtypes import TORCH_DTYPES
 from moe_ref.contract.errors import UsageValueError
@@ -252,6 +252,34 @@ def test_torch_does_none_of_the_work(form: str) -> None:
         assert {"router_logits", "select"} <= set(mode.seen)
 
     on_ranks(case, layer_of(EVERYTHING, False), body)
+
+
+@pytest.mark.parametrize("form", ["tp2-ep2-tokensep-roundrobin-copy0", "tp2-ep2-reducescatter-tokensboth-wholeshared",
+                                  "tp3-split2.0.1-gather"])
+def test_the_module_is_the_function(form: str) -> None:
+    """Each rank's module loads its part of the whole parameters, experts and columns, and gives the same bits."""
+    case, layer = parse_case(f"v1-{EVERYTHING}-{form}"), layer_of(EVERYTHING, False)
+
+    def body(mine: Layer, _: RankShare, groups: Groups) -> None:
+        module = moe_fast.MoELayer(mine.spec, case.parallel, groups)
+        module.load_weights(layer.weights)
+        with torch.no_grad():
+            assert torch.equal(module(mine.x_TH, mine.residual_TH), output(mine, case.parallel, groups))
+
+    on_ranks(case, layer, body)
+
+
+@pytest.mark.parametrize("form", ["tp2-gather", "ep2-tokensep"])
+def test_a_trace_and_gradients_exclude_each_other(form: str) -> None:
+    """Said before anything is communicated, or other ranks would wait for this one."""
+    case = parse_case(f"v1-{EVERYTHING}-{form}")
+
+    def body(mine: Layer, _: RankShare, groups: Groups) -> None:
+        with pytest.raises(UsageValueError, match=r"should be under torch.no_grad\(\)"):
+            moe_fast.moe(mine.x_TH.clone().requires_grad_(), mine.weights, mine.spec, case.parallel, groups,
+                         trace=Trace())
+
+    assert [calls for _, calls in on_ranks(case, layer_of(EVERYTHING, False), body)] == [[], []]
 
 
 class _Alone(SoloComm):

@@ -44,21 +44,21 @@ DEFECTS = {
         "in_inner = start + i < intermediate_size - (intermediate_size == 54).to(tl.int32)", "down",
         experts=list(range(8)), ranks=[0]),
     "all-reduce left out": Defect(
-        "layer.py", "return groups.tp.all_reduce(merged_TH) if", "return merged_TH if", "reduced"),
+        "operators/collectives.py", "        return comm.all_reduce(tensor)", "        return tensor.clone()", "reduced"),
     "all-reduce done twice": Defect(
-        "layer.py", "return groups.tp.all_reduce(merged_TH) if",
-        "return groups.tp.all_reduce(groups.tp.all_reduce(merged_TH)) if", "reduced"),
+        "operators/collectives.py", "        return comm.all_reduce(tensor)",
+        "        return comm.all_reduce(comm.all_reduce(tensor))", "reduced"),
     "residual added by every rank": Defect(
         "layer.py", "y_TH = y_TH + residual_TH", "y_TH = y_TH + parallel.tp * residual_TH", "reduced"),
     "last slot not merged": Defect(
         "kernels/combine.py", "tl.static_range(TOP_K)", "tl.static_range(TOP_K - 1)", "merged"),
     "weights not renormalised": Defect(
-        "kernels/router.py", "    if RENORMALIZE:", "    if RENORMALIZE and TOP_K > 2:", "weights"),
+        "kernels/select.py", "    if RENORMALIZE:", "    if RENORMALIZE and TOP_K > 2:", "weights"),
     "gate and up exchanged": Defect(
         "kernels/gate_up.py", "activate(gate, ACTIVATION) * up", "activate(up, ACTIVATION) * gate", "act",
         experts=list(range(8))),
     "ties go to the higher id": Defect(
-        "kernels/router.py",
+        "kernels/select.py",
         "tl.min(tl.where(candidates & (ranked == largest[:, None]), index[None, :], NONE), axis=1)",
         "tl.max(tl.where(candidates & (ranked == largest[:, None]), index[None, :], -1), axis=1)", "ids",
         case="v1-T33.H96.I160.E8.K2-bf16-norm-ties-tp3"),

@@ -252,6 +252,19 @@ def test_a_collective_that_a_fast_rank_has_left_still_counts() -> None:
                                      "but rank 0 issued broadcast((4,), 'torch.float32')")
 
 
+def test_a_collective_that_nobody_waits_in_is_missed_all_the_same() -> None:
+    """Some roots of a broadcast need no one else, so that both ranks end although one has left it out."""
+    watch = RankWatch(2)
+    for rank, message in ((0, Entered((0, 1), "broadcast", "((4,), 'torch.float32')")), (0, Left()), (0, Returned(b"")),
+                          (1, Returned(b""))):
+        assert not watch.failed
+        watch.hear(rank, message)
+    assert watch.over
+    assert not watch.finished
+    assert watch.mismatch() == (
+        [1], "rank 1 returned, but rank 0 issued broadcast((4,), 'torch.float32') #0 of ranks [0, 1]")
+
+
 def _ranks_of(process: int) -> list[int]:
     """Live children of a process that multiprocessing forked: they have its command line."""
     mine, found = Path(f"/proc/{process}/cmdline").read_bytes(), []

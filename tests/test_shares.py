@@ -119,6 +119,16 @@ def test_shares_of_tokens_that_do_not_fit(words: str, message: str) -> None:
         case(words)
 
 
+@pytest.mark.parametrize(("text", "message"), [
+    ("v1-T33.H96.I160.E8.K2-bf16-norm-cap5-ep2-tokensep", "capacity counts all tokens"),
+    (f"{PLAIN}-ep2-copy8", "the layer has experts 0 to 7"),
+])
+def test_layers_that_cannot_be_spread_so(text: str, message: str) -> None:
+    """Told when the case is read, before any rank starts."""
+    with pytest.raises(UsageValueError, match=message):
+        parse_case(text)
+
+
 VOLUMES = {
     # T*H = 33*96; with 2 ranks 17 and 16 tokens, 80 columns each of I and 48 of H; 2 slots per token.
     "tp2": [("tp.all_reduce", 3168)],

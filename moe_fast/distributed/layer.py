@@ -13,7 +13,7 @@ from moe_fast.distributed.roles import Role, of_tensor
 from moe_fast.operators.experts import experts
 from moe_fast.operators.router_logits import FLOATING, router_logits
 from moe_fast.operators.select import select
-from moe_ref.contract.checks import check_residual, check_tokens
+from moe_ref.contract.checks import check_is, check_residual, check_tokens
 from moe_ref.contract.errors import UsageTypeError, raise_faults
 from moe_ref.contract.features import Feature
 from moe_ref.contract.spec import MoESpec, Router
@@ -38,6 +38,7 @@ def moe_dtensor(x_TH: DTensor, weights: MoEWeights, spec: MoESpec, *, residual_T
     before any kernel starts.
     """
     check_tokens(x_TH, spec, FLOATING, "moe_fast")
+    check_is("weights", weights, MoEWeights, "MoEWeights of DTensors")
     raise_faults("moe_fast.distributed", [f"{reason} is not implemented on DTensors"
                                           for reason in SUPPORTED.refused_mathematics(spec)])
     check_weights(weights, spec, None, 0)
@@ -45,7 +46,7 @@ def moe_dtensor(x_TH: DTensor, weights: MoEWeights, spec: MoESpec, *, residual_T
     if residual_TH is not None:
         check_residual(residual_TH, x_TH)
         _dtensors({"residual_TH": residual_TH}, x_TH.device_mesh)
-    merged_TH = _experts(x_TH, held, spec, roles)
+    merged_TH = _experts(_pinned(x_TH), held, spec, roles)
     y_TH = merged_TH.redistribute(placements=output_placements or x_TH.placements)
     if residual_TH is None:
         return y_TH
@@ -98,8 +99,12 @@ def _placed(x_TH: torch.Tensor, weights: MoEWeights) -> tuple[dict[str, DTensor]
     if any(one not in (Replicate(), of_tensor("x_TH", Role.TOKENS)) for one in x_TH.placements):
         faults.append(f"x_TH: {x_TH.placements}, but should be Replicate() or Shard(0) along each mesh dimension")
     raise_faults("placements", faults)
-    # To the placements that it has: nothing happens forward, and backward a gradient in parts is added up.
-    return {name: tensor.redistribute(placements=tensor.placements) for name, tensor in tensors.items()}, roles
+    return {name: _pinned(tensor) for name, tensor in tensors.items()}, roles
+
+
+def _pinned(tensor: DTensor) -> DTensor:
+    """The tensor itself, to the placements that it has: nothing happens forward, its gradient is brought to them."""
+    return tensor.redistribute(placements=tensor.placements)
 
 
 def _dtensors(tensors: Mapping[str, torch.Tensor], mesh: DeviceMesh) -> dict[str, DTensor]:

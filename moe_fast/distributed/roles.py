@@ -29,6 +29,9 @@ class Role(StrEnum):
 
 def of_tensor(name: str, role: Role) -> Placement:
     """Placement of an argument of an operator or of a parameter, by its name; the first axis of x_TH are tokens."""
+    if name in ("act_RI", "grad_RI", "shared_act_TI"):
+        cut = role is Role.COLUMNS or (role is Role.EXPERTS and name == "shared_act_TI")
+        return Shard(1) if cut else Replicate()
     if name.rpartition("_")[2].startswith("T"):
         return Shard(0) if role is Role.TOKENS else Replicate()
     if name == "hosted_E":
@@ -40,12 +43,11 @@ def of_tensor(name: str, role: Role) -> Placement:
     return Replicate() if dim is None else Shard(dim)
 
 
-def of_result(role: Role) -> Placement:
-    """Placement of the experts' result (T, H)."""
-    return Partial() if role.adds_up else of_tensor("merged_TH", role)
+def of_result(name: str, role: Role) -> Placement:
+    """Placement of what ranks compute, a result or the gradient of an argument.
 
-
-def of_gradient(name: str, role: Role) -> Placement:
-    """Placement of an argument's gradient: of what all ranks hold while they divide the work, each has one part."""
+    Where they divide the work but not the tensor, each has one part of a sum; also of a row that another one has, and
+    that is zero here.
+    """
     placement = of_tensor(name, role)
     return placement if placement.is_shard() or role is Role.REPLICATED else Partial()

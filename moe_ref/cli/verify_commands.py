@@ -18,6 +18,7 @@ from moe_ref.records.schema import CaseLine, from_number
 from moe_ref.tiers.tiers import MINIMUM_EXECUTED, PlannedCase, tier, with_tp
 from moe_ref.verify.run.environment import default_device
 from moe_ref.verify.run.run import EXIT_USAGE, Plan, RunResult, end_on_terminate, run_plan, usage_errors
+from moe_ref.verify.run.torchrun import Run, run_on_torchrun
 
 _SHOWN_FAILURES = 10
 
@@ -71,7 +72,7 @@ def _shard(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--tp", callback=_numbers,
               help="With a tier: only these tp degrees. With --case: each case at each of them.")
 @click.option("--ranks", type=click.Choice([kind.value for kind in Ranks]), default=None,
-              help="Run all cases on these ranks.")
+              help="Run all cases on these ranks; torchrun: those of `torchrun ... -m moe_ref verify`.")
 @click.option("--shard", callback=_shard, help="i/n: every n-th case, starting with the i-th.")
 @click.option("--record", type=click.Path(path_type=Path), default=None, help="Folder for records.jsonl.")
 @click.option("--resume", is_flag=True, help="Go on with the run in the record folder.")
@@ -98,7 +99,16 @@ def verify_command(implementation: str, tier_name: str | None, case_ids: tuple[s
     plan = replace(plan, implementation=implementation, cases=cases, pairs=pairs, minimum_executed=least, lanes=lanes,
                    device=default_device() if device == "auto" else device, runs=runs, time_limit=time_limit,
                    memory_gib=memory_gib, deadline=deadline, record=record, resume=resume)
-    return _run(plan, as_json)
+    return _on_ranks(ranks, plan, lambda run: _run(plan, as_json, run))
+
+
+def _on_ranks(ranks: str | None, plan: Plan, use: Callable[[Run], int]) -> int:
+    """The exit code of use(run); under torchrun that of the first rank, while the others serve it."""
+    if ranks != Ranks.TORCHRUN:
+        return use(run_plan)
+    if plan.memory_gib:
+        raise UsageValueError(f"--memory-gib {plan.memory_gib:g} with --ranks torchrun, but there is no child to limit")
+    return run_on_torchrun(plan.implementation, plan.device, plan.time_limit, use)
 
 
 def _plan_cases(tier_name: str | None, case_ids: tuple[str, ...], tp: tuple[int, ...]) -> Plan:
@@ -118,10 +128,10 @@ def _plan_cases(tier_name: str | None, case_ids: tuple[str, ...], tp: tuple[int,
                 pairs=(chosen.pairs_covered, chosen.pairs_possible))
 
 
-def _run(plan: Plan, as_json: bool) -> int:
+def _run(plan: Plan, as_json: bool, run: Run) -> int:
     end_on_terminate()
     with watch(f"verify {plan.implementation}", len(plan.cases)) as observer:
-        result = run_plan(plan, observer)
+        result = run(plan, observer)
     if result.end.exit_code == EXIT_USAGE:
         for text in usage_errors(result.lines):
             click.echo(f"moe-ref: {text}", err=True)
@@ -182,9 +192,13 @@ def replay_command(case_id: str, implementation: str, ranks: str, device: str, r
     planned = PlannedCase(case=parse_case(case_id), purpose="replay", ranks=Ranks(ranks))
     plan = Plan(implementation=implementation, cases=[planned], tier="", minimum_executed=1, lanes=1, runs=runs,
                 device=default_device() if device == "auto" else device, time_limit=time_limit, memory_gib=memory_gib)
+    return _on_ranks(ranks, plan, lambda run: _replay(plan, as_json, run))
+
+
+def _replay(plan: Plan, as_json: bool, run: Run) -> int:
     end_on_terminate()
     with watch("replay", 1) as observer:
-        result = run_plan(plan, observer)
+        result = run(plan, observer)
     if result.end.exit_code == EXIT_USAGE:
         click.echo(f"moe-ref: {usage_errors(result.lines)[0]}", err=True)
         return EXIT_USAGE

@@ -61,15 +61,22 @@ class Case:
         if self.direction is Direction.BACKWARD and self.problem.data is Data.NON_FINITE:
             raise_faults("Case", [f"direction {self.direction} with data {self.problem.data}, but one token that is "
                                   "not finite makes every gradient of a parameter so"])
-        if self.token_shares is None:
-            return
-        tokens, parts = self.parallel.tokens, self.num_token_parts
+        router, tokens = self.problem.spec.router, self.parallel.tokens
+        if router is not None and router.capacity is not None and tokens is not Tokens.REPLICATED:
+            raise_faults("Case", [f"tokens={tokens}, but the router's capacity counts all tokens of the batch"])
+        self.parallel.hosted(self.problem.spec.num_experts)  # refuses copies of experts that the layer lacks
+        raise_faults("Case", self._share_faults())
+
+    def _share_faults(self) -> list[str]:
+        shares, tokens, parts = self.token_shares, self.parallel.tokens, self.num_token_parts
+        if shares is None:
+            return []
         if tokens is Tokens.REPLICATED:
-            raise_faults("Case", [f"token_shares={self.token_shares}, but with tokens={tokens} nothing is shared out"])
-        faults = share_faults("token_shares", self.token_shares)
-        if len(self.token_shares) != parts:
-            faults.append(f"token_shares has {len(self.token_shares)} shares, but tokens={tokens} has {parts} parts")
-        raise_faults("Case", faults)
+            return [f"token_shares={shares}, but with tokens={tokens} nothing is shared out"]
+        faults = share_faults("token_shares", shares)
+        if len(shares) != parts:
+            faults.append(f"token_shares has {len(shares)} shares, but tokens={tokens} has {parts} parts")
+        return faults
 
     @property
     def num_token_parts(self) -> int:

@@ -145,7 +145,7 @@ class LocalComm:
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         parts = self._exchange("all_reduce", (tuple(tensor.shape), str(tensor.dtype)), tensor.clone())
-        return _sum_in_rank_order(parts)
+        return sum_in_rank_order(parts)
 
     def all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         parts = self._exchange("all_gather", (tuple(tensor.shape[1:]), str(tensor.dtype)), tensor.clone())
@@ -159,7 +159,7 @@ class LocalComm:
         signature = (tuple(tensor.shape), str(tensor.dtype), tuple(rows))
         parts = self._exchange("reduce_scatter", signature, tensor.clone())
         start = sum(rows[:self.rank])
-        return _sum_in_rank_order([part[start:start + rows[self.rank]] for part in parts])
+        return sum_in_rank_order([part[start:start + rows[self.rank]] for part in parts])
 
     def all_to_all(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         if len(tensors) != self.size:
@@ -172,7 +172,7 @@ class LocalComm:
         return parts[0].clone()
 
 
-def _sum_in_rank_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def sum_in_rank_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     total = parts[0].clone()
     for part in parts[1:]:
         total += part

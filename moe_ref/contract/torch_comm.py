@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from moe_ref.contract.errors import UsageValueError, is_integer, raise_faults
-from moe_ref.contract.local_comm import _sum_in_rank_order
+from moe_ref.contract.local_comm import sum_in_rank_order
 
 Watch = Callable[[tuple[int, ...], str, tuple], AbstractContextManager[object]]
 """Called with the group's ranks in the world, the operation and what must be the same on all of them; the collective
@@ -59,7 +59,7 @@ class TorchComm:
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         with self._watch(self._members, "all_reduce", (tuple(tensor.shape), str(tensor.dtype))):
             if self.ordered:
-                return _sum_in_rank_order(self._gather(tensor.reshape(1, -1))).view(tensor.shape)
+                return sum_in_rank_order(self._gather(tensor.reshape(1, -1))).view(tensor.shape)
             result = self._sent(tensor)
             dist.all_reduce(result, group=self.group)
             return result.to(tensor.device)
@@ -76,7 +76,7 @@ class TorchComm:
         parts = tensor.split(list(rows))
         with self._watch(self._members, "reduce_scatter", (tuple(tensor.shape), str(tensor.dtype), tuple(rows))):
             if self.ordered:
-                return _sum_in_rank_order(self._exchange(parts))
+                return sum_in_rank_order(self._exchange(parts))
             # Backends take even parts only; the longest is at most one row longer than the others of an equal cut.
             longest = max(rows)
             padded = [self._sent(torch.cat([part, part.new_zeros((longest - len(part), *part.shape[1:]))]))

@@ -187,11 +187,20 @@ class SharedPlacement(StrEnum):
 
 
 class Ranks(StrEnum):
-    """What the ranks of a run are: virtual (threads of one child) or processes."""
+    """What the ranks of a run are: virtual (threads of one child), processes that a child forks, or those that torchrun
+    started, on one host or many.
+    """
 
     LOCAL = "local"
     GLOO = "gloo"
     NCCL = "nccl"
+    TORCHRUN = "torchrun"
+
+    def backend(self, device: str) -> "Ranks":
+        """What an implementation declares to run on these ranks: torchrun's are gloo's on a CPU and NCCL's on CUDA."""
+        if self is not Ranks.TORCHRUN:
+            return self
+        return Ranks.NCCL if device == "cuda" else Ranks.GLOO
 
 
 class Direction(StrEnum):

@@ -183,7 +183,8 @@ def check_whole_parameters(weights: WeightSource, spec: MoESpec) -> None:
 
 
 def _whole_faults(weights: WeightSource, spec: MoESpec) -> list[str]:
-    held = {name: tensor for name in WHOLE_PARAMETERS if (tensor := getattr(weights, name, None)) is not None}
+    # No walrus: torch.compile cannot trace one inside a comprehension (torch 2.13).
+    held = {name: getattr(weights, name) for name in WHOLE_PARAMETERS if getattr(weights, name, None) is not None}
     shapes = {name: shape for name, shape in parameter_shapes(spec).items() if name in WHOLE_PARAMETERS}
     return _shape_faults(held, shapes)
 

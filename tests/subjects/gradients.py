@@ -1,7 +1,7 @@
-"""Layers with gradients: a right one with rounded rows, and mistakes of the backward direction; forward all are right."""
+"""Layers with gradients: right ones with rounded rows, and mistakes of the backward direction; all right forward."""
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from moe_ref.contract.vocabulary import Direction
 from moe_ref.contract.weights import ExpertWeights, MoEWeights
 from tests.subjects.base import Call
 from tests.subjects.whole import WholeSpec
+from tests.subjects.whole_variants import BlackBox, EagerLoop, FP32Throughout, WeightedActivation
 
 Change = Callable[[torch.Tensor], torch.Tensor]
 
@@ -52,6 +53,11 @@ def enter(tensor: torch.Tensor, comm: Comm) -> torch.Tensor:
     return changed(tensor, comm.all_reduce) if comm.size > 1 else tensor
 
 
+WHOLE = ("router_EH", "router_bias_E", "weight_scale_E", "shared_gate_SH", "output_bias_H", "w2_bias_EH",
+         "shared_w2_bias_H")
+"""Parameters that every rank holds."""
+
+
 class Rounded(WholeSpec):
     """fp32 arithmetic. Autograd rounds gradients of rows where the forward pass rounds the rows.
 
@@ -70,9 +76,7 @@ class Rounded(WholeSpec):
             groups: Groups | None = None, *, routing: None = None, logits_TE: torch.Tensor | None = None,
             residual_TH: torch.Tensor | None = None, trace: Trace | None = None) -> torch.Tensor:
         groups = groups or Groups()
-        whole = {field.name: enter(tensor, groups.tp) for field in fields(MoEWeights)
-                 if not field.name.startswith(("w13", "w2_EHI", "shared_w")) or field.name.endswith("w2_bias_H")
-                 if (tensor := getattr(weights, field.name)) is not None}
+        whole = {name: enter(tensor, groups.tp) for name, tensor in weights.named_tensors() if name in WHOLE}
         logits_TE = None if logits_TE is None else enter(logits_TE, groups.tp)
         return super().moe(enter(x_TH, groups.tp), replace(weights, **whole), spec, parallel, groups,
                            logits_TE=logits_TE, residual_TH=residual_TH, trace=trace)
@@ -83,6 +87,22 @@ class Rounded(WholeSpec):
     def rows(self, call: Call, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
         # A rank without a row still takes part in the backward collectives.
         return super().rows(call, ids_TK, weights_TK) + 0 * (call.x_TH.sum() + weights_TK.sum())
+
+
+class RoundedThroughout(Rounded, EagerLoop):
+    """Every elementwise step is rounded, gate and up are stored, rows are weighted when they are merged."""
+
+
+class RoundedLast(Rounded, FP32Throughout):
+    """fp32 rows and partial sums; only what is returned is rounded."""
+
+
+class RoundedWeightedActivation(Rounded, WeightedActivation):
+    """The routing weight joins the activation."""
+
+
+class RoundedHidden(Rounded, BlackBox):
+    """Shows nothing but its output and its gradients."""
 
 
 class WeightsDetached(Rounded):

@@ -63,8 +63,8 @@ class Summing:
         if self.steps.stored_in(Stage.DOWN) is not None:
             return rows
         # Weighted since, half an ulp of the row times the weight may be a whole one of their product.
-        roundings = 2 if self.steps.weighs_later else 1
-        return Rows(rows.value, rows.bound + roundings * self.steps.model.rounded(rows.largest, self.steps.numerics.reduce))
+        rounded = self.steps.model.rounded(rows.largest, self.steps.numerics.reduce)
+        return Rows(rows.value, rows.bound + (2 if self.steps.weighs_later else 1) * rounded)
 
     def add_shared(self, parts: list[Rows]) -> None:
         """Rows of the shared expert as each rank of the grid adds them: of the tokens of its sum."""

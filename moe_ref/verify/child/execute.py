@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Protocol
 
 import msgspec
 import torch
@@ -23,7 +24,7 @@ from moe_ref.inputs.build import Inputs, build_inputs, build_shards, cut_tokens,
 from moe_ref.verify.child.gradient_call import call_with_gradients
 from moe_ref.verify.child.guard import POISON_NAMES, fingerprint, poison
 from moe_ref.verify.child.messages import RankReport, RankTensors, Reply, Request, pack_runs, unpack_runs
-from moe_ref.verify.child.process_ranks import RankPool, RanksHung
+from moe_ref.verify.child.process_ranks import RanksHung
 from moe_ref.verify.child.rank_watch import RankError
 from moe_ref.verify.run.last_words import cut_lines
 
@@ -92,8 +93,15 @@ class Job:
         return gradients
 
 
+class ProcessRanks(Protocol):
+    """Who runs jobs on process ranks; see RankPool.run."""
+
+    def run(self, tp: int, job: bytes = b"", *, ep: int = 1, backend: str = "gloo", device: str = "cpu",
+            time_limit: float = 60.0, tell: Callable[[str], None] = lambda text: None) -> list[bytes | RankError]: ...
+
+
 def execute(subject: ModuleType, request: Request, tell: Callable[[str], None] = lambda text: None,
-            pool: RankPool | None = None) -> tuple[Reply, bytes]:
+            pool: ProcessRanks | None = None) -> tuple[Reply, bytes]:
     """The reply to a request and its payload; errors of the subject are part of the reply.
 
     Process ranks are those of `pool`, whose body is run_job of the same subject.
@@ -106,7 +114,7 @@ def execute(subject: ModuleType, request: Request, tell: Callable[[str], None] =
     else:
         assert pool is not None
         started = time.monotonic()
-        if request.device == "cpu":
+        if request.device == "cpu" and request.ranks != Ranks.TORCHRUN:
             _warm_up(subject)
         case = parse_case(request.case)
         digest = build_inputs(case.problem).digest()
@@ -203,7 +211,7 @@ ANSWER_SHARE, ANSWER_SECONDS = 1 / 3, 5.0
 """What process ranks leave of the time limit, at most, to the child, which then says where each of them is."""
 
 
-def _run_processes(pool: RankPool, request: Request, parallel: Parallel, seconds: float,
+def _run_processes(pool: ProcessRanks, request: Request, parallel: Parallel, seconds: float,
                    tell: Callable[[str], None]) -> tuple[list[Outcome] | Failed, float]:
     """The runs and the seconds of one on the slowest rank."""
     answers = pool.run(parallel.tp, msgspec.msgpack.encode(request), ep=parallel.ep, backend=request.ranks,

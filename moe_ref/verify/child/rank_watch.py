@@ -69,8 +69,9 @@ class RankWatch:
         self.size = size
         self.ended: dict[int, Returned | Raised] = {}
         self._issued: Counter[tuple[int, tuple[int, ...]]] = Counter()
-        # Who has issued each collective, and the one that members disagree on.
+        # Who has issued each collective, those that some members have not, and the one that members disagree on.
         self._rounds: dict[_Key, dict[int, Entered]] = {}
+        self._open: set[_Key] = set()
         self._disagreed: _Key | None = None
         self._inside: dict[int, _Key] = {}
         self._last: dict[int, tuple[Entered, int]] = {}
@@ -90,6 +91,7 @@ class RankWatch:
         self._inside[rank], self._last[rank] = key, (entered, key[1])
         requests = self._rounds.setdefault(key, {})
         requests[rank] = entered
+        (self._open.discard if len(requests) == len(entered.members) else self._open.add)(key)
         if len({str(one) for one in requests.values()}) > 1:
             self._disagreed = self._disagreed or key
 
@@ -134,8 +136,8 @@ class RankWatch:
             for member in key[0])}
 
     def _early(self) -> list[int]:
-        """Ranks that returned although others wait for them."""
-        return sorted({rank for key in self._waiting().values() for rank in key[0]
+        """Ranks that returned without a collective which others have issued."""
+        return sorted({rank for key in self._open for rank in key[0]
                        if rank not in self._rounds[key] and isinstance(self.ended.get(rank), Returned)})
 
     def waiting_words(self) -> str:
@@ -155,7 +157,11 @@ class RankWatch:
         if self.raised():
             return [], ""
         if early := self._early():
-            return early, f"{rank_words(early)} returned, but {self.waiting_words()}"
+            # The root of a broadcast waits for nobody.
+            key = min(key for key in self._open if set(early) & (set(key[0]) - set(self._rounds[key])))
+            ranks = sorted(self._rounds[key])
+            issued = f"{rank_words(ranks)} issued {_call_words(self._rounds[key][ranks[0]], key[1])}"
+            return early, f"{rank_words(early)} returned, but {self.waiting_words() or issued}"
         if self.settled and self._waiting():
             return sorted(self._waiting()), f"no rank can go on: {self.waiting_words()}"
         return [], ""

@@ -24,9 +24,10 @@ from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.bounds.rows import Rows, exact
 from moe_ref.verify.bounds.steps import Steps
 from moe_ref.verify.measure.gradient_facts import differing, gradient_faults, power
+from moe_ref.verify.measure.gradient_routing import GradientRouting, gradient_routing
 from moe_ref.verify.measure.measurement import Measurement
 from moe_ref.verify.measure.placing import RankTensors, over_all_tokens, serving_places
-from moe_ref.verify.measure.routing import FollowedRouting, measure_routing, true_scores
+from moe_ref.verify.measure.routing import measure_routing
 from moe_ref.verify.measure.stage_meter import Place, StageMeter
 from moe_ref.verify.measure.stages import measure
 
@@ -35,14 +36,14 @@ class GradientComparison:
     """State of one pass; `measure_case` below is the way in."""
 
     def __init__(self, case: Case, inputs: Inputs, ranks: list[RankTensors], numerics: Numerics, model: RoundingModel,
-                 followed: FollowedRouting) -> None:
-        self.case, self.inputs, self.ranks, self.followed = case, inputs, ranks, followed
+                 routing: GradientRouting, judged_T: torch.Tensor) -> None:
+        self.case, self.inputs, self.ranks, self.routing, self.judged_T = case, inputs, ranks, routing, judged_T
         self.spec, self.parallel, self.shares = case.problem.spec, case.parallel, rank_shares(case)
         self.back = BackwardSteps(Steps(self.spec, numerics, model), Format(case.problem.dtype.value))
         self.x_TH, self.grad_y_TH = inputs.x_TH.double(), output_gradient(case.problem).double()
         halves = self.spec.shared is not None and self.spec.shared.merge == "mean"
         self.grad_merged_TH = self.grad_y_TH / 2 if halves else self.grad_y_TH
-        self.server_TK, self.place_TK = serving_places(followed.ids_TK, case, self.shares)
+        self.server_TK, self.place_TK = serving_places(routing.ids_TK, case, self.shares)
         self.token_parts = sorted({share.tokens for share in self.shares})
         self.by_output = self.parallel.schedule is Schedule.GATHER
         gates = self.spec.shared.num_gates if self.spec.shared else 0
@@ -50,7 +51,7 @@ class GradientComparison:
             RankSums(self.parallel.size, len(self.x_TH), width)
             for width in (self.spec.hidden_size, self.spec.top_k, gates))
         self.shapes, self.meters = parameter_shapes(self.spec), dict[Stage, StageMeter]()
-        self.all_judged = bool(followed.judged_T.all())
+        self.all_judged = bool(judged_T.all())
 
     def run(self, tell: Callable[[str], None]) -> None:
         for e in range(self.spec.num_choices):
@@ -68,7 +69,7 @@ class GradientComparison:
         if self.inputs.residual_TH is not None:
             self._compare_tokens("residual_TH", exact(self.grad_y_TH))
         x = token_gradient(self.back, self.sums, joined)
-        self._compare_tokens("x_TH", Rows(x.value, x.bound.masked_fill(~self.followed.judged_T[:, None], torch.inf)))
+        self._compare_tokens("x_TH", Rows(x.value, x.bound.masked_fill(~self.judged_T[:, None], torch.inf)))
 
     def _home(self, token_R: torch.Tensor, server_R: torch.Tensor) -> torch.Tensor:
         """The ep rank to whose sums a row belongs: where its token came from, else where it was served."""
@@ -104,12 +105,12 @@ class GradientComparison:
         return (0, size) if self.by_output else columns
 
     def _weight(self, token_R: torch.Tensor, slot_R: torch.Tensor) -> Rows:
-        weights = self.followed.weights
+        weights = self.routing.weights
         return Rows(weights.value[token_R, slot_R, None], weights.bound[token_R, slot_R, None])
 
     def _identity(self, e: int) -> None:
         """y = weight * x, on the first of the ranks that add up."""
-        token_R, slot_R = (self.followed.ids_TK == e).nonzero(as_tuple=True)
+        token_R, slot_R = (self.routing.ids_TK == e).nonzero(as_tuple=True)
         rank_R = self._home(token_R, torch.zeros_like(token_R)) * self.parallel.tp
         grad = exact(self.grad_merged_TH[token_R])
         rows = self.back.product(grad, self._weight(token_R, slot_R))
@@ -132,7 +133,7 @@ class GradientComparison:
             cuts = [Cut(share.shared_columns, self._inner(share.shared_columns, size),
                         (0, hidden) if whole else share.outputs) for share in shares]
             rows = MLPRows(self.x_TH[at], self.grad_merged_TH[at], None if weight is None else weight.rows(at),
-                           blocks=self.followed.shared.rows(at) if self.followed.shared else None)
+                           blocks=self.routing.shared.rows(at) if self.routing.shared else None)
             gradients = MLPBackward(self.back, expert, shared.mlp, cuts).run(rows)
             token_T = torch.arange(*tokens)
             for share, part in zip(shares, gradients.parts, strict=True):
@@ -147,14 +148,13 @@ class GradientComparison:
 
     def _router(self) -> list[LinearGradients]:
         """Router, its further columns and the learned scale; what they add to the gradient of the tokens."""
-        inputs, spec, weights = self.inputs, self.spec, self.inputs.weights
-        if spec.router is None:
+        inputs, spec, weights, routing = self.inputs, self.spec, self.inputs.weights, self.routing
+        if routing.scores is None:
             return []
-        scores, shared_logits = true_scores(inputs, self.back.steps)
         gated = spec.shared is not None and spec.shared.gate == "router"
         columns = self.gate_sums.parts() if gated else RankSums(self.parallel.size, len(self.x_TH), 0).parts()
-        found = RouterBackward(self.back, scores, None if shared_logits is None else shared_logits.value,
-                               self.followed.ids_TK).run(self.weight_sums.parts(), columns)
+        found = RouterBackward(self.back, routing.scores, routing.shared_logits, routing.ids_TK).run(
+            self.weight_sums.parts(), columns)
         joined = []
         if weights.shared_gate_SH is not None and gated:
             joined.append(self._linear("shared_gate_SH", found.columns))
@@ -164,7 +164,7 @@ class GradientComparison:
             return [*joined, self._linear("router_EH", found.logits, "router_bias_E")]
         stored = self.back.rounded(found.logits.gauge, self.back.weights_in, 2 * self.parallel.size)
         self._compare_tokens("logits_TE", Rows(found.logits.total, (found.logits.bound + stored).masked_fill(
-            ~self.followed.judged_T[:, None], torch.inf)), Format.FP32)
+            ~self.judged_T[:, None], torch.inf)), Format.FP32)
         for name in ("router_EH", "router_bias_E"):
             if name in self.shapes:
                 self._compare_whole(name, exact(torch.zeros(self.shapes[name])))
@@ -242,8 +242,9 @@ def measure_case(case: Case, inputs: Inputs, ranks: list[RankTensors], capabilit
         return replace(forward, struct_faults=tuple(faults))
     shares, numerics = rank_shares(case), capabilities.numerics[case.problem.dtype]
     expanded = over_all_tokens(shown, shares, case.problem.num_tokens)
-    routing = measure_routing(inputs, expanded, [share.tokens for share in shares], numerics, capabilities, model)
-    comparison = GradientComparison(case, inputs, ranks, numerics, model, routing.followed)
+    followed = measure_routing(inputs, expanded, [one.tokens for one in shares], numerics, capabilities, model).followed
+    routing = gradient_routing(inputs, expanded, followed, Steps(case.problem.spec, numerics, model))
+    comparison = GradientComparison(case, inputs, ranks, numerics, model, routing, followed.judged_T)
     comparison.run(tell)
     weakest = min(forward.power, power(comparison.meters))
     stages = [meter.result() for meter in comparison.meters.values() if meter.num_checked]

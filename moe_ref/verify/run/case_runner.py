@@ -4,7 +4,9 @@ import shlex
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import msgspec
 import torch
@@ -24,7 +26,7 @@ from moe_ref.verify.explain import explain
 from moe_ref.verify.judge import Judgement, RunFacts, WantedCalls, judge
 from moe_ref.verify.measure.gradients import measure_case
 from moe_ref.verify.measure.measurement import Measurement
-from moe_ref.verify.run.children import Answer, ChildDied, ChildHung, ChildPool
+from moe_ref.verify.run.children import Answer, ChildDied, ChildHung
 from moe_ref.verify.run.last_words import cut_lines
 
 
@@ -41,14 +43,31 @@ class RunSettings:
     time_limit: float = 300.0
     tell: Callable[[str, str], None] = lambda case_id, text: None
     replay_options: str = ""
+    num_started: int = 0
 
 
-def run_case(planned: PlannedCase, settings: RunSettings, pool: ChildPool) -> CaseLine:
+class CannotServe(RuntimeError):
+    """Raised by a pool that has no ranks for a case any more; the message says why."""
+
+
+class Worker(Protocol):
+    """What answers a request; see Child.ask."""
+
+    def ask(self, request: Request, on_progress: Callable[[str], None] = ...) -> Answer: ...
+
+
+class Pool(Protocol):
+    """Whose workers run cases; see ChildPool."""
+
+    def lease(self, process_ranks: bool) -> AbstractContextManager[Worker]: ...
+
+
+def run_case(planned: PlannedCase, settings: RunSettings, pool: Pool) -> CaseLine:
     """The record line of one case; whatever goes wrong on our side becomes a harness_error, never a lost case."""
-    refusal = settings.capabilities.refusal(planned.case, planned.ranks, settings.device)
+    refusal = settings.capabilities.refusal(planned.case, planned.ranks.backend(settings.device), settings.device)
     if refusal:
         return _line(planned, settings, Judgement(Verdict.UNSUPPORTED, refusal))
-    if missing := missing_devices(planned, settings.device):
+    if missing := missing_devices(planned, settings.device, settings.num_started):
         return _line(planned, settings, Judgement(Verdict.NOT_RUN, missing))
     request = Request(case=planned.case_id, ranks=planned.ranks, device=settings.device, runs=settings.runs,
                       time_limit=settings.time_limit)
@@ -59,6 +78,8 @@ def run_case(planned: PlannedCase, settings: RunSettings, pool: ChildPool) -> Ca
         return _line(planned, settings, Judgement(Verdict.HANG, f"after {settings.time_limit:g} s, {error}"))
     except ChildDied as error:
         return _line(planned, settings, Judgement(Verdict.CRASH, str(error)))
+    except CannotServe as error:
+        return unrun_line(planned, settings, str(error))
     except Exception as error:
         return _line(planned, settings, _harness_error(error))
     if failed := [(rank, report) for rank, report in enumerate(answer.reply.ranks) if report.error]:
@@ -83,8 +104,13 @@ def _harness_error(error: Exception) -> Judgement:
     return Judgement(Verdict.HARNESS_ERROR, reason)
 
 
-def missing_devices(planned: PlannedCase, device: str) -> str:
-    """Why this machine cannot run the case's ranks; empty when it can."""
+def missing_devices(planned: PlannedCase, device: str, num_started: int) -> str:
+    """Why this machine, or the ranks that torchrun started, cannot run the case; empty when they can."""
+    if planned.ranks is Ranks.TORCHRUN:
+        if num_started == 0:
+            return "torchrun ranks need a run that torchrun started: torchrun ... -m moe_ref verify"
+        needed = planned.case.parallel.size
+        return f"torchrun started {num_started} ranks, {needed} needed" if needed > num_started else ""
     if planned.ranks is Ranks.NCCL and device != "cuda":
         return "nccl ranks need CUDA devices"
     if planned.ranks is Ranks.NCCL and torch.cuda.device_count() < planned.case.parallel.size:
@@ -156,7 +182,10 @@ def wanted_calls(case: Case, measurement: Measurement) -> tuple[WantedCalls, ...
 def _line(planned: PlannedCase, settings: RunSettings, judgement: Judgement, answer: Answer | None = None,
           measurement: Measurement | None = None, oracle_seconds: float = 0.0) -> CaseLine:
     reply, case_id = answer.reply if answer else Reply(ranks=[]), planned.case_id
-    replay = (f"moe-ref replay {case_id} --impl {shlex.quote(settings.implementation.name)} --ranks {planned.ranks} "
+    command = "moe-ref"
+    if planned.ranks is Ranks.TORCHRUN:
+        command = f"torchrun --nproc-per-node {planned.case.parallel.size} -m moe_ref"
+    replay = (f"{command} replay {case_id} --impl {shlex.quote(settings.implementation.name)} --ranks {planned.ranks} "
               f"--device {settings.device}{settings.replay_options}")
     numerics = settings.capabilities.numerics.get(planned.case.problem.dtype)
     line = CaseLine(

@@ -23,7 +23,7 @@ from moe_ref.records.schema import CaseLine, EndLine, Implementation, RunLine
 from moe_ref.records.store import FILE_NAME, RecordWriter, holds_lines, read_run
 from moe_ref.tiers.tiers import PlannedCase
 from moe_ref.verify.bounds.tolerances import load_tolerances
-from moe_ref.verify.run.case_runner import USAGE_PREFIX, RunSettings, run_case, unrun_line
+from moe_ref.verify.run.case_runner import USAGE_PREFIX, Pool, RunSettings, run_case, unrun_line
 from moe_ref.verify.run.children import Child, ChildPool
 from moe_ref.verify.run.environment import environment
 
@@ -34,7 +34,8 @@ EXIT_OK, EXIT_MISMATCH, EXIT_USAGE, EXIT_HARNESS, EXIT_TOO_FEW = range(5)
 class Plan:
     """What to run and how; pairs: axis pairs covered and possible, (0, 0) for hand-picked cases.
 
-    deadline: seconds after which no further case is started; those left are recorded as not run.
+    deadline: seconds after which no further case is started; those left are recorded as not run. num_started, hosts:
+    ranks that torchrun started, and where.
     """
 
     implementation: str
@@ -50,6 +51,8 @@ class Plan:
     deadline: float = math.inf
     record: Path | None = None
     resume: bool = False
+    num_started: int = 0
+    hosts: str = ""
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,14 @@ def run_plan(plan: Plan, observer: Observer = Observer()) -> RunResult:
     capabilities = first.capabilities()
     pool.adopt(first)
     try:
-        return _run_with(plan, pool, capabilities, first.source_digest, started, observer)
+        return run_with(plan, pool, capabilities, first.source_digest, started, observer)
     finally:
         pool.close()
 
 
-def _run_with(plan: Plan, pool: ChildPool, capabilities: Capabilities, source_digest: str, started: float,
-              observer: Observer) -> RunResult:
+def run_with(plan: Plan, pool: Pool, capabilities: Capabilities, source_digest: str, started: float,
+             observer: Observer) -> RunResult:
+    """run_plan on ranks that are there already; started: when, on the monotonic clock."""
     header, done = new_header(plan, capabilities, source_digest), None
     if plan.record and holds_lines(plan.record / FILE_NAME):
         header, done = _resumed(plan, header)
@@ -109,15 +113,19 @@ def new_header(plan: Plan, capabilities: Capabilities, source_digest: str) -> Ru
                                     source_digest=source_digest)
     return RunLine(run=uuid.uuid4().hex[:12], started=_now(), implementation=implementation, tier=plan.tier,
                    cases=[one.case_id for one in plan.cases], minimum_executed=plan.minimum_executed,
-                   axis_pairs=plan.pairs, environment=environment(plan.device),
+                   axis_pairs=plan.pairs, environment=environment(plan.device) | _hosts(plan),
                    tolerances_digest=load_tolerances().digest, oracle_version=moe_ref.__version__)
+
+
+def _hosts(plan: Plan) -> dict[str, str]:
+    return {"ranks": str(plan.num_started), "hosts": plan.hosts} if plan.num_started else {}
 
 
 def run_settings(plan: Plan, header: RunLine, capabilities: Capabilities) -> RunSettings:
     """What all cases of the run share."""
     return RunSettings(run=header.run, implementation=header.implementation, capabilities=capabilities,
                        tolerances=load_tolerances(), device=plan.device, runs=plan.runs, time_limit=plan.time_limit,
-                       replay_options=_replay_options(plan))
+                       replay_options=_replay_options(plan), num_started=plan.num_started)
 
 
 def _replay_options(plan: Plan) -> str:
@@ -159,7 +167,7 @@ def weight_elements(planned: PlannedCase) -> int:
     return 3 * spec.hidden_size * spec.intermediate_size * min(spec.num_experts, 1 + tokens * spec.top_k)
 
 
-def _run_cases(cases: list[PlannedCase], settings: RunSettings, plan: Plan, pool: ChildPool,
+def _run_cases(cases: list[PlannedCase], settings: RunSettings, plan: Plan, pool: Pool,
                started: float) -> Iterator[CaseLine]:
     """Lines as they are ready, the most expensive cases first so that no lane is left with one at the end."""
     threads, stop = ThreadPoolExecutor(plan.lanes), threading.Event()
