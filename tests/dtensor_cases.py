@@ -1,8 +1,8 @@
 """Layers for the tests of moe_fast.distributed, with truth and bound, computed once before the ranks are forked."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,6 +29,9 @@ def layer(router: Router | None = SOFTMAX, **options: object) -> MoESpec:
     return MoESpec(hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, router=router,
                    **options)  # type: ignore[arg-type]
 
+
+MESHES = {"MoETensorParallel": ("tp",), "MoEExpertParallel": ("ep",), "MoETensorExpertParallel": ("ep", "tp")}
+"""Plans and the names of their mesh dimensions."""
 
 CASES = {
     "plain": layer(),
@@ -91,21 +94,32 @@ def problem(name: str, num_tokens: int = 11, injected: bool = False) -> Problem:
     return Problem(spec, inputs, truth | {"y_TH": y_TH}, bound | {"y_TH": y_bound_TH})
 
 
+def loaded(given: Problem) -> moe_fast.MoELayer:
+    """The layer with its weights, whole on every rank."""
+    layer = moe_fast.MoELayer(given.spec)
+    layer.load_weights(given.inputs.weights)
+    return layer
+
+
+def parallel(layer: torch.nn.Module, plan: str, shape: tuple[int, ...], **options: Any) -> torch.nn.Module:
+    """The layer under a plan, on a mesh of this shape."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    from moe_fast import distributed
+
+    return parallelize_module(layer, init_device_mesh("cpu", shape, mesh_dim_names=MESHES[plan][:len(shape)]),
+                              getattr(distributed, plan)(**options))
+
+
 def warm_up() -> None:
-    """What ranks would otherwise each load and trace for themselves: DTensor, fake tensors, interpreted kernels."""
+    """What every forked rank would otherwise load for itself: DTensor, fake tensors, interpreted kernels."""
     import moe_fast.distributed
     assert moe_fast.distributed
-    given = problem("gated shared").inputs
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        _step(lambda tensor: mode.from_tensor(tensor.detach()), given)
-    _step(lambda tensor: tensor.detach(), given)
-
-
-def _step(leaf: Callable[[torch.Tensor], torch.Tensor], given: Inputs) -> None:
-    layer = moe_fast.MoELayer(CASES["gated shared"])
-    for name, tensor in given.weights.named_tensors():
-        setattr(layer, name, torch.nn.Parameter(leaf(tensor)))
-    layer(leaf(given.x_TH)).backward(leaf(given.grad_y_TH))
+    with FakeTensorMode():
+        torch.ops.moe_fast.router_logits(torch.ones(2, 4), torch.ones(3, 4))
+    given = problem("gated shared")
+    loaded(given)(given.inputs.x_TH).backward(given.inputs.grad_y_TH)
 
 
 def digest(tensor: torch.Tensor) -> bytes:

@@ -217,7 +217,7 @@ PLAIN = "v1-T33.H96.I160.E8.K2-bf16"
     (f"{PLAIN}-norm-norm", ["'norm' says norm a second time"]),
     (f"{PLAIN}-zipf-ties", ["'ties' says pattern a second time"]),
     (f"{PLAIN}-tp2-split1.2.3", ["splits has 3 shares", "tp=2"]),
-    (f"{PLAIN}-tp2-split0.0", ["splits=(1, 0)", "positive"]),
+    (f"{PLAIN}-tp2-split0.0", ["splits=(0, 0)", "one of them above"]),
     (f"{PLAIN}-g3.1", ["num_groups=3", "num_experts=8"]),
     (f"{PLAIN}-tp2-norm", ["canonical", f"'{PLAIN}-norm-tp2'"]),
     (f"{PLAIN}-tp1", ["canonical", f"'{PLAIN}'"]),

@@ -48,7 +48,7 @@ GOLDEN = (
     b'{"type":"case","schema":1,"run":"r1","case":"v1-a","purpose":"why","implementation":{"name":"moe_fast",'
     b'"version":"0.1.0","source_digest":"0123456789abcdef"},"ranks":"local","device":"cpu","verdict":"mismatch",'
     b'"reason":"act: 2x","first_stage":"act","stages":[{"stage":"act","ratio":"inf","exact":false,'
-    b'"num_checked":4,"num_bad":1,"worst":{"rank":0,"token":3,"slot":1,"expert":1,"column":130,"got":"nan",'
+    b'"num_checked":4,"num_bad":1,"worst":{"rank":0,"token":3,"row":null,"slot":1,"expert":1,"column":130,"got":"nan",'
     b'"want":1.0,"allowed":0.25},"num_bad_tokens":1,"bad_tokens":[3],"bad_experts":[1],"bad_ranks":[0],'
     b'"bad_tiles":[2],"num_tiles":3,"bias":0.5,"scale":1.0,"note":"n"}],"collectives":[{"operation":"all_reduce",'
     b'"calls":1,"num_elements":4,"num_bytes":8}],"guard":{"poison":"nan"},"runs":2,"same_bits":true,'

@@ -10,7 +10,7 @@ import pytest
 from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import Dtype, Ranks
-from moe_ref.tiers.axes import AXES, PLAIN, SHAPES, row_case
+from moe_ref.tiers.axes import AXES, PLAIN, SHAPES, SPREADS, row_case
 from moe_ref.tiers.cover import possible_pairs
 from moe_ref.tiers.tiers import MINIMUM_EXECUTED, tier, with_tp
 
@@ -18,7 +18,7 @@ NAMES = ("smoke", "quick", "full", "nightly")
 
 
 @pytest.mark.parametrize(("name", "fewest"), [("smoke", 24), ("quick", 250), ("full", 280), ("nightly", 500),
-                                              ("families", 60)])
+                                              ("families", 60), ("ranks", 100)])
 def test_a_tier_has_enough_cases(name: str, fewest: int) -> None:
     """More cases than must be executed, and the promise is not below the documented one."""
     one = tier(name)
@@ -26,7 +26,7 @@ def test_a_tier_has_enough_cases(name: str, fewest: int) -> None:
     assert len(one.cases) >= one.minimum_executed
 
 
-@pytest.mark.parametrize("name", [*NAMES, "families"])
+@pytest.mark.parametrize("name", [*NAMES, "families", "ranks"])
 def test_ids_are_unique_and_parse(name: str) -> None:
     """The same id twice would judge one case and count two; every case says why it is there."""
     cases = tier(name).cases
@@ -66,15 +66,26 @@ def case_values(case: object) -> dict[str, object]:
     return {"shape": f"T{problem.num_tokens}.H{spec.hidden_size}.I{spec.intermediate_size}{experts}",
             "dtype": problem.dtype, "tp": case.parallel.tp, "pattern": problem.pattern, "router": kind,
             "activation": spec.experts.activation, "shared": shared, "residual": problem.residual,
-            "data": problem.data, "storage": case.storage}
+            "data": problem.data, "storage": case.storage, "spread": spread_name(case)}
+
+
+def spread_name(case: object) -> str:
+    """The one value of the axis that makes this grid and these shares."""
+    experts = case.problem.spec.num_experts
+    fitting = [name for name, spread in SPREADS.items()
+               if spread.over(case.parallel.tp, experts) == (case.parallel, case.token_shares)]
+    assert fitting, case
+    return fitting[0]
 
 
 def test_impossible_pairs_are_impossible() -> None:
-    """Pairs left out: a dense layer with a router, groups of experts that cannot be formed, no expert to spare."""
+    """Left out: a dense layer with a router, groups that cannot be formed, no expert to spare, shares for one rank."""
     everything = {((a, x), (b, y)) for a, b in combinations(AXES, 2) for x in AXES[a] for y in AXES[b]}
     shapes = {shape.name: shape for shape in SHAPES}
     for pair in everything - possible_pairs():
         values = dict(pair)
+        if values == {"tp": 1, "spread": "uneven"}:
+            continue
         assert "shape" in values, f"{pair} is possible for some shape"
         shape = shapes[values["shape"]]
         dense = shape.num_experts == 0 and ("router" in values or "pattern" in values)
@@ -92,31 +103,42 @@ def test_smoke_sees_every_dtype_degree_and_both_kinds_of_ranks() -> None:
     assert {one.case.problem.pattern for one in cases} == set(AXES["pattern"])
     assert {one.ranks for one in cases} == {Ranks.LOCAL, Ranks.GLOO}
     assert any(one.case.problem.num_tokens == 0 for one in tier("quick").cases)
+    assert {spread_name(one.case) for one in cases if one.case.parallel.tp == 2} == set(SPREADS)
+
+
+def test_process_ranks_see_every_spread() -> None:
+    """Two hundred cases and more on real processes, of 2, 3, 4 and 8 ranks among others, in every dtype."""
+    cases = tier("ranks").cases
+    assert len(cases) > 200
+    assert {one.ranks for one in cases} == {Ranks.GLOO}
+    assert {one.case.parallel.size for one in cases} >= {2, 3, 4, 8}
+    for spread in SPREADS:
+        assert {one.case.problem.dtype for one in cases if spread_name(one.case) == spread} == set(Dtype)
 
 
 def test_every_axis_value_makes_a_case() -> None:
     """A value that no case can have would be counted as covered by nothing."""
     for name, values in AXES.items():
         for value in values:
-            assert any(row_case(PLAIN | {"shape": shape.name, name: value}) for shape in SHAPES), (name, value)
+            assert any(row_case(PLAIN | {"shape": shape.name, "tp": 2, name: value}) for shape in SHAPES), (name, value)
 
 
 @pytest.mark.parametrize("hash_seed", ["0", "4711"])
 def test_the_same_cases_in_every_process(hash_seed: str) -> None:
     """Sets iterate in an order that depends on PYTHONHASHSEED; the tiers must not, nor need torch."""
     script = ("import sys; from moe_ref.tiers.tiers import tier\n"
-              "for n in ('smoke', 'quick', 'full', 'nightly', 'families'):\n"
+              "for n in ('smoke', 'quick', 'full', 'nightly', 'families', 'ranks'):\n"
               "    for c in tier(n).cases: print(n, c.case_id, c.ranks.value, c.purpose)\n"
               "assert 'torch' not in sys.modules")
     output = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": hash_seed},
                             capture_output=True, text=True, check=True).stdout
     assert output.splitlines() == [f"{name} {one.case_id} {one.ranks.value} {one.purpose}"
-                                   for name in (*NAMES, "families") for one in tier(name).cases]
+                                   for name in (*NAMES, "families", "ranks") for one in tier(name).cases]
 
 
 def test_an_unknown_tier_lists_the_known_ones() -> None:
     """Wrong use, with the way out in the message."""
-    with pytest.raises(UsageValueError, match="unknown tier 'fast'; known: smoke, quick, full, nightly, families"):
+    with pytest.raises(UsageValueError, match="unknown tier 'fast'; known: smoke, quick, full, nightly, families, ranks"):
         tier("fast")
 
 

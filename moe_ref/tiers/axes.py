@@ -69,18 +69,13 @@ class Spread:
 
     def over(self, tp: int, num_experts: int) -> tuple[Parallel, tuple[int, ...] | None]:
         """The grid for a tp degree, and the shares of the tokens."""
-        shares, is_sharded = None, self.tokens is not Tokens.REPLICATED
-        if self.uneven:
-            shares = _falling(self.ep * tp if is_sharded else tp)
+        is_sharded = self.tokens is not Tokens.REPLICATED
+        parts = self.ep * tp if is_sharded else tp
+        shares = tuple(reversed(range(parts))) if self.uneven and parts > 1 else None
         copies = tuple(sorted({0, num_experts - 1})) if self.redundant else ()
         parallel = Parallel(tp=tp, ep=self.ep, schedule=self.schedule, tokens=self.tokens, hosting=self.hosting,
                             shared=self.shared, redundant=copies, splits=None if is_sharded else shares)
         return parallel, shares if is_sharded else None
-
-
-def _falling(count: int) -> tuple[int, ...]:
-    """count - 1, ..., 1, 0."""
-    return tuple(reversed(range(count)))
 
 
 ROUTERS = ("softmax", "softmax-norm", "sigmoid-norm-bias", "sigmoid-groups", "softmax-groups")

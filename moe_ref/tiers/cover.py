@@ -21,10 +21,14 @@ def possible_pairs() -> set[Pair]:
     pairs = set()
     for first, second in combinations(AXES, 2):
         for pair in (((first, a), (second, b)) for a in AXES[first] for b in AXES[second]):
-            shapes = [dict(pair)["shape"]] if "shape" in dict(pair) else [shape.name for shape in SHAPES]
-            if any(row_case(PLAIN | {"shape": shape} | dict(pair)) for shape in shapes):
+            if any(row_case(row | dict(pair)) for row in _plain_rows()):
                 pairs.add(pair)
     return pairs
+
+
+def _plain_rows() -> list[Row]:
+    """Otherwise plain rows, of which one takes whatever is possible: any shape, one rank and two."""
+    return [PLAIN | {"shape": shape.name, "tp": tp} for shape in SHAPES for tp in (1, 2)]
 
 
 def pairwise_rows(start: list[Row]) -> list[Row]:
@@ -34,8 +38,7 @@ def pairwise_rows(start: list[Row]) -> list[Row]:
     while missing:
         target = min(missing, key=repr)
         candidates = [row for row in (_draw(generator, target) for _ in range(_DRAWS)) if row_case(row)]
-        candidates += [row for shape in SHAPES for row in [PLAIN | {"shape": shape.name} | dict(target)]
-                       if row_case(row) and target in row_pairs(row)]
+        candidates += [row for plain in _plain_rows() for row in [plain | dict(target)] if row_case(row)]
         best = max(candidates, key=lambda row: len(row_pairs(row) & missing))
         rows.append(best)
         missing -= row_pairs(best)
