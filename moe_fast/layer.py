@@ -17,17 +17,18 @@ from moe_ref.contract.checks import (
     check_groups,
     check_injected,
     check_logits,
+    check_partial,
     check_residual,
     check_routing,
     check_tokens,
 )
 from moe_ref.contract.comm import Groups
-from moe_ref.contract.errors import UsageTypeError, UsageValueError
+from moe_ref.contract.errors import UsageTypeError
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec, Router
 from moe_ref.contract.trace import Trace
-from moe_ref.contract.vocabulary import Schedule, SharedPlacement, Stage
+from moe_ref.contract.vocabulary import Stage
 from moe_ref.contract.weights import MoEWeights, WeightSource, check_weights, check_whole_parameters
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -90,7 +91,7 @@ def experts(x_TH: torch.Tensor, routing: Routing, weights: WeightSource, spec: M
     rank, in_memory = _check_layer(x_TH, weights, spec, parallel, groups)
     check_routing(routing, spec, len(x_TH), check)
     if not reduce:
-        _check_partial(rank.parallel)
+        check_partial(rank.parallel)
     if trace is not None:
         _check_traced(x_TH, in_memory, routing.weights_TK, routing.shared_TS)
     return _experts(agreed_tokens(x_TH, rank), routing, in_memory, spec, rank, reduce, trace)
@@ -113,16 +114,6 @@ def _check_layer(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, paral
 def _check_traced(x_TH: torch.Tensor, weights: MoEWeights, *given: torch.Tensor | None) -> None:
     """Raise where autograd would have to follow what a trace looks into."""
     check_untracked((x_TH, *given, *(tensor for _, tensor in weights.named_tensors())))
-
-
-def _check_partial(parallel: Parallel) -> None:
-    """Raise where the ranks' results are not partial sums of the layer."""
-    if parallel.schedule not in (Schedule.ALL_REDUCE, Schedule.REDUCE_SCATTER):
-        raise UsageValueError(f"reduce=False with schedule={parallel.schedule}, but only all_reduce and reduce_scatter "
-                              "have a partial sum of merged tokens")
-    if parallel.shared is SharedPlacement.REPLICATED:
-        raise UsageValueError(f"reduce=False with shared={parallel.shared}, but a whole shared expert is added after "
-                              "the reduction; should be sharded")
 
 
 def _experts(x_TH: torch.Tensor, routing: Routing, weights: MoEWeights, spec: MoESpec, rank: Rank, reduce: bool,

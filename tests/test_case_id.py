@@ -12,7 +12,7 @@ from moe_ref.contract.case_id import cut_experts, format_case, format_problem, p
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.spec import MLP, Capacity, MoESpec, Router, SharedExpert
-from moe_ref.contract.vocabulary import Data, Dtype, Pattern, Storage
+from moe_ref.contract.vocabulary import Data, Direction, Dtype, Pattern, Storage
 from moe_ref.models.registry import find_model, models
 from moe_ref.tiers.tiers import tier
 
@@ -150,7 +150,9 @@ def cases(draw: st.DrawFn) -> Case:
         problem = Problem(spec=spec, **options)
     except UsageValueError:
         assume(False)
-    return Case(problem=problem, parallel=draw(parallels()), storage=draw(st.sampled_from(Storage)))
+    direction = Direction.FORWARD if problem.data is Data.NON_FINITE else draw(st.sampled_from(Direction))
+    return Case(problem=problem, parallel=draw(parallels()), storage=draw(st.sampled_from(Storage)),
+                direction=direction)
 
 
 @given(cases())

@@ -31,8 +31,7 @@ from tests.backward_bound import Named, bounds, excess, named, num_roundings
 from tests.in_process import judged
 from tests.parallel_cases import Layer, drawn_layer, on_ranks
 from tests.test_api import Forbid
-from tests.test_parallel_gradients import MUTANTS, with_leaves
-from tests.test_parallel_gradients import _put_together as put_together
+from tests.test_parallel_gradients import MUTANTS, put_together, with_leaves
 
 CASES = {
     "v1-T13.H40.I24.E6.K2-fp32-norm-ep2": "experts alone are cut",

@@ -1,6 +1,7 @@
 """Protects the backward direction: right gradients are never accused, each mistake of a layer is found and named."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -196,3 +197,33 @@ def test_the_wanted_values_are_the_written_out_gradients(words: str) -> None:
     assert found.struct_faults == ()
     assert {stage.stage for stage in found.stages} >= set(shown)
     assert [stage.stage for stage in found.stages if not from_number(stage.ratio) <= 1] == []
+
+
+WIDTHS = (24, 64, 128, 256, 512)
+
+
+def print_power() -> None:
+    """By how much zeros would miss their bound, per gradient and width: the tables in docs/bounds.md."""
+    for words in ("fp32", "fp16", "bf16"):
+        for stage in (Stage.GRAD_W2, Stage.GRAD_W13, Stage.GRAD_ROUTER, Stage.GRAD_X):
+            cells = [f"{missed(width, words, stage):.2g}" for width in WIDTHS]
+            print(f"| {stage} | {words} | {' | '.join(cells)} |")
+
+
+def missed(width: int, words: str, stage: Stage) -> float:
+    """Largest value over bound: what a gradient of zeros gets."""
+    class Zeros(rounded.Rounded):
+        def moe(self, x_TH: torch.Tensor, weights: MoEWeights, *arguments: object, **options: object) -> torch.Tensor:
+            name = {gradient_stage(name): name for name in ("x_TH", *vars(weights)) if name != "selection_bias_E"}[stage]
+            if name == "x_TH":
+                x_TH = rounded.changed(x_TH, torch.zeros_like)
+            else:
+                weights = replace(weights, **{name: rounded.changed(getattr(weights, name), torch.zeros_like)})
+            return super().moe(x_TH, weights, *arguments, **options)  # type: ignore[arg-type]
+
+    line = judged(Zeros(), f"v1-T24.H{width}.I{width}.E6.K2-{words}-norm-tp2-bwd", runs=1)
+    return from_number(next(one.ratio for one in line.stages if one.stage == stage))
+
+
+if __name__ == "__main__":
+    print_power()

@@ -70,11 +70,11 @@ def assembled(case: Case, layer: Layer, wanted: Callable[[str], bool] = lambda n
     whole = dict(layer.weights.named_tensors()) | {"x_TH": layer.x_TH, "residual_TH": layer.residual_TH}
     if layer.routing is not None:
         whole |= {"weights_TK": layer.routing.weights_TK, "shared_TS": layer.routing.shared_TS}
-    return {name: _put_together(name, tensor, [part[name] for part in parts], case, shares)
+    return {name: put_together(name, tensor, [part[name] for part in parts], case, shares)
             for name, tensor in whole.items() if tensor is not None}
 
 
-def _put_together(name: str, whole: torch.Tensor, parts: list[torch.Tensor | None], case: Case,
+def put_together(name: str, whole: torch.Tensor, parts: list[torch.Tensor | None], case: Case,
                   shares: tuple[RankShare, ...]) -> torch.Tensor | None:
     """One gradient from those of all ranks; of ranks that hold the same part of it the first one's counts."""
     if any(part is None for part in parts):

@@ -38,7 +38,7 @@ def combine(down_RH: torch.Tensor, shared_TH: torch.Tensor | None, local_ids_R: 
     hidden = down_RH.shape[1]
     merged_TH = torch.empty(num_tokens, hidden, dtype=down_RH.dtype, device=down_RH.device)
     block_t, block_h = (32, 1024) if down_RH.device.type == "cpu" else (4, 512)
-    block_h = min(block_h, triton.next_power_of_2(hidden))
+    block_h = min(block_h, triton.next_power_of_2(max(hidden, 1)))
     launch(combine_kernel, (triton.cdiv(num_tokens, block_t), triton.cdiv(hidden, block_h)), down_RH.device,
            down=down_RH, shared=down_RH if shared_TH is None else shared_TH, local_ids=local_ids_R,
            merged=merged_TH, num_tokens=num_tokens, hidden_size=hidden,

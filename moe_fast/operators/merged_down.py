@@ -59,8 +59,6 @@ def merged_down_forward(act_RI: torch.Tensor, ids_TK: torch.Tensor, weights_TK: 
         trace.record(Stage.DOWN, down_RH.masked_fill(alignment.local_ids_R[:, None] < 0, 0.0))
         if shared_TH is not None:
             trace.record(Stage.SHARED, shared_TH)
-    if down_RH.shape[1] == 0:  # the merge knows no tile for a rank without columns
-        return down_RH[:len(ids_TK)]
     return combine(down_RH, shared_TH, alignment.local_ids_R, *ids_TK.shape)
 
 

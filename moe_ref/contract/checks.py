@@ -7,7 +7,7 @@ from moe_ref.contract.errors import UsageTypeError, UsageValueError, raise_fault
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec
-from moe_ref.contract.vocabulary import Tokens
+from moe_ref.contract.vocabulary import Schedule, SharedPlacement, Tokens
 from moe_ref.contract.weights import WHOLE_PARAMETERS, WeightSource
 
 CHECKS = ("metadata", "values")
@@ -47,6 +47,16 @@ def check_capacity(spec: MoESpec, parallel: Parallel) -> None:
     if spec.router is not None and spec.router.capacity is not None and parallel.tokens is not Tokens.REPLICATED:
         raise UsageValueError(f"tokens={parallel.tokens}, but the router's capacity counts all tokens of the batch: "
                               "hand in a routing, or replicate the tokens")
+
+
+def check_partial(parallel: Parallel) -> None:
+    """Raise where the ranks' results are not partial sums of the layer."""
+    if parallel.schedule not in (Schedule.ALL_REDUCE, Schedule.REDUCE_SCATTER):
+        raise UsageValueError(f"reduce=False with schedule={parallel.schedule}, but only all_reduce and reduce_scatter "
+                              "have a partial sum of merged tokens")
+    if parallel.shared is SharedPlacement.REPLICATED:
+        raise UsageValueError(f"reduce=False with shared={parallel.shared}, but a whole shared expert is added after "
+                              "the reduction; should be sharded")
 
 
 def check_routing(routing: Routing, spec: MoESpec, num_tokens: int, check: str) -> None:

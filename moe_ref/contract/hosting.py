@@ -1,4 +1,4 @@
-"""Which expert-parallel rank serves a routed slot: the contract's rule, on tensors, without a host synchronisation."""
+"""Which expert-parallel rank serves a routed slot: the contract's rule, on tensors, nothing read back from them."""
 
 from functools import cache
 

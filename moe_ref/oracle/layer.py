@@ -20,18 +20,18 @@ from moe_ref.contract.checks import (
     check_devices,
     check_groups,
     check_injected,
+    check_partial,
     check_residual,
     check_routing,
     check_tokens,
 )
 from moe_ref.contract.comm import Groups
 from moe_ref.contract.dtypes import PLAIN_DTYPES
-from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.trace import Trace
-from moe_ref.contract.vocabulary import Schedule, SharedPlacement, Stage
+from moe_ref.contract.vocabulary import Stage
 from moe_ref.contract.weights import WeightSource, check_weights
 from moe_ref.oracle.collectives import enter, leave
 from moe_ref.oracle.dispatch import send, send_back
@@ -88,18 +88,8 @@ def experts(x_TH: torch.Tensor, routing: Routing, weights: WeightSource, spec: M
     check_weights(weights, spec, parallel, groups.rank)
     rank = Rank(parallel, groups)
     if not reduce:
-        _check_partial(parallel)
+        check_partial(parallel)
     return _experts(agreed_tokens(x_TH, rank), routing, weights, spec, rank, reduce=reduce, trace=trace, check=check)
-
-
-def _check_partial(parallel: Parallel) -> None:
-    """Raise where the ranks' results are not partial sums of the layer."""
-    if parallel.schedule not in (Schedule.ALL_REDUCE, Schedule.REDUCE_SCATTER):
-        raise UsageValueError(f"reduce=False with schedule={parallel.schedule}, but only all_reduce and reduce_scatter "
-                              "have a partial sum of merged tokens")
-    if parallel.shared is SharedPlacement.REPLICATED:
-        raise UsageValueError(f"reduce=False with shared={parallel.shared}, but a whole shared expert is added after "
-                              "the reduction; should be sharded")
 
 
 def _experts(x_TH: torch.Tensor, routing: Routing, weights: WeightSource, spec: MoESpec, rank: Rank, *, reduce: bool,

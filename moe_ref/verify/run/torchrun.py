@@ -100,7 +100,7 @@ class TorchrunRanks:
         self.seat, self.num_orders, self.over = seat, 0, ""
         subject = say_hello(seat, name)
         self.hellos = [msgspec.msgpack.decode(self._receive(f"hello {rank}"), type=Hello) for rank in range(seat.size)]
-        _check(self.hellos)
+        check_hosts(self.hellos)
         assert subject is not None
         self.subject: ModuleType = subject
         self._rank = TorchrunRank(seat, subject)
@@ -230,7 +230,8 @@ class TorchrunRanks:
         return self._working
 
 
-def _check(hellos: list[Hello]) -> None:
+def check_hosts(hellos: list[Hello]) -> None:
+    """Raise UsageValueError where a rank could not load the subject, or has other sources or another torch than the first."""
     first = hellos[0]
     for rank, hello in enumerate(hellos):
         if hello.usage_error:
