@@ -7,6 +7,7 @@ from moe_ref.contract.errors import raise_faults
 from moe_ref.contract.features import Feature
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.vocabulary import (
+    Direction,
     Dtype,
     Format,
     Hosting,
@@ -34,8 +35,8 @@ CAPABILITIES = Capabilities(
     features=(Feature.DENSE, Feature.GROUPS, Feature.SELECTION_BIAS, Feature.SHARED_EXPERT, Feature.RESIDUAL),
     max_tp=64, max_ep=64, tokens=tuple(Tokens), hostings=tuple(Hosting), redundant=True,
     shared_placements=tuple(SharedPlacement), schedules=tuple(Schedule), storages=tuple(Storage), ranks=tuple(Ranks),
-    deterministic=True, equal_ranks=True, lower_id_ties=True, collectives_through_groups=True)
-
+    directions=tuple(Direction), deterministic=True, equal_ranks=True, lower_id_ties=True,
+    collectives_through_groups=True)
 
 @cache
 def check_supported(spec: MoESpec) -> None:

@@ -8,11 +8,11 @@ from itertools import pairwise
 
 import torch
 
-from moe_fast.operators.collectives import exchange
 from moe_fast.operators.moved_rows import order_rows, take_rows
-from moe_fast.rank import Rank
 from moe_fast.tokens import GroupTokens
+from moe_ref.contract.collectives import exchange
 from moe_ref.contract.hosting import serving_copies
+from moe_ref.contract.rank import Rank
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 import torch
 
 from moe_fast.operators.act_rows import act_rows
-from moe_fast.operators.collectives import gather
 from moe_fast.operators.merged_down import merged_down, merged_down_forward
 from moe_fast.operators.rows import every_token
-from moe_fast.rank import Rank
 from moe_fast.tokens import GroupTokens
+from moe_ref.contract.collectives import gather
+from moe_ref.contract.rank import Rank
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Stage

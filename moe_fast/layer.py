@@ -11,7 +11,6 @@ from moe_fast.merge import merged_tokens, shared_rows
 from moe_fast.observe import check_untracked, record_routing
 from moe_fast.operators.router_logits import router_logits
 from moe_fast.operators.select import select
-from moe_fast.rank import Rank
 from moe_fast.tokens import agreed_tokens, complete, enter_tokens, router_over_tokens
 from moe_ref.contract.checks import (
     check_groups,
@@ -25,6 +24,7 @@ from moe_ref.contract.checks import (
 from moe_ref.contract.comm import Groups
 from moe_ref.contract.errors import UsageTypeError
 from moe_ref.contract.parallel import Parallel
+from moe_ref.contract.rank import Rank
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec, Router
 from moe_ref.contract.trace import Trace

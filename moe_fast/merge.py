@@ -10,13 +10,13 @@ import torch
 
 from moe_fast.dispatch import send, send_back
 from moe_fast.gather_form import merged_columns
-from moe_fast.operators.collectives import enter, leave
 from moe_fast.operators.experts import experts, experts_forward
 from moe_fast.operators.moved_rows import sum_rows, take_rows
 from moe_fast.operators.rows import every_token
-from moe_fast.rank import Rank
 from moe_fast.tokens import GroupTokens
+from moe_ref.contract.collectives import enter, leave
 from moe_ref.contract.comm import Comm
+from moe_ref.contract.rank import Rank
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Stage

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from moe_fast.operators.collectives import assemble, copy, enter, gather, leave, scatter
-from moe_fast.rank import Rank
+from moe_ref.contract.collectives import assemble, copy, enter, gather, leave, scatter
 from moe_ref.contract.parallel import cut
+from moe_ref.contract.rank import Rank
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.vocabulary import Schedule
 from moe_ref.contract.weights import MoEWeights

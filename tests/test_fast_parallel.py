@@ -16,8 +16,8 @@ from torch.autograd.function import once_differentiable
 
 import moe_fast
 from moe_fast import layer as fast_layer
-from moe_fast.operators import collectives
 from moe_ref import Groups, MoEWeights, Trace, parse_case
+from moe_ref.contract import collectives
 from moe_ref.contract.comm import SoloComm
 from moe_ref.contract.dtypes import TORCH_DTYPES
 from moe_ref.contract.errors import UsageValueError

@@ -16,11 +16,11 @@ from torch.autograd.function import once_differentiable
 
 import moe_ref
 from moe_ref import Case, Groups, MoEWeights, Parallel, Routing
+from moe_ref.contract import collectives
 from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.placements import PLACEMENTS, part_range, placements
 from moe_ref.contract.shares import RankShare, rank_shares
-from moe_ref.oracle import collectives
 from moe_ref.oracle import layer as oracle_layer
 from moe_ref.oracle.backward.layer import experts_backward, moe_backward
 from tests import backward_cases

@@ -44,10 +44,10 @@ DEFECTS = {
         "in_inner = start + i < intermediate_size - (intermediate_size == 54).to(tl.int32)", "down",
         experts=list(range(8)), ranks=[0]),
     "all-reduce left out": Defect(
-        "operators/collectives.py", "        return comm.all_reduce(tensor)", "        return tensor.clone()", "reduced"),
+        "tokens.py", "return leave(part_TH, *rank.with_other_parts)", "return part_TH", "reduced"),
     "all-reduce done twice": Defect(
-        "operators/collectives.py", "        return comm.all_reduce(tensor)",
-        "        return comm.all_reduce(comm.all_reduce(tensor))", "reduced"),
+        "tokens.py", "return leave(part_TH, *rank.with_other_parts)",
+        "return leave(leave(part_TH, *rank.with_other_parts), *rank.with_other_parts)", "reduced"),
     "residual added by every rank": Defect(
         "layer.py", "y_TH = y_TH + residual_TH", "y_TH = y_TH + parallel.tp * residual_TH", "reduced"),
     "last slot not merged": Defect(

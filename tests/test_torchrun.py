@@ -46,6 +46,7 @@ SPREAD = [f"v1-T5.{LAYER}-tp2", f"v1-T5.{LAYER}-tp3-split3.1.2", f"v1-T5.{LAYER}
           f"v1-T5.{LAYER}-tp4-allreducerows", f"v1-T5.{LAYER}", f"v1-T3.{LAYER}-tp2-ep2-reducescatter-tokensboth-bwd"]
 
 
+@pytest.mark.slow
 def test_cases_of_one_to_four_ranks_on_four(tmp_path: Path) -> None:
     """Every case takes as many ranks as it needs; one that needs more is not run, and says how many there are."""
     done = _torchrun(4, "moe_ref", *_options([*SPREAD, f"v1-T5.{LAYER}-tp8"], tmp_path))
@@ -67,30 +68,33 @@ def test_cases_of_one_to_four_ranks_on_four(tmp_path: Path) -> None:
 ENDS = {
     2: ("crash", "RuntimeError: boom on rank one [on rank 1]"),
     3: ("pass", ""),
-    4: ("crash", "rank 1 returned, but ranks [0, 2] wait in all_reduce((4, 32), 'torch.bfloat16') #0 of ranks [0, 1, 2]"),
+    4: ("crash", "rank 1 returned, but ranks [0, 2] wait in all_reduce((4, 32), 'torch.bfloat16') #0 of ranks [0, 1"),
     5: ("crash", "rank 1 issued all_reduce((6, 32), 'torch.bfloat16'), but ranks [0, 2] issued all_reduce((5, 32)"),
     6: ("pass", ""),
-    7: ("hang", "rank 1 of 3 did not answer within 5.33 s; ranks [0, 2] wait in all_reduce((7, 32), 'torch.bfloat16')"),
+    7: ("hang", "rank 1 of 3 did not answer within 8 s; ranks [0, 2] wait in all_reduce((7, 32), 'torch.bfloat16')"),
     8: ("not_run", f"the run ended with v1-T7.{LAYER}-tp3, from which ranks did not come back"),
 }
 
 
+@pytest.mark.slow
 def test_a_failure_is_named_and_the_next_case_runs_until_a_rank_is_lost(tmp_path: Path) -> None:
     """Ranks that failed meet in a new world; one that never comes back ends the run, and all processes with it."""
     cases = {tokens: f"v1-T{tokens}.{LAYER}-tp3" for tokens in ENDS}
     done = _torchrun(3, "tests.subjects.torchrun:wrong_by_tokens", *_options(list(cases.values()), tmp_path),
-                     "--time-limit=8")
+                     "--time-limit=12")
     assert done.returncode == 1, done.stderr
     assert "2 pass, 3 crash, 1 hang, 1 not_run; 6 of 7 executed" in done.stdout
     run = read_run(tmp_path)
     for tokens, (verdict, words) in ENDS.items():
         line = run.cases[cases[tokens]]
         assert line.verdict == verdict, line.message
-        assert words in line.reason.replace("5.34", "5.33")
+        # Making the inputs takes a part of the limit.
+        assert words in re.sub(r"within [78]\S* s", "within 8 s", line.reason)
     assert run.end is not None
     assert run.end.exit_code == 1
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_leaves_a_record_to_resume(tmp_path: Path) -> None:
     """torchrun ends the other ranks; what is recorded stays, and the case of the death is run again."""
     cases = [f"v1-T{tokens}.{LAYER}-tp2" for tokens in (2, 3)]
@@ -110,11 +114,12 @@ def _no_hosts() -> str:
     """Why this system cannot be two hosts; "" if it can."""
     if missing := [tool for tool in ("unshare", "nsenter", "ip") if not shutil.which(tool)]:
         return f"{', '.join(missing)} not found"
-    tried = subprocess.run("unshare --user --map-root-user --net --uts --mount ip link add a type veth peer name b",
+    tried = subprocess.run("unshare --user --map-root-user --net --uts --mount ip link add one type veth peer name other",
                            shell=True, capture_output=True, text=True, check=False)
     return tried.stderr.strip()
 
 
+@pytest.mark.slow
 def test_two_hosts(tmp_path: Path) -> None:
     """The command that the document names: two network namespaces, two ranks in each, groups across both."""
     if reason := _no_hosts():
@@ -122,7 +127,7 @@ def test_two_hosts(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "parallel.md").read_text()
     command = re.findall(r"^bash tests/two_hosts\.sh (?:.*\\\n)*.*$", text, re.MULTILINE)
     assert len(command) == 1
-    words = [str(tmp_path) if word == "RUN" else word for word in shlex.split(command[0])]
+    words = [str(tmp_path) if word == "RUN" else word for word in shlex.split(command[0].replace("\\\n", ""))]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False, cwd=ROOT, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     run = read_run(tmp_path)
@@ -154,10 +159,11 @@ def test_hosts_with_other_sources_are_refused() -> None:
     """One verdict on two versions would be on neither."""
     first = Hello(host="a", node=0, torch="2.13.0", source_digest="1234")
     check_hosts([first, first])
-    for other, words in ((Hello(host="b", node=1, torch="2.13.0", source_digest="5678"),
-                          "rank 1 on b has source_digest 5678, but rank 0 on a has 1234"),
-                         (Hello(host="b", node=1, torch="2.12.0", source_digest="1234"), "rank 1 on b has torch 2.12.0"),
-                         (Hello(host="b", node=1, torch="2.13.0", usage_error="no such thing"),
-                          r"no such thing \[rank 1 on b\]")):
-        with pytest.raises(UsageValueError, match=words):
-            check_hosts([first, other])
+    others = {
+        "rank 1 on b has source_digest 5678, but rank 0 on a has 1234": {"torch": "2.13.0", "source_digest": "5678"},
+        "rank 1 on b has torch 2.12.0, but rank 0 on a has 2.13.0": {"torch": "2.12.0", "source_digest": "1234"},
+        "no such thing [rank 1 on b]": {"torch": "2.13.0", "usage_error": "no such thing"},
+    }
+    for words, fields in others.items():
+        with pytest.raises(UsageValueError, match=re.escape(words)):
+            check_hosts([first, Hello(host="b", node=1, **fields)])

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_ref.contract.collectives import exchange
 from moe_ref.contract.hosting import serving_copies
-from moe_ref.oracle.collectives import exchange
-from moe_ref.oracle.rank import Rank
+from moe_ref.contract.rank import Rank
 from moe_ref.oracle.tokens import GroupTokens
 
 

@@ -6,11 +6,11 @@
 
 import torch
 
+from moe_ref.contract.collectives import gather
+from moe_ref.contract.rank import Rank
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.weights import WeightSource
 from moe_ref.oracle import expert as formula
-from moe_ref.oracle.collectives import gather
-from moe_ref.oracle.rank import Rank
 from moe_ref.oracle.routed import Slots, hosted_expert, num_hosted, projected, weighted
 from moe_ref.oracle.rows import RoutedRows
 

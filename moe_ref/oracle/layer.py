@@ -25,23 +25,31 @@ from moe_ref.contract.checks import (
     check_routing,
     check_tokens,
 )
+from moe_ref.contract.collectives import enter, leave
 from moe_ref.contract.comm import Groups
 from moe_ref.contract.dtypes import PLAIN_DTYPES
 from moe_ref.contract.parallel import Parallel
+from moe_ref.contract.rank import Rank
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Stage
 from moe_ref.contract.weights import WeightSource, check_weights
-from moe_ref.oracle.collectives import enter, leave
 from moe_ref.oracle.dispatch import send, send_back
 from moe_ref.oracle.gather_form import gathered_sums
-from moe_ref.oracle.rank import Rank
-from moe_ref.oracle.routed import Slots, add_identity, expert_sums, local_experts, places, tie
+from moe_ref.oracle.routed import Slots, add_identity, expert_sums, places, tie
 from moe_ref.oracle.router import route
 from moe_ref.oracle.rows import RoutedRows
 from moe_ref.oracle.shared import shared_rows
-from moe_ref.oracle.tokens import GroupTokens, RouterOverTokens, agreed_tokens, complete, enter_tokens, with_gates
+from moe_ref.oracle.tokens import (
+    GroupTokens,
+    RouterOverTokens,
+    agreed_tokens,
+    complete,
+    enter_tokens,
+    whole_in_sum,
+    with_gates,
+)
 from moe_ref.oracle.unbound import unbound
 
 
@@ -139,8 +147,8 @@ def _routed(tokens: GroupTokens, weights: WeightSource, spec: MoESpec, rank: Ran
         y_PH = y_PH if rank.by_slot else y_PH.unflatten(0, tokens.ids_TK.shape).sum(1)
         add_identity(y_PH, tokens, place_TK, spec, rank, None)
         return y_PH
-    slots = Slots(tokens.x_TH, local_experts(tokens.ids_TK, spec.num_experts, rank), tokens.weights_TK, place_TK,
-                  num_places)
+    ids_TK = tokens.ids_TK.where(tokens.ids_TK < spec.num_experts, -1)
+    slots = Slots(tokens.x_TH, rank.served(ids_TK, spec.num_experts), tokens.weights_TK, place_TK, num_places)
     rows = RoutedRows(trace, slots.local_TK, spec, rank)
     sums_of = gathered_sums if rank.by_output else expert_sums
     y_PH = sums_of(slots, unbound(weights), spec, rank, tie(slots, weights), rows)
@@ -168,7 +176,7 @@ def _finished(y_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, rank: Ra
         return y_TH
     if rank.by_slot or rank.whole_shared:  # the sum is complete, and every rank adds it
         return y_TH + enter(weights.output_bias_H.double(), *rank.with_other_tokens)
-    return y_TH + rank.whole_in_sum(weights.output_bias_H)
+    return y_TH + whole_in_sum(weights.output_bias_H, rank)
 
 
 def _record(trace: Trace | None, stages: dict[Stage, torch.Tensor | None]) -> None:

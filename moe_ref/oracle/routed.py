@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_ref.contract.hosting import serving_copies
+from moe_ref.contract.collectives import enter, once
+from moe_ref.contract.rank import Rank
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.weights import EXPERT_PARAMETERS, ExpertWeights, WeightSource, check_expert
 from moe_ref.oracle import expert as formula
-from moe_ref.oracle.collectives import enter, once
-from moe_ref.oracle.rank import Rank
 from moe_ref.oracle.rows import RoutedRows
 from moe_ref.oracle.tokens import GroupTokens
 
@@ -32,14 +31,6 @@ class Slots:
     weights_TK: torch.Tensor
     place_TK: torch.Tensor
     num_places: int
-
-
-def local_experts(ids_TK: torch.Tensor, num_experts: int, rank: Rank) -> torch.Tensor:
-    """Index in this rank's weights of the expert of each slot that it serves, else -1; tokens are on every ep rank."""
-    if rank.ep.size == 1:
-        return ids_TK.where((ids_TK >= 0) & (ids_TK < num_experts), -1)
-    host_TK, index_TK = serving_copies(ids_TK, rank.parallel, num_experts)
-    return index_TK.where(host_TK == rank.ep.rank, -1)
 
 
 def places(ids_TK: torch.Tensor, by_slot: bool) -> tuple[torch.Tensor, int]:

@@ -2,10 +2,10 @@
 
 import torch
 
+from moe_ref.contract.rank import Rank
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Stage
-from moe_ref.oracle.rank import Rank
 
 
 class RoutedRows:

@@ -2,12 +2,13 @@
 
 import torch
 
+from moe_ref.contract.collectives import enter
+from moe_ref.contract.rank import Rank
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.weights import WeightSource, check_shared
 from moe_ref.oracle import expert as formula
-from moe_ref.oracle.collectives import enter
 from moe_ref.oracle.gather_form import all_columns
-from moe_ref.oracle.rank import Rank
+from moe_ref.oracle.tokens import whole_in_sum
 
 
 def shared_rows(x_TH: torch.Tensor, gate_TS: torch.Tensor | None, weights: WeightSource, spec: MoESpec,
@@ -36,7 +37,7 @@ def shared_rows(x_TH: torch.Tensor, gate_TS: torch.Tensor | None, weights: Weigh
         if whole:
             shared_TH = shared_TH + enter(bias_H.double(), *holders)
         else:
-            shared_TH = shared_TH + (bias_H.double() if rank.by_output else rank.whole_in_sum(bias_H))
+            shared_TH = shared_TH + (bias_H.double() if rank.by_output else whole_in_sum(bias_H, rank))
     if spec.shared.gate == "sigmoid":
         assert gate_TS is not None
         shared_TH = shared_TH * gate_TS

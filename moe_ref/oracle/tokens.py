@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from moe_ref.contract.collectives import assemble, copy, enter, gather, leave, once, scatter
 from moe_ref.contract.parallel import cut
+from moe_ref.contract.rank import Rank
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.vocabulary import Schedule
 from moe_ref.contract.weights import ExpertWeights, WeightSource
-from moe_ref.oracle.collectives import assemble, copy, enter, gather, leave, scatter
-from moe_ref.oracle.rank import Rank
 from moe_ref.oracle.router import shared_gates
 
 
@@ -84,6 +84,13 @@ def enter_tokens(x_TH: torch.Tensor, routing: Routing, spec: MoESpec, rank: Rank
     if shared_TS is not None and spec.shared is not None and not rank.whole_shared:
         gates_TS = torch.cat(entered(shared_TS))
     return GroupTokens(torch.cat(parts), ids_TK, weights_TK, gates_TS, tuple(len(part) for part in parts))
+
+
+def whole_in_sum(parameter_H: torch.Tensor, rank: Rank) -> torch.Tensor:
+    """A parameter (H,) that every rank holds whole, as this rank's part of the sum; its gradient is complete."""
+    whole_H = enter(parameter_H.double(), rank.tp, rank.ep)
+    start, stop = rank.outputs(len(whole_H))
+    return whole_H[start:stop] if rank.by_output else once(whole_H, rank.adds_what_is_whole)
 
 
 def complete(part_TH: torch.Tensor, counts: tuple[int, ...], rank: Rank) -> torch.Tensor:

@@ -12,6 +12,7 @@ from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import Dtype, Pattern, Ranks
 from moe_ref.models.registry import models
 from moe_ref.tiers.axes import AXES, PLAIN, SHAPES, SHARED, SPREADS, Row, row_case
+from moe_ref.tiers.backward import backward_ids
 from moe_ref.tiers.cover import pairwise_rows, possible_pairs, row_pairs
 from moe_ref.tiers.families import family_ids
 
@@ -44,6 +45,8 @@ MINIMUM_EXECUTED = {"smoke": 24, "quick": 250, "full": 280, "nightly": 500, "fam
 """families: what an implementation of softmax routers, expert groups and shared experts can run at least; ranks:
 what one of tensor parallelism alone can."""
 
+SMOKE_GRADIENTS = ("v1-T12.H40.I36.E6.K3-fp32-norm-sh19-shgate-res-tp2-bwd",
+                   "v1-T12.H40.I36.E6.K3-bf16-norm-sh19-shgate-res-tp2-reducescatter-tokenstp-bwd")
 BIASED = "v1-T21.H48.I40.E8.K2-fp32-norm-mlpbias-sh26-shgate-shmlpbias-outbias-res-tp2"
 
 _TP_AND_DTYPE = tuple(product(AXES["tp"], Dtype))
@@ -107,7 +110,7 @@ def _rank_cases() -> list[PlannedCase]:
         case = row_case(row) or row_case(row | {"pattern": Pattern.UNIFORM})
         assert case is not None
         planned.append(PlannedCase(case=case, ranks=Ranks.GLOO, purpose=f"{SPREADS[spread].purpose}, tp {tp}"))
-    return planned
+    return planned + [replace(one, ranks=Ranks.GLOO) for one in _pinned(backward_ids()) if one.case.parallel.size > 1]
 
 
 QUICK_MODELS = ("olmoe.1b.7b.T8.E4-bf16-tp2", "granite3.1b.a400m.T16.E8-bf16-tp4", "qwen3.30b.a3b.T4.E8-bf16-tp8",
@@ -148,10 +151,11 @@ def tier(name: str) -> Tier:
     rows = _smoke_rows() if name == "smoke" else _quick_rows()
     planned = [PlannedCase(case=case, purpose=purpose) for row, purpose in rows if (case := row_case(row))]
     planned.append(PlannedCase(case=parse_case(BIASED), purpose="biases of w2 and output added once, not tp times"))
+    gradients = _pinned(backward_ids())
     if name == "smoke":
-        planned += _gloo_cases()[:2]
+        planned += _gloo_cases()[:2] + [one for one in gradients if one.case_id in SMOKE_GRADIENTS]
     else:
-        planned += _gloo_cases() + _model_cases(name)
+        planned += _gloo_cases() + gradients + _model_cases(name)
     if name == "nightly":
         planned += [one for seed in (2, 3) for one in _seeds(planned, seed)]
     unique = {one.case_id: one for one in reversed(planned)}
@@ -161,8 +165,12 @@ def tier(name: str) -> Tier:
     return Tier(name, cases, MINIMUM_EXECUTED[name], len(covered & possible), len(possible))
 
 
+def _pinned(named: list[tuple[str, str]]) -> list[PlannedCase]:
+    return [PlannedCase(case=parse_case(text), purpose=purpose) for text, purpose in named]
+
+
 def _families() -> Tier:
-    planned = tuple(PlannedCase(case=parse_case(text), purpose=purpose) for text, purpose in family_ids())
+    planned = tuple(_pinned([*family_ids(), *backward_ids(whole_spec=True)]))
     return Tier("families", planned, MINIMUM_EXECUTED["families"], 0, 0)
 
 

@@ -230,7 +230,7 @@ def _run_local(job: Job) -> list[Outcome] | Failed:
 
     def body(comm: LocalComm, run: int) -> RankResult | RankReport:
         try:
-            # Forward only: no autograd, whose worker threads virtual ranks must not share.
+            # No autograd, whose worker threads virtual ranks must not share; a backward case has it in this thread.
             with torch.no_grad():
                 return job.run_rank(grid_groups(comm, job.case.parallel.tp, job.case.parallel.ep), device, run)
         except UsageError as error:

@@ -225,13 +225,15 @@ class TorchrunRanks:
         return watch, {rank: frame for rank, frame in frames.items() if frame}
 
     def close(self) -> bool:
-        """Stop waiting for ranks; whether one of them is still at work."""
+        """Leave the others, without waiting for any; whether one of them is still at work."""
         self._closed = True
+        if not self._working:
+            self._rank.leave_world()
         return self._working
 
 
 def check_hosts(hellos: list[Hello]) -> None:
-    """Raise UsageValueError where a rank could not load the subject, or has other sources or another torch than the first."""
+    """Raise UsageValueError where a rank could not load the subject, or has other sources or torch than rank 0."""
     first = hellos[0]
     for rank, hello in enumerate(hellos):
         if hello.usage_error:

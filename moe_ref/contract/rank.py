@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from moe_ref.contract.comm import Comm, Groups
+from moe_ref.contract.hosting import serving_copies
 from moe_ref.contract.parallel import Parallel, Range
 from moe_ref.contract.vocabulary import Schedule, SharedPlacement
-from moe_ref.oracle.collectives import enter, once
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,16 @@ class Rank:
         return self.groups.ep
 
     @property
+    def over_tp(self) -> bool:
+        """Whether each tp rank was handed tokens of its own."""
+        return self.parallel.tokens.over_tp
+
+    @property
+    def over_ep(self) -> bool:
+        """Whether each ep rank was handed tokens of its own, so that rows travel."""
+        return self.parallel.tokens.over_ep
+
+    @property
     def by_output(self) -> bool:
         """Whether w2 is cut by output: this rank then makes columns of the result, no partial sum."""
         return self.parallel.schedule is Schedule.GATHER
@@ -45,13 +55,12 @@ class Rank:
     @property
     def with_other_tokens(self) -> tuple[Comm, ...]:
         """The groups whose ranks were handed other tokens: a whole parameter's gradient is added up over them."""
-        tokens = self.parallel.tokens
-        return (self.tp,) * tokens.over_tp + (self.ep,) * tokens.over_ep
+        return (self.tp,) * self.over_tp + (self.ep,) * self.over_ep
 
     @property
     def with_other_parts(self) -> tuple[Comm, ...]:
         """The groups over which a partial sum is completed: tp, and ep unless its ranks have other tokens."""
-        return (self.tp,) if self.parallel.tokens.over_ep else (self.tp, self.ep)
+        return (self.tp,) if self.over_ep else (self.tp, self.ep)
 
     @property
     def adds_what_is_whole(self) -> bool:
@@ -66,8 +75,12 @@ class Rank:
         """The columns of the result that this rank's w2 makes."""
         return self.columns(hidden) if self.by_output else (0, hidden)
 
-    def whole_in_sum(self, parameter_H: torch.Tensor) -> torch.Tensor:
-        """A parameter (H,) that every rank holds whole, as this rank's part of the sum; its gradient is complete."""
-        whole_H = enter(parameter_H.double(), self.tp, self.ep)
-        start, stop = self.outputs(len(whole_H))
-        return whole_H[start:stop] if self.by_output else once(whole_H, self.adds_what_is_whole)
+    def served(self, ids_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
+        """Index in this rank's weights of the expert of each slot that it serves; tokens are on every ep rank.
+
+        Of all other slots -1, but a rank that hosts every expert takes the ids as they are.
+        """
+        if self.ep.size == 1:
+            return ids_TK
+        host_TK, index_TK = serving_copies(ids_TK, self.parallel, num_experts)
+        return index_TK.where(host_TK == self.ep.rank, -1)
