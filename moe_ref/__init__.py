@@ -23,7 +23,8 @@ _HOMES = {
     "CountingComm": "contract.comm", "SoloComm": "contract.comm", "TorchComm": "contract.torch_comm",
     "LocalComm": "contract.local_comm", "run_virtual_ranks": "contract.local_comm",
     "Trace": "contract.trace", "Stage": "contract.vocabulary", "Verdict": "contract.vocabulary",
-    "Dtype": "contract.vocabulary", "Schedule": "contract.vocabulary", "Tokens": "contract.vocabulary",
+    "Direction": "contract.vocabulary", "Dtype": "contract.vocabulary",
+    "Schedule": "contract.vocabulary", "Tokens": "contract.vocabulary",
     "Hosting": "contract.vocabulary", "SharedPlacement": "contract.vocabulary", "grid_groups": "contract.comm",
     "Capabilities": "contract.capabilities", "Feature": "contract.features", "WeightSource": "contract.weights",
     "Numerics": "contract.capabilities",
@@ -44,6 +45,7 @@ __all__ = [
     "Case",
     "Comm",
     "CountingComm",
+    "Direction",
     "Dtype",
     "ExpertWeights",
     "Feature",
@@ -116,6 +118,7 @@ if TYPE_CHECKING:
     from moe_ref.contract.torch_comm import TorchComm
     from moe_ref.contract.trace import Trace
     from moe_ref.contract.vocabulary import (
+        Direction,
         Dtype,
         Format,
         Hosting,

@@ -114,7 +114,7 @@ def _no_hosts() -> str:
     """Why this system cannot be two hosts; "" if it can."""
     if missing := [tool for tool in ("unshare", "nsenter", "ip") if not shutil.which(tool)]:
         return f"{', '.join(missing)} not found"
-    tried = subprocess.run("unshare --user --map-root-user --net --uts --mount ip link add one type veth peer name other",
+    tried = subprocess.run("unshare --user --map-root-user --net --uts --mount ip link add one type veth peer name two",
                            shell=True, capture_output=True, text=True, check=False)
     return tried.stderr.strip()
 

@@ -104,8 +104,9 @@ class _Baton:
         other = min(current.requests)
         mine, first = current.requests[rank], current.requests[other]
         if (mine.operation, mine.signature) != (first.operation, first.signature):
+            group = "" if len(current.members) == self.size else f" of ranks {list(current.members)}"
             raise CollectiveMismatch(
-                f"collective #{current.number}: rank {rank} issued {mine.operation}{mine.signature}, "
+                f"collective #{current.number}{group}: rank {rank} issued {mine.operation}{mine.signature}, "
                 f"but rank {other} issued {first.operation}{first.signature}")
 
     def finish(self, rank: int) -> None:

@@ -7,6 +7,7 @@ from moe_ref.records.schema import StageResult, from_number
 
 _NEAR = 0.02
 """How far from a whole multiple a best-fit scale may be: roundings and a residual move it."""
+_ORDER_TOO = "; or parts of the ranks in another order beside a right residual"
 _UNRELATED = 0.2
 """Below this scale got and want have little in common; numbers of another rank have about 0."""
 
@@ -24,11 +25,12 @@ def _of_scale(stage: StageResult, case: Case) -> str:
     if stage.stage != Stage.REDUCED:
         return ""
     scale, parallel = from_number(stage.scale), case.parallel
+    by_parts = parallel.schedule in (Schedule.GATHER, Schedule.REDUCE_SCATTER)
     for size in sorted({parallel.tp, parallel.ep, parallel.size} - {1}):
         if abs(scale / size - 1) < _NEAR:
             return f"{size} times the sum: reduced twice, or added by {size} ranks"
         if abs(scale * size - 1) < _NEAR:
-            return f"1/{size} of the sum: not reduced, or a mean"
+            return f"1/{size} of the sum: not reduced, or a mean" + _ORDER_TOO * (by_parts and case.problem.residual)
     if case.problem.residual and 1 + _NEAR < scale < parallel.size:
         return "a residual that more than one rank adds"
     return ""

@@ -173,7 +173,9 @@ class RankWatch:
         # The few differ from the many; of as many, the later ones from the first.
         many, *few = sorted(issued, key=lambda text: (-len(issued[text]), issued[text]))
         odd = few[0]
-        return issued[odd], (f"collective #{key[1]}: {rank_words(issued[odd])} issued {odd}, "
+        members, number = key
+        group = "" if len(members) == self.size else f" of ranks {list(members)}"
+        return issued[odd], (f"collective #{number}{group}: {rank_words(issued[odd])} issued {odd}, "
                              f"but {rank_words(issued[many])} issued {many}")
 
     def answers(self, places: str) -> list[bytes | RankError]:

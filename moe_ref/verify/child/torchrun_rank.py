@@ -8,6 +8,7 @@ import faulthandler
 import os
 import signal
 import socket
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -35,6 +36,7 @@ _SET_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GRO
 END_SECONDS = 15.0
 """What a rank gets beyond the time limit before it ends itself, so that the first one gives its verdict before."""
 
+POLL_SECONDS = 0.002
 _PART_BYTES = 4 << 20  # the store takes no value above 8 MiB
 _FOREVER = timedelta(days=365)
 
@@ -162,6 +164,7 @@ class TorchrunRank:
                 self._world = self._join(order.world)
             taken = order.ep * order.tp
             groups = grid_groups(self._world.take(taken), order.tp, order.ep)
+            self._meet()
             if self.seat.rank < taken:
                 self._limit_waiting(groups)
                 before = _num_groups()
@@ -193,6 +196,17 @@ class TorchrunRank:
                                 timeout=timedelta(seconds=seat.collective_seconds),
                                 device_id=seat.device if seat.backend == "nccl" else None)
         return _FirstRanks(watch=self._watch)
+
+    def _meet(self) -> None:
+        """Wait for all ranks to have their groups: one that left before would keep others from connecting."""
+        store, key = self.seat.store, f"order {self._order}: met"
+        until = time.monotonic() + self.seat.collective_seconds
+        store.add(key, 1)
+        # Polled: waiting in the store would keep the judge, who shares the first rank's connection, from it.
+        while (met := store.add(key, 0)) < self.seat.size:
+            if time.monotonic() > until:
+                raise TimeoutError(f"{met} of {self.seat.size} ranks have made their process groups")
+            time.sleep(POLL_SECONDS)
 
     @contextmanager
     def _watch(self, members: tuple[int, ...], operation: str, signature: tuple) -> Iterator[None]:

@@ -20,6 +20,7 @@ from moe_ref.verify.child.messages import Request, unpack_runs
 from moe_ref.verify.child.process_ranks import STUCK_SECONDS, RanksHung
 from moe_ref.verify.child.rank_watch import Entered, Left, Raised, RankError, RankWatch, rank_words
 from moe_ref.verify.child.torchrun_rank import (
+    POLL_SECONDS,
     End,
     Hello,
     Log,
@@ -43,7 +44,6 @@ from moe_ref.verify.run.run import EXIT_HARNESS, EXIT_OK, Observer, Plan, RunRes
 GUARD = "torchrun rank: no protection against hangs and crashes, and the first one shares its process with the judge"
 
 JOIN_SECONDS, LEAVE_SECONDS = 180.0, 10.0
-_POLL_SECONDS = 0.002
 _LINES = msgspec.json.Decoder(Entered | Left)
 
 Run = Callable[[Plan, Observer], RunResult]
@@ -80,7 +80,7 @@ def _let_go(seat: Seat, ranks: "TorchrunRanks | None", code: int) -> None:
         return
     until = time.monotonic() + LEAVE_SECONDS
     while seat.store.add("left", 0) < seat.size - 1 and time.monotonic() < until:
-        time.sleep(_POLL_SECONDS)
+        time.sleep(POLL_SECONDS)
 
 
 def _end_at_once(code: int) -> None:
@@ -176,7 +176,7 @@ class TorchrunRanks:
             if logs and now > look_at:
                 look_at = now + STUCK_SECONDS / 8
                 self._free_stuck(number, work.tp * work.ep, logs)
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
         self._working = len(logs) < self.seat.size
         return logs
 

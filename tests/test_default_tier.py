@@ -1,0 +1,50 @@
+"""The tier that runs when none is named must catch the classic mistakes of parallel layers at tp 2, and say what they are.
+
+Cases run in the order of the tier until one fails, as a user would read them.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from moe_ref.contract.vocabulary import RED_VERDICTS, Ranks
+from moe_ref.records.schema import CaseLine
+from moe_ref.tiers.tiers import tier
+from tests.in_process import judged
+from tests.subjects import mistaken_parallel as mistaken
+from tests.subjects import oracle_gradients as gradients
+
+MISTAKES = (
+    (mistaken.BiasOnEveryRank, "down", "a bias of w2, or an identity expert, that rank 0 of tp should add alone"),
+    (mistaken.NoReduction, "reduced", "none, but should be tp.all_reduce of 3168 elements"),
+    (mistaken.ReducedTwice, "reduced", "2 times the sum: reduced twice"),
+    (mistaken.OverTheOtherGroup, None, "#4 of ranks [0, 2]: rank 2 issued all_reduce((16, 96)"),
+    (mistaken.GateOfOneRankUpOfAnother, "act", "gate and up rows that do not belong together"),
+    (mistaken.GatheredInReverse, "reduced", "parts of the ranks in another order"),
+    (mistaken.SharedReducedTwice, "merged", "tp.all_reduce of 3168 elements, but should be none"),
+    (mistaken.ResidualPerRank, "reduced", "a residual that more than one rank adds"),
+    (gradients.WeightsNotReduced, "grad_router", "grad_router"),
+    (gradients.TokensReducedTwice, "grad_x", "grad_x"),
+)
+
+
+def first_failure(subject: object) -> CaseLine:
+    """The first failing line of the smoke tier's cases at tp 2 on virtual ranks."""
+    cases = [one.case_id for one in tier("smoke").cases if one.case.parallel.tp == 2 and one.ranks is Ranks.LOCAL]
+    lines: Iterator[CaseLine] = (judged(subject, case_id, runs=1) for case_id in cases)
+    return next(line for line in lines if line.verdict in RED_VERDICTS)
+
+
+@pytest.mark.parametrize(("mistake", "stage", "words"), MISTAKES)
+def test_caught_at_two_ranks_and_named(mistake: Callable[[], object], stage: str | None, words: str) -> None:
+    """Stage and cause in the message."""
+    line = first_failure(mistake())
+    assert line.first_stage == stage, line.message
+    assert words in line.message, line.message
+
+
+@pytest.mark.parametrize("right", [mistaken.ParallelMoE, gradients.OracleGradients])
+def test_the_right_layer_passes_all_of_them(right: Callable[[], object]) -> None:
+    """Otherwise the mistakes might not be what was caught."""
+    with pytest.raises(StopIteration):
+        first_failure(right())
