@@ -1,4 +1,4 @@
-"""The tier that runs when none is named must catch the classic mistakes of parallel layers at tp 2, and say what they are.
+"""The tier that runs when none is named must catch the classic parallel mistakes at tp 2, and say what they are.
 
 Cases run in the order of the tier until one fails, as a user would read them.
 """

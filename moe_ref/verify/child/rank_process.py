@@ -62,7 +62,7 @@ def rank_main(home: Home, body: Body) -> None:
     faulthandler.enable(home.dump)
     faulthandler.register(DUMP_SIGNAL, file=home.dump, all_threads=True)
     torch.set_num_threads(1)
-    world: _FirstRanks | None = None
+    world: FirstRanks | None = None
     while True:
         try:
             order = msgspec.msgpack.decode(home.orders.recv_bytes(), type=World | Work)
@@ -91,10 +91,10 @@ def _say(home: Home, message: RankMessage) -> None:
     home.messages.send_bytes(msgspec.msgpack.encode(message))
 
 
-class _FirstRanks(TorchComm):
+class FirstRanks(TorchComm):
     """The first ranks of a world, which the ranks behind them help to divide: c10d wants all of them for that."""
 
-    def take(self, size: int) -> "_FirstRanks":
+    def take(self, size: int) -> "FirstRanks":
         """With the first `size` ranks."""
         self.size = size
         return self
@@ -113,7 +113,7 @@ def _set_device(home: Home) -> torch.device:
     return device
 
 
-def _join(home: Home, order: World) -> _FirstRanks:
+def _join(home: Home, order: World) -> FirstRanks:
     if dist.is_initialized():
         dist.destroy_process_group()
     # A bound device makes NCCL connect at once, and later groups by splitting, for which all ranks of a world meet.
@@ -129,19 +129,19 @@ def _join(home: Home, order: World) -> _FirstRanks:
         yield
         _say(home, Left())
 
-    return _FirstRanks(watch=watch)
+    return FirstRanks(watch=watch)
 
 
-def _work(home: Home, world: _FirstRanks, order: Work, body: Body) -> None:
+def _work(home: Home, world: FirstRanks, order: Work, body: Body) -> None:
     taken = order.ep * order.tp
     groups = grid_groups(world.take(taken), order.tp, order.ep)
     if home.rank >= taken:
         return
-    device, before = _set_device(home), _num_groups()
+    device, before = _set_device(home), num_groups()
     content = body(groups, device, order.job, lambda text: _say(home, Told(text)) if home.rank == 0 else None)
-    _say(home, Returned(content, fit=_num_groups() == before))
+    _say(home, Returned(content, fit=num_groups() == before))
 
 
-def _num_groups() -> int:
+def num_groups() -> int:
     """c10d names groups by counting: a subject that makes its own gets ranks out of step with those behind."""
     return len(dist.distributed_c10d._world.pg_names)

@@ -27,7 +27,7 @@ from moe_ref.contract.comm import Groups, grid_groups
 from moe_ref.contract.errors import UsageError, UsageValueError, raise_faults
 from moe_ref.contract.torch_comm import TorchComm
 from moe_ref.verify.child.execute import run_job
-from moe_ref.verify.child.rank_process import _FirstRanks, _num_groups
+from moe_ref.verify.child.rank_process import FirstRanks, num_groups
 from moe_ref.verify.child.rank_watch import Entered, Left, Raised, Returned
 from moe_ref.verify.run.subjects import load_subject, source_digest
 
@@ -148,7 +148,7 @@ class TorchrunRank:
 
     def __init__(self, seat: Seat, subject: ModuleType) -> None:
         self.seat, self.subject = seat, subject
-        self._world: _FirstRanks | None = None
+        self._world: FirstRanks | None = None
         self._number = -1
         self._order = 0
         self._issued: Counter[tuple[int, ...]] = Counter()
@@ -167,9 +167,9 @@ class TorchrunRank:
             self._meet()
             if self.seat.rank < taken:
                 self._limit_waiting(groups)
-                before = _num_groups()
+                before = num_groups()
                 end = Returned(run_job(self.subject, groups, self.seat.device, order.job, tell))
-                num_made = _num_groups() - before
+                num_made = num_groups() - before
         except BaseException as error:
             texts = (str(error), "".join(traceback.format_exception(error)))
             end = Raised(f"{type(error).__module__}.{type(error).__qualname__}",
@@ -187,7 +187,7 @@ class TorchrunRank:
         if dist.is_initialized():
             dist.destroy_process_group()
 
-    def _join(self, number: int) -> _FirstRanks:
+    def _join(self, number: int) -> FirstRanks:
         self.leave_world()
         seat, self._number = self.seat, number
         # A bound device makes NCCL connect at once, and later groups by splitting, for which all ranks of a world meet.
@@ -195,7 +195,7 @@ class TorchrunRank:
                                 rank=seat.rank, world_size=seat.size,
                                 timeout=timedelta(seconds=seat.collective_seconds),
                                 device_id=seat.device if seat.backend == "nccl" else None)
-        return _FirstRanks(watch=self._watch)
+        return FirstRanks(watch=self._watch)
 
     def _meet(self) -> None:
         """Wait for all ranks to have their groups: one that left before would keep others from connecting."""
