@@ -6,22 +6,26 @@ Cases run in the order of the tier until one fails, as a user would read them.
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
+from moe_ref.contract.comm import Comm
 from moe_ref.contract.vocabulary import RED_VERDICTS, Ranks
 from moe_ref.records.schema import CaseLine
 from moe_ref.tiers.tiers import tier
+from moe_ref.verify.run.untried import untried
 from tests.in_process import judged
 from tests.subjects import mistaken_parallel as mistaken
 from tests.subjects import oracle_gradients as gradients
+from tests.subjects.parallel_call import ParallelCall
 
 MISTAKES = (
     (mistaken.BiasOnEveryRank, "down", "a bias of w2, or an identity expert, that rank 0 of tp should add alone"),
-    (mistaken.NoReduction, "reduced", "none, but should be tp.all_reduce of 3168 elements"),
+    (mistaken.NoReduction, "reduced", "tp.all_reduce of 3168 elements missing"),
     (mistaken.ReducedTwice, "reduced", "2 times the sum: reduced twice"),
     (mistaken.OverTheOtherGroup, None, "#4 of ranks [0, 2]: rank 2 issued all_reduce((16, 96)"),
     (mistaken.GateOfOneRankUpOfAnother, "act", "gate and up rows that do not belong together"),
     (mistaken.GatheredInReverse, "reduced", "parts of the ranks in another order"),
-    (mistaken.SharedReducedTwice, "merged", "tp.all_reduce of 3168 elements, but should be none"),
+    (mistaken.SharedReducedTwice, "merged", "tp.all_reduce of 3168 elements too many"),
     (mistaken.ResidualPerRank, "reduced", "a residual that more than one rank adds"),
     (gradients.WeightsNotReduced, "grad_router", "grad_router"),
     (gradients.TokensReducedTwice, "grad_x", "grad_x"),
@@ -41,6 +45,26 @@ def test_caught_at_two_ranks_and_named(mistake: Callable[[], object], stage: str
     line = first_failure(mistake())
     assert line.first_stage == stage, line.message
     assert words in line.message, line.message
+
+
+class NoReductionOverEP(mistaken.ParallelMoE):
+    """A layer without further features that leaves its partial sums apart where experts are spread."""
+
+    features = ()
+
+    def sum_over(self, call: ParallelCall, comm: Comm, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if comm is call.groups.ep else super().sum_over(call, comm, tensor)
+
+
+def test_a_plain_layer_is_tried_under_everything_it_declares() -> None:
+    """Cases with features it lacks do not count: what spreads a layer must be tried without them."""
+    ran, subject = [], NoReductionOverEP()
+    for one in tier("smoke").cases:
+        if subject.CAPABILITIES.refusal(one.case, one.ranks, "cpu") is None:
+            ran.append(one.case)
+    assert untried(subject.CAPABILITIES, ran) == []
+    line = first_failure(subject)
+    assert "ep.all_reduce of 3168 elements missing" in line.message
 
 
 @pytest.mark.parametrize("right", [mistaken.ParallelMoE, gradients.OracleGradients])

@@ -58,7 +58,7 @@ DEFECTS = {
     # Merge and ranks.
     "shared_per_rank": Caught("v1-T17.H80.I72.E5.K3-bf16-norm-sh39-tp2", Stage.MERGED, (), (0, 1)),
     "all_reduce_left_out": Caught(PLAIN + "-bf16-norm-tp3", Stage.REDUCED, (), (0, 1, 2),
-                                  words="none, but should"),
+                                  words="missing"),
     "all_reduce_twice": Caught(PLAIN + "-bf16-norm-tp2", Stage.REDUCED, (), (0, 1)),
     "residual_per_rank": Caught("v1-T40.H72.I90-bf16-res-tp4", Stage.REDUCED, (), (0, 1, 2, 3)),
     # Memory, promises, structure.

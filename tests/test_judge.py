@@ -61,7 +61,7 @@ def test_numbers_decide(stages: tuple[StageResult, ...], expected: tuple[Verdict
 @pytest.mark.parametrize(("changes", "expected", "words"), [
     ({"changed_inputs": ("x_TH",)}, Verdict.STRUCT, "changed its inputs x_TH"),
     ({"calls": (REDUCE, REDUCE * 2)}, Verdict.STRUCT, "collectives of rank 1"),
-    ({"calls": (REDUCE, ())}, Verdict.STRUCT, "none, but should be tp.all_reduce of 40 elements"),
+    ({"calls": (REDUCE, ())}, Verdict.STRUCT, "tp.all_reduce of 40 elements missing"),
     ({"calls": (REDUCE, (("tp.all_reduce", 41),))}, Verdict.STRUCT, "all_reduce of 41 elements"),
     ({"calls": (REDUCE, (("ep.all_reduce", 40),))}, Verdict.STRUCT, "ep.all_reduce of 40 elements, but should be tp."),
     ({"calls": (REDUCE, ()), "wanted_calls": ()}, Verdict.PASS, ""),
@@ -108,7 +108,7 @@ def test_a_mismatch_mentions_wrong_calls() -> None:
     judgement = judge(Measurement((BAD_ACT,)), facts(calls=((), ())), 1.0, 2.0)
     assert judgement.verdict is Verdict.MISMATCH
     assert "expert 1, rank 0, 1 token" in judgement.reason
-    assert "collectives of rank 0: none" in judgement.reason
+    assert "tp.all_reduce of 40 elements missing" in judgement.reason
 
 
 def test_the_judge_is_pure() -> None:
@@ -153,12 +153,12 @@ MESSAGES = {
 @pytest.mark.parametrize("name", MESSAGES)
 @pytest.mark.parametrize("calls", [(REDUCE, REDUCE), ((), ())], ids=["right calls", "no calls"])
 def test_a_message_is_short_and_can_be_replayed(name: str, calls: tuple) -> None:
-    """At most ten lines, the verdict in a first line below 120 characters, the replay command in the last."""
+    """At most ten lines, the verdict in a first line below 180 characters, the replay command in the last."""
     judgement = judge(Measurement(MESSAGES[name]), facts(calls=calls), 1.0, 2.0)
     lines = message(judgement, MESSAGES[name]).splitlines()
     assert len(lines) <= 10
     assert lines[0].startswith("mismatch: ")
-    assert len(lines[0]) < 120
+    assert len(lines[0]) < 180
     assert lines[-1] == f"  replay  moe-ref replay {CASE_ID} --impl moe_fast --ranks local --device cpu"
     assert any(CASE_ID in line and "moe_fast 1" in line for line in lines[1:])
 
@@ -173,7 +173,7 @@ def test_long_reasons_do_not_flood_the_terminal(judgement: Judgement) -> None:
     """The first line still fits a screen; details are the last three lines; the record has the rest."""
     lines = message(judgement).splitlines()
     assert len(lines) <= 10
-    assert len(lines[0]) < 120
+    assert len(lines[0]) < 180
     assert lines[0].startswith(f"{judgement.verdict}: ")
     assert lines[-1].startswith("  replay  moe-ref replay ")
 

@@ -11,7 +11,7 @@ from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.shares import rank_shares
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.vocabulary import Dtype, Schedule, Storage, Tokens
-from moe_ref.contract.volume import Transfer, transfers
+from moe_ref.contract.volume import Transfer, additions_between_ranks, transfers
 from moe_ref.models.registry import Model
 from moe_ref.models.words import mlp_formula, numerics_words, router_steps, shared_words
 
@@ -164,6 +164,7 @@ def _planned(case: Case) -> list[tuple[Transfer, ...]]:
 def _schedules(case: Case, mark: bool = True) -> Lines:
     """Calls and bytes of rows per rank, the most that any rank sends, under each schedule that the tokens allow."""
     lines, size = [], _BYTES[case.problem.dtype]
+    beside = "" if case.parallel.tokens is Tokens.REPLICATED else " at most, ids and weights not counted"
     for schedule in Schedule:
         try:
             planned = _planned(replace(case, parallel=replace(case.parallel, schedule=schedule)))
@@ -171,7 +172,7 @@ def _schedules(case: Case, mark: bool = True) -> Lines:
             continue
         calls = [sum(not one.describes for one in ranks) for ranks in planned]
         sent = [size * sum(one.num_elements for one in ranks if not one.describes) for ranks in planned]
-        lines.append((schedule.value, f"{max(calls)} call{'s' * (max(calls) != 1)}, {max(sent)} bytes per rank"
+        lines.append((schedule.value, f"{max(calls)} call{'s' * (max(calls) != 1)}, {max(sent)} bytes per rank" + beside
                       + " (this case)" * (mark and schedule is case.parallel.schedule)))
     return lines
 
@@ -179,13 +180,17 @@ def _schedules(case: Case, mark: bool = True) -> Lines:
 def _bounds(case: Case) -> Lines:
     spec, dtype = case.problem.spec, case.problem.dtype
     inner = max(stop - start for start, stop in case.parallel.ranges(spec.intermediate_size))
+    if case.parallel.schedule is Schedule.GATHER:
+        inner = spec.intermediate_size
+    rows = case.parallel.schedule is Schedule.ALL_REDUCE_ROWS
     return [
         ("bound act", f"from x: gamma(K={spec.hidden_size}) = {spec.hidden_size * 2.0**-24:.2e} of the sum of "
                       f"absolute products of gate and up, through the activation, plus one store in {dtype}"),
         ("bound down", f"from act: gamma(K={inner}) = {inner * 2.0**-24:.2e} of the sum of absolute products, "
                        f"times the weight, plus one store in {dtype}"),
         ("bound merged", f"from down: {spec.top_k + (spec.shared is not None)} rows summed in fp32, one store"),
-        ("bound reduced", f"from merged: at most {case.parallel.size - 1} additions between ranks, each rounded"),
+        ("bound reduced", f"from {'down' if rows else 'merged'}: {additions_between_ranks(case.parallel)} additions "
+                          "between ranks, each rounded"),
         ("bound output", "all of these propagated, against the unsharded fp64 oracle; derivation in "
                          "docs/bounds.md"),
     ]

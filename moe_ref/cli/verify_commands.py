@@ -141,7 +141,7 @@ def _run(plan: Plan, as_json: bool, run: Run) -> int:
 
 
 def _json(result: RunResult) -> str:
-    document = {"run": result.header, "cases": result.lines, "end": result.end}
+    document = {"run": result.header, "cases": result.lines, "end": result.end, "untried": result.untried}
     return json.dumps(json.loads(msgspec.json.encode(document)), indent=1)
 
 
@@ -157,6 +157,7 @@ def _summary(plan: Plan, result: RunResult) -> str:
         if line.verdict in (Verdict.UNSUPPORTED, Verdict.NOT_RUN):
             idle[f"{line.verdict}: {line.reason}"] = idle.get(f"{line.verdict}: {line.reason}", 0) + 1
     lines += [f"{count} cases {reason}" for reason, count in sorted(idle.items())]
+    lines += [f"declared, but in no case that ran: {', '.join(result.untried)}"] * bool(result.untried)
     lines += _closest(result.lines)
     if plan.pairs[1]:
         lines.append(f"axis pairs covered: {plan.pairs[0]} of {plan.pairs[1]}")
@@ -177,7 +178,7 @@ def _closest(lines: list[CaseLine]) -> list[str]:
     if not passing:
         return []
     ratio, case = max(passing)
-    return [f"closest to its bound: output at {ratio:.2f} in {case}"]
+    return [f"closest to its bound: output at {ratio:.2g} in {case}"]
 
 
 @click.command("replay")

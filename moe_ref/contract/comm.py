@@ -89,6 +89,11 @@ class CountingComm:
     def device(self) -> torch.device:
         return self.inner.device
 
+    @property
+    def process_group(self) -> object:
+        """The c10d group, for calls that are not counted; None on virtual ranks."""
+        return getattr(self.inner, "process_group", None)
+
     def _count(self, operation: str, tensors: Sequence[torch.Tensor]) -> None:
         elements = sum(tensor.numel() for tensor in tensors)
         num_bytes = sum(t.numel() * t.element_size() for t in tensors)

@@ -46,7 +46,8 @@ class _Round:
     def words(self) -> str:
         """As "ranks [0, 1] wait in all_reduce #3", for those who have come."""
         waiting = sorted(self.requests)
-        return f"ranks {waiting} wait in {self.requests[waiting[0]].operation} #{self.number}"
+        return (f"ranks {waiting} wait in {self.requests[waiting[0]].operation} #{self.number} "
+                f"of ranks {list(self.members)}")
 
 
 class _Baton:
@@ -83,7 +84,8 @@ class _Baton:
         """Deposit a request, let the others run up to theirs, and return all requests of the group."""
         current = self.rounds.setdefault(members, _Round(members, 0))
         if gone := self.finished.intersection(members):
-            raise CollectiveMismatch(f"rank {rank} waits in {request.operation} #{current.number}, "
+            raise CollectiveMismatch(f"rank {rank} waits in {request.operation} #{current.number} of ranks "
+                                     f"{list(members)}, "
                                      f"but rank {min(gone)} has already returned")
         current.requests[rank] = request
         self._check_same(rank, current)

@@ -35,6 +35,11 @@ class TorchComm:
         on_device = dist.get_backend(group) == "nccl"
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_device else torch.device("cpu")
 
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The c10d group itself."""
+        return self.group
+
     def subgroup(self, parts: Sequence[Sequence[int]]) -> "TorchComm":
         """The part of this group that holds this rank; every rank passes the same parts, ranks counted in this group.
 

@@ -3,10 +3,18 @@
 from dataclasses import dataclass
 
 from moe_ref.contract.case import Case
-from moe_ref.contract.parallel import Range, cut
+from moe_ref.contract.parallel import Parallel, Range, cut
 from moe_ref.contract.shares import RankShare
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.vocabulary import Schedule, SharedPlacement
+
+
+def additions_between_ranks(parallel: Parallel) -> int:
+    """Additions between ranks that one element of a partial sum, or of a row before the merge, goes through."""
+    if parallel.schedule is Schedule.GATHER:
+        return 0
+    rows = parallel.schedule is Schedule.ALL_REDUCE_ROWS
+    return (parallel.tp if parallel.tokens.over_ep or rows else parallel.size) - 1
 
 
 @dataclass(frozen=True)

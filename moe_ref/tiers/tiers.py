@@ -4,7 +4,7 @@ families, pinned layers of released families; ranks, every way to spread a layer
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
+from itertools import cycle, product
 
 from moe_ref.contract.case import Case
 from moe_ref.contract.case_id import format_case, parse_case
@@ -45,6 +45,7 @@ MINIMUM_EXECUTED = {"smoke": 24, "quick": 250, "full": 280, "nightly": 500, "fam
 """families: what an implementation of softmax routers, expert groups and shared experts can run at least; ranks:
 what one of tensor parallelism alone can."""
 
+SMOKE_SPREADS = {"ep": Dtype.FP32, "sequence": Dtype.BF16, "whole-shared": Dtype.FP16, "dispatch-uneven": Dtype.BF16}
 SMOKE_GRADIENTS = ("v1-T12.H40.I36.E6.K3-fp32-norm-sh19-shgate-res-tp2-bwd",
                    "v1-T12.H40.I36.E6.K3-bf16-norm-sh19-shgate-res-tp2-reducescatter-tokenstp-bwd")
 BIASED = "v1-T21.H48.I40.E8.K2-fp32-norm-mlpbias-sh26-shgate-shmlpbias-outbias-res-tp2"
@@ -63,9 +64,12 @@ def _smoke_rows() -> list[tuple[Row, str]]:
     rows += [(PLAIN | {"activation": activation, "shared": "shared", "tp": 2}, f"{activation}, shared expert too")
              for activation in ("gelu", "gelu_tanh")]
     rows.append((PLAIN | {"shape": SHAPES[11].name, "residual": True, "tp": 4}, "residual added once, not tp times"))
-    # Every way to spread a layer, with a shared expert and a residual, which must come in once.
-    rows += [(rich | {"tp": 2, "spread": spread, "dtype": tuple(Dtype)[number % 3]}, f"tp 2: {SPREADS[spread].purpose}")
-             for number, spread in enumerate(name for name in SPREADS if name != PLAIN["spread"])]
+    # Every way to spread a layer: plain, as everybody has it, and with shared expert and residual, which come in once.
+    spreads = [name for name in SPREADS if name != PLAIN["spread"]]
+    rows += [(PLAIN | {"tp": 2, "spread": spread, "dtype": dtype}, f"tp 2: {SPREADS[spread].purpose}")
+             for spread, dtype in zip(spreads, cycle(Dtype))]
+    rows += [(rich | {"tp": 2, "spread": spread, "dtype": dtype}, f"{SPREADS[spread].purpose}, shared expert, residual")
+             for spread, dtype in SMOKE_SPREADS.items()]
     return rows
 
 
@@ -79,6 +83,8 @@ def _quick_rows() -> list[tuple[Row, str]]:
                      f"{pattern} x {dtype} x tp {tp}; {shape.purpose}"))
     rows += [(PLAIN | {"tp": tp, "dtype": dtype, "shape": shape.name}, f"{dtype} x tp {tp}; {shape.purpose}")
              for tp, dtype in _TP_AND_DTYPE for shape in SHAPES]
+    rows += [(PLAIN | {"spread": spread, "dtype": dtype, "tp": tp}, f"{dtype} x tp {tp}: {SPREADS[spread].purpose}")
+             for spread, dtype, tp in product(SPREADS, Dtype, (1, 2, 3)) if SPREADS[spread].ep > 1 or tp > 1]
     cover = pairwise_rows([row for row, _ in rows])
     return rows + [(row, "pairwise cover of all axes") for row in cover]
 

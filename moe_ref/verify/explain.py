@@ -2,11 +2,12 @@
 
 from moe_ref.contract.case import Case
 from moe_ref.contract.vocabulary import Schedule, Stage, Verdict
+from moe_ref.contract.volume import additions_between_ranks
 from moe_ref.records.schema import CaseLine, StageResult, from_number
 from moe_ref.verify.likely import likely
 
 _DETAIL_LINES = 3
-_LINE_LIMIT = 120
+_LINE_LIMIT = 180
 
 
 def explain(line: CaseLine, case: Case) -> str:
@@ -22,7 +23,8 @@ def explain(line: CaseLine, case: Case) -> str:
     if line.stages:
         lines.append("  stages  " + " | ".join(_stage(stage, line.first_stage) for stage in line.stages))
     if culprit is not None:
-        lines += _where(culprit, case)
+        output = next((stage for stage in line.stages if stage.stage == Stage.OUTPUT), None)
+        lines += _where(culprit, case, output)
     if line.same_bits is not None:
         lines.append(f"  again   {line.runs} runs, {'same bits' if line.same_bits else 'different bits'}")
     lines.append(f"  replay  {line.replay}")
@@ -39,7 +41,7 @@ def _stage(stage: StageResult, first_stage: str | None) -> str:
     return f"{stage.stage} {text}" + (" FAIL" if stage.stage == first_stage and not stage.exact else "")
 
 
-def _where(stage: StageResult, case: Case) -> list[str]:
+def _where(stage: StageResult, case: Case, output: StageResult | None) -> list[str]:
     spec, tokens = case.problem.spec, case.problem.num_tokens
     parts = []
     if stage.num_bad_tokens or stage.exact:
@@ -60,7 +62,7 @@ def _where(stage: StageResult, case: Case) -> list[str]:
             ("token", worst.token), ("row", worst.row), ("slot", worst.slot), ("expert", worst.expert),
             ("rank", worst.rank), ("column", worst.column)) if value is not None)
         lines.append(f"  worst   {stage.stage}[{place}] got {worst.got}, want {worst.want}, allowed {worst.allowed}")
-    if words := likely(stage, case):
+    if words := likely(stage, case, output):
         lines.append(f"  likely  looks like {words}")
     lines.append(f"  bound   tolerances.yaml, rounding model {_model(stage.stage, case)}")
     return lines
@@ -79,8 +81,7 @@ def _model(stage: str, case: Case) -> str:
     if parallel.schedule is Schedule.GATHER:
         inner = spec.intermediate_size
     in_rows = parallel.schedule is Schedule.ALL_REDUCE_ROWS
-    additions = 0 if parallel.schedule is Schedule.GATHER else (
-        parallel.tp if parallel.tokens.over_ep or in_rows else parallel.size) - 1
+    additions = additions_between_ranks(parallel)
     return {
         Stage.LOGITS: f"sum of K = {spec.hidden_size}", Stage.IDS: "scores within their bound, ties to the lower id",
         Stage.WEIGHTS: f"{spec.router.score if spec.router else 'none'} of {spec.num_choices} logits",

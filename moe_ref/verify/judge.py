@@ -119,6 +119,10 @@ def _wrong_words(rank: int, calls: Calls, wanted: WantedCalls) -> str:
         if call in surplus:
             surplus.remove(call)
     beside = f"beside {len(calls) - len(surplus)} as they should be, " * (len(calls) > len(surplus))
+    if not surplus:
+        return f"collectives of rank {rank}: {beside}{_list_calls(tuple(missing))} missing"
+    if not missing:
+        return f"collectives of rank {rank}: {beside}{_list_calls(tuple(surplus))} too many"
     return (f"collectives of rank {rank}: {beside}{_list_calls(tuple(surplus))}, "
             f"but should be {_list_calls(tuple(missing))}")
 

@@ -8,13 +8,19 @@ from moe_ref.records.schema import StageResult, from_number
 _NEAR = 0.02
 """How far from a whole multiple a best-fit scale may be: roundings and a residual move it."""
 _ORDER_TOO = "; or parts of the ranks in another order beside a right residual"
+_SHOWN_ONLY = (Stage.GATE_UP, Stage.ACT, Stage.DOWN, Stage.SHARED, Stage.MERGED)
 _UNRELATED = 0.2
 """Below this scale got and want have little in common; numbers of another rank have about 0."""
 
 
-def likely(stage: StageResult, case: Case) -> str:
-    """Words for it; empty on one rank, and where numbers fit no known mistake."""
-    if stage.exact or case.parallel.size == 1 or not stage.num_bad:
+def likely(stage: StageResult, case: Case, output: StageResult | None = None) -> str:
+    """Words for it; empty where numbers fit no known mistake. output: how the whole layer compares."""
+    if stage.exact or not stage.num_bad:
+        return ""
+    if output is not None and stage.stage in _SHOWN_ONLY and from_number(output.ratio) <= 1:
+        return ("a stage that is shown or declared otherwise than it is computed, since the output is right: rows in "
+                "(token, slot) order? weight_at? a store left out?")
+    if case.parallel.size == 1:
         return ""
     shares = rank_shares(case)
     return (_of_scale(stage, case) or _of_ranks(stage, case, shares) or _of_tokens(stage, case, shares)
@@ -42,6 +48,9 @@ def _of_ranks(stage: StageResult, case: Case, shares: tuple[RankShare, ...]) -> 
     adds_once = spec.experts.bias or any(e >= spec.num_experts for e in stage.bad_experts)
     if stage.stage == Stage.DOWN and adds_once and bad == {share.rank for share in shares if share.tp_rank > 0}:
         return "a bias of w2, or an identity expert, that rank 0 of tp should add alone"
+    elsewhere = {share.rank for share in shares if share.ep_rank > 0}
+    if stage.stage in (Stage.GATE_UP, Stage.ACT) and elsewhere and bad == elsewhere:
+        return "expert numbers of the layer used where weights hold the rank's own experts from 0 on"
     even = spec.intermediate_size // case.parallel.tp
     wider = {share.rank for share in shares if share.columns[1] - share.columns[0] > even}
     if stage.stage in (Stage.ACT, Stage.DOWN) and wider and bad == wider and len(wider) < len(shares):
@@ -65,7 +74,9 @@ def _of_tokens(stage: StageResult, case: Case, shares: tuple[RankShare, ...]) ->
 def _of_order(stage: StageResult, case: Case) -> str:
     """Numbers that have nothing to do with those wanted are usually somebody else's."""
     parallel = case.parallel
-    if abs(from_number(stage.scale)) > _UNRELATED:
+    # Of rows that travel between few ranks some come back to their place by chance.
+    some_in_place = stage.stage == Stage.MERGED and parallel.tokens.over_ep
+    if abs(from_number(stage.scale)) > (0.5 if some_in_place else _UNRELATED):
         return ""
     if stage.stage == Stage.REDUCED and parallel.schedule in (Schedule.GATHER, Schedule.REDUCE_SCATTER):
         return "parts of the ranks in another order"

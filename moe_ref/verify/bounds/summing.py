@@ -7,6 +7,7 @@ import torch
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.shares import RankShare
 from moe_ref.contract.vocabulary import Schedule, SharedPlacement, Stage
+from moe_ref.contract.volume import additions_between_ranks
 from moe_ref.verify.bounds.rounding import ORACLE_UNIT
 from moe_ref.verify.bounds.rows import Partials, Rows
 from moe_ref.verify.bounds.steps import Steps
@@ -135,9 +136,7 @@ class Summing:
     @property
     def _additions(self) -> int:
         """Additions between ranks that an element of the output may have seen."""
-        if self.reduces_rows or self.by_output:
-            return 0
-        return (self.parallel.tp if self.parallel.tokens.over_ep else self.parallel.size) - 1
+        return 0 if self.reduces_rows else additions_between_ranks(self.parallel)
 
     def reduced(self, partials: Partials, residual_TH: torch.Tensor | None, output_bias_H: torch.Tensor | None,
                 bias_is_summed: bool) -> Rows:

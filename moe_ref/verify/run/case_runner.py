@@ -120,7 +120,7 @@ def missing_devices(planned: PlannedCase, device: str, num_started: int) -> str:
 
 USAGE_PREFIX = "wrong use: "
 _SECONDARY = ("closed by peer", "reset by peer", "was waiting for a rank that failed", "Broken pipe")
-_ERROR_LIMIT = 140
+_ERROR_LIMIT = 240
 
 
 def _crash(failed: list[tuple[int, RankReport]], case: Case) -> Judgement:

@@ -8,7 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -26,6 +26,7 @@ from moe_ref.verify.bounds.tolerances import load_tolerances
 from moe_ref.verify.run.case_runner import USAGE_PREFIX, Pool, RunSettings, run_case, unrun_line
 from moe_ref.verify.run.children import Child, ChildPool
 from moe_ref.verify.run.environment import environment
+from moe_ref.verify.run.untried import untried
 
 EXIT_OK, EXIT_MISMATCH, EXIT_USAGE, EXIT_HARNESS, EXIT_TOO_FEW = range(5)
 
@@ -55,13 +56,17 @@ class Plan:
     hosts: str = ""
 
 
+DEADLINE_PREFIX = "the run's deadline"
+
+
 @dataclass(frozen=True)
 class RunResult:
-    """All lines in plan order, and what the run ends with."""
+    """All lines in plan order, what the run ends with, and what is declared but was in no case that ran."""
 
     header: RunLine
     lines: list[CaseLine]
     end: EndLine
+    untried: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,8 @@ def run_with(plan: Plan, pool: Pool, capabilities: Capabilities, source_digest: 
             observer.line(line)
         end = end_line(plan, header.run, list(lines.values()), time.monotonic() - started)
         append(end)
-    return RunResult(header, [lines[one.case_id] for one in plan.cases], end)
+    ran = [one.case for one in plan.cases if lines[one.case_id].verdict in EXECUTED_VERDICTS]
+    return RunResult(header, [lines[one.case_id] for one in plan.cases], end, untried(capabilities, ran))
 
 
 def new_header(plan: Plan, capabilities: Capabilities, source_digest: str) -> RunLine:
@@ -176,7 +182,7 @@ def _run_cases(cases: list[PlannedCase], settings: RunSettings, plan: Plan, pool
         if stop.is_set():
             return None
         if time.monotonic() - started > plan.deadline:
-            return unrun_line(one, settings, f"the run's deadline of {plan.deadline:g} s had passed")
+            return unrun_line(one, settings, f"{DEADLINE_PREFIX}, {plan.deadline:g} s, had passed")
         return run_case(one, settings, pool)
 
     try:
@@ -201,7 +207,7 @@ def end_line(plan: Plan, run: str, lines: list[CaseLine], seconds: float) -> End
 
 
 def exit_code(lines: list[CaseLine], executed: int, minimum: int) -> int:
-    """0 as expected, 1 mismatch, 2 wrong use, 3 harness error, 4 too few executed.
+    """0 as expected, 1 mismatch, 2 wrong use, 3 harness error, 4 too few executed, or cut short by a deadline.
 
     Wrong use only where nothing else went wrong: beside a mismatch it is one more crash.
     """
@@ -211,6 +217,8 @@ def exit_code(lines: list[CaseLine], executed: int, minimum: int) -> int:
         return EXIT_MISMATCH
     if any(line.verdict == Verdict.HARNESS_ERROR for line in lines):
         return EXIT_HARNESS
+    if any(line.reason.startswith(DEADLINE_PREFIX) for line in lines):
+        return EXIT_TOO_FEW
     return EXIT_TOO_FEW if executed < minimum else EXIT_OK
 
 
