@@ -10,22 +10,32 @@ import pytest
 
 from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.features import Feature, features_of
-from moe_ref.contract.vocabulary import Dtype, Stage, Verdict
+from moe_ref.contract.parallel import Parallel
+from moe_ref.contract.vocabulary import Direction, Dtype, Ranks, Stage, Verdict
 from moe_ref.tiers.tiers import tier
 from tests.in_process import judged
 from tests.subjects import mistaken_experts as experts
 from tests.subjects import mistaken_routers as routers
 from tests.subjects import whole_variants as variants
+from tests.subjects.oracle_gradients import oracle_gradients
+from tests.subjects.parallel import parallel_moe
 from tests.subjects.whole import WholeSpec, whole_spec
 
 SMALL = "v1-T21.H48.I40.E8"
 IDS = [one.case_id for one in tier("families").cases]
 
 
+def right_layer(case_id: str) -> object:
+    """The simplest right layer that takes a case: on ranks that share out columns, on any grid, with gradients."""
+    case = parse_case(case_id)
+    return next(subject for subject in (whole_spec, parallel_moe, oracle_gradients)
+                if subject.CAPABILITIES.refusal(case, Ranks.LOCAL, "cpu") is None)
+
+
 @pytest.mark.parametrize("start", range(8))
 def test_a_right_layer_of_the_whole_specification_passes(start: int) -> None:
     """All of the tier, in eight portions; an accusation here is a defect of the harness."""
-    lines = [judged(whole_spec, case_id, runs=1) for case_id in IDS[start::8]]
+    lines = [judged(right_layer(case_id), case_id, runs=1) for case_id in IDS[start::8]]
     assert [line.message for line in lines if line.verdict != Verdict.PASS] == []
 
 
@@ -140,10 +150,9 @@ def test_a_black_box_that_loses_a_nan_is_caught() -> None:
 
 
 def test_ids_of_the_tier_are_canonical_and_different() -> None:
-    """Every purpose stands for four cases."""
+    """The same layer twice would be judged once."""
     assert all(parse_case(one.case_id) == one.case for one in tier("families").cases)
     assert set(Counter(IDS).values()) == {1}
-    assert len(IDS) % 4 == 0
 
 
 VARIANTS = {
@@ -159,7 +168,8 @@ def test_other_rounding_contracts_pass(name: str) -> None:
     """Right layers that round elsewhere, as they declare; every second layer of the tier."""
     subject, dtype, tp = VARIANTS[name]
     chosen = [one.case_id for one in tier("families").cases
-              if one.case.problem.dtype == dtype and one.case.parallel.tp == tp][::2]
+              if one.case.problem.dtype == dtype and one.case.parallel == Parallel(tp=tp)
+              and one.case.direction is Direction.FORWARD][::2]
     lines = [judged(subject, case_id, runs=1) for case_id in chosen]
     assert [line.message for line in lines if line.verdict != Verdict.PASS] == []
 
@@ -170,6 +180,8 @@ def test_other_rounding_contracts_pass(name: str) -> None:
 ], ids=["shared one by one", "late bias", "naive softplus"])
 def test_other_orders_of_the_same_steps_pass(subject: WholeSpec, word: str) -> None:
     """What the specification leaves open: where a shared weight or a late bias joins, how softplus is written."""
-    chosen = [case_id for case_id in IDS if word in case_id]
+    chosen = [case_id for case_id in IDS if word in case_id
+              and subject.CAPABILITIES.refusal(parse_case(case_id), Ranks.LOCAL, "cpu") is None]
+    assert chosen
     lines = [judged(subject, case_id, runs=1) for case_id in chosen]
     assert [line.message for line in lines if line.verdict != Verdict.PASS] == []

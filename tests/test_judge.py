@@ -69,6 +69,7 @@ def test_numbers_decide(stages: tuple[StageResult, ...], expected: tuple[Verdict
     ({"calls": (NOTHING, ()), "wanted_calls": (WantedCalls(NOTHING),) * 2}, Verdict.PASS, ""),
     ({"calls": (SENT, SENT), "wanted_calls": (DISPATCH,) * 2}, Verdict.PASS, ""),
     ({"calls": ((*SENT, ("ep.all_to_all", 20)), SENT), "wanted_calls": (DISPATCH,) * 2}, Verdict.PASS, ""),
+    ({"calls": ((*SENT, ("tp.all_gather", 2)), SENT), "wanted_calls": (DISPATCH,) * 2}, Verdict.PASS, ""),
     ({"calls": ((*SENT, ("ep.all_reduce", 20)), SENT), "wanted_calls": (DISPATCH,) * 2}, Verdict.STRUCT, "ep.all_red"),
     ({"calls": ((*SENT, ("ep.all_to_all", 400)), SENT), "wanted_calls": (DISPATCH,) * 2}, Verdict.STRUCT, "of 400"),
     ({"calls": (SENT[1:], SENT), "wanted_calls": (DISPATCH,) * 2}, Verdict.STRUCT, "rank 0"),

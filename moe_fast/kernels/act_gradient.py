@@ -101,6 +101,7 @@ def act_gradient(x_TH: torch.Tensor, grad_TH: torch.Tensor, w13_EGIH: torch.Tens
 
     grad_weights_R, in (token, slot) order, is 0 where no expert at hand was chosen; the other rows stay unwritten.
     """
+    row_weights_R = row_weights_R.contiguous()  # the kernel knows no stride of them
     num_rows, (_, _, intermediate, hidden), device = row_weights_R.numel(), w13_EGIH.shape, x_TH.device
     tile = three_product_tile(device, x_TH.dtype, rows_per_expert, intermediate, hidden)
     grad_gate_up_RGI = torch.empty(num_rows, 2, intermediate, dtype=x_TH.dtype, device=device)

@@ -47,6 +47,7 @@ def down(act_RI: torch.Tensor, w2_EHI: torch.Tensor, row_weights_R: torch.Tensor
 
     Rows of ids outside [0, E) stay unwritten; the combine kernel does not read them.
     """
+    row_weights_R = row_weights_R.contiguous()  # the kernel knows no stride of them
     hidden, intermediate = w2_EHI.shape[1:]
     down_RH = torch.empty(row_weights_R.numel(), hidden, dtype=act_RI.dtype, device=act_RI.device)
     stride_E, stride_H, stride_I = w2_EHI.stride()

@@ -60,6 +60,7 @@ def down_gradient(grad_TH: torch.Tensor, act_RI: torch.Tensor, w2_EHI: torch.Ten
 
     act_RI: in (token, slot) order. Both gradients are 0 for rows of no expert at hand; the third stays unwritten there.
     """
+    row_weights_R = row_weights_R.contiguous()  # the kernel knows no stride of them
     (num_rows, intermediate), device = act_RI.shape, act_RI.device
     grad_act_RI = torch.zeros(num_rows, intermediate, dtype=act_RI.dtype, device=device)
     weighted_act_RI = torch.empty_like(grad_act_RI)

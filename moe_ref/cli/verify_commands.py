@@ -32,7 +32,7 @@ def _positive(context: click.Context, parameter: click.Parameter, value: float) 
 _RUN_OPTIONS = [
     click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
     click.option("--runs", type=click.IntRange(1), default=2, show_default=True,
-                 help="Runs per case; memory is poisoned differently in each."),
+                 help="Runs per case; memory is poisoned differently in each; fewer than 2 cannot see nondeterminism."),
     click.option("--time-limit", type=float, default=300.0, show_default=True, callback=_positive,
                  help="Seconds per case."),
     click.option("--memory-gib", type=click.FloatRange(0.0, 1e6), default=0.0, show_default=True,
@@ -72,14 +72,18 @@ def _shard(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--tp", callback=_numbers,
               help="With a tier: only these tp degrees. With --case: each case at each of them.")
 @click.option("--ranks", type=click.Choice([kind.value for kind in Ranks]), default=None,
-              help="Run all cases on these ranks; torchrun: those of `torchrun ... -m moe_ref verify`.")
-@click.option("--shard", callback=_shard, help="i/n: every n-th case, starting with the i-th.")
-@click.option("--record", type=click.Path(path_type=Path), default=None, help="Folder for records.jsonl.")
+              help="Run all cases on these ranks; the tier `ranks` already runs on gloo; torchrun: those of "
+                   "`torchrun ... -m moe_ref verify`.")
+@click.option("--shard", callback=_shard, help="i/n: every n-th of the list of cases, starting with the i-th.")
+@click.option("--record", type=click.Path(path_type=Path), default=None,
+              help="Folder for records.jsonl, which `moe-ref report` reads.")
 @click.option("--resume", is_flag=True, help="Go on with the run in the record folder.")
 @click.option("--lanes", type=click.IntRange(1), default=min(2, os.cpu_count() or 1), show_default=True,
-              help="Children at work side by side.")
+              help="Processes that run cases side by side.")
 @click.option("--deadline", type=float, default=math.inf, help="Seconds after which no further case is started.")
-@click.option("--minimum", type=int, default=None, help="Fewest cases that must execute.")
+@click.option("--minimum", type=int, default=None,
+              help="Fewest cases that must execute; default: the tier's own, which `moe-ref list` prints, divided by "
+                   "the n of --shard; with --tp or --case 1.")
 @_run_options
 def verify_command(implementation: str, tier_name: str | None, case_ids: tuple[str, ...], tp: tuple[int, ...],
                    ranks: str | None, shard: tuple[int, int], record: Path | None, resume: bool, lanes: int,

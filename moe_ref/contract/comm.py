@@ -6,7 +6,7 @@ from typing import Protocol
 
 import torch
 
-from moe_ref.contract.errors import UsageValueError
+from moe_ref.contract.errors import UsageTypeError, UsageValueError, positive_faults, raise_faults
 
 
 class Comm(Protocol):
@@ -141,6 +141,9 @@ def grid_groups(world: WorldComm, tp: int, ep: int) -> Groups:
 
     Collective: every rank of `world`, which has ep * tp ranks, calls it once, in the same order as the others.
     """
+    raise_faults("grid_groups", positive_faults(tp=tp, ep=ep))
+    if not hasattr(world, "subgroup"):
+        raise UsageTypeError(f"world: {type(world).__name__}, but should be a Comm that can be divided, as TorchComm()")
     if world.size != ep * tp:
         raise UsageValueError(f"world size: {world.size} ranks, but ep*tp is {ep}*{tp}")
     rows = [range(row * tp, (row + 1) * tp) for row in range(ep)]

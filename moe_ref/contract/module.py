@@ -42,8 +42,10 @@ class LayerModule(torch.nn.Module):
                  device: torch.device | str | None = None) -> None:
         super().__init__()
         self.spec = spec
+        if isinstance(groups, Groups):
+            # Before the sizes are compared, where one rank with another degree would leave the others waiting.
+            _check_agreement(groups, repr((spec, Parallel() if parallel is None else parallel)))
         self.parallel, self.groups = check_groups(parallel, groups)
-        _check_agreement(self.groups, repr((spec, self.parallel)))
         for name, shape in parameter_shapes(spec, self.parallel, self.groups.rank).items():
             kind = dtype or torch.get_default_dtype()
             if name == "selection_bias_E":

@@ -12,7 +12,7 @@ class Trace:
     """Copies of stage tensors of one rank; recording never selects another kernel.
 
     Routed rows come in (token, slot) order, so `act` is (T*K, I) and `down` is (T*K, H), the latter
-    with the routing weight applied.
+    with the routing weight applied unless Numerics.weight_at says otherwise.
     """
 
     tensors: dict[Stage, torch.Tensor] = field(default_factory=dict)

@@ -141,7 +141,7 @@ class Inputs:
         hasher = hashlib.sha256()
         for tensor in (self.x_TH, self.logits_TE, self.residual_TH, expert.w13_GIH[:, :1], expert.w2_HI[:1]):
             if tensor is not None:
-                hasher.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+                hasher.update(tensor.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes())
         return hasher.hexdigest()[:16]
 
 

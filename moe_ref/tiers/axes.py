@@ -97,6 +97,18 @@ SPREADS: dict[str, Spread] = {
                               uneven=True, schedule=Schedule.REDUCE_SCATTER),
 }
 
+COMBINATIONS = (
+    "tp2-ep2-allreducerows", "tp2-ep2-reducescatter", "tp2-ep2-wholeshared", "tp2-ep2-tokensep-wholeshared",
+    "tp2-ep2-reducescatter-tokensboth-wholeshared", "ep2-tokensep-copy0.7", "ep2-tokensep-roundrobin",
+    "tp2-ep2-split3.1", "tp2-split0.1", "tp3-split0.2.1-reducescatter",
+    "tp2-ep2-reducescatter-tokenstp-share0.1",
+    "tp2-split3.1-gather", "tp2-ep2-allreducerows-tokensep", "tp2-ep2-reducescatter-tokensep", "ep3-copy0.0",
+    "ep2-copy0",
+    "ep3-tokensep-share0.2.1-roundrobin-copy7.7-wholeshared", "tp2-ep2-split0.1-tokensep-roundrobin",
+)
+"""Spreads that differ from the plain one in several ways at once, where each way alone can be right and their meeting
+wrong; the empty rank comes first here."""
+
 AXES: dict[str, tuple] = {
     "shape": tuple(shape.name for shape in SHAPES), "dtype": tuple(Dtype), "tp": (1, 2, 3, 4, 8),
     "pattern": tuple(Pattern), "router": ROUTERS, "activation": ("silu", "gelu", "gelu_tanh"), "shared": SHARED,

@@ -11,7 +11,7 @@ from moe_ref.contract.case_id import format_case, parse_case
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import Dtype, Pattern, Ranks
 from moe_ref.models.registry import models
-from moe_ref.tiers.axes import AXES, PLAIN, SHAPES, SHARED, SPREADS, Row, row_case
+from moe_ref.tiers.axes import AXES, COMBINATIONS, PLAIN, SHAPES, SHARED, SPREADS, Row, row_case
 from moe_ref.tiers.backward import backward_ids
 from moe_ref.tiers.cover import pairwise_rows, possible_pairs, row_pairs
 from moe_ref.tiers.families import family_ids
@@ -116,7 +116,16 @@ def _rank_cases() -> list[PlannedCase]:
         case = row_case(row) or row_case(row | {"pattern": Pattern.UNIFORM})
         assert case is not None
         planned.append(PlannedCase(case=case, ranks=Ranks.GLOO, purpose=f"{SPREADS[spread].purpose}, tp {tp}"))
+    planned += _combination_cases(Ranks.GLOO)
     return planned + [replace(one, ranks=Ranks.GLOO) for one in _pinned(backward_ids()) if one.case.parallel.size > 1]
+
+
+def _combination_cases(ranks: Ranks) -> list[PlannedCase]:
+    """Ways to spread a layer that meet each other, plain and with all that must come in once."""
+    layers = (("norm", "plain"), ("norm-sh83-shgate-res", "shared expert, gate and residual"))
+    return [PlannedCase(case=parse_case(f"v1-T33.H96.I160.E8.K2-{dtype}-{words}-{spread}"), ranks=ranks,
+                        purpose=f"{spread}: {what}")
+            for (spread, (words, what)), dtype in zip(product(COMBINATIONS, layers), cycle(Dtype))]
 
 
 QUICK_MODELS = ("olmoe.1b.7b.T8.E4-bf16-tp2", "granite3.1b.a400m.T16.E8-bf16-tp4", "qwen3.30b.a3b.T4.E8-bf16-tp8",
@@ -161,7 +170,7 @@ def tier(name: str) -> Tier:
     if name == "smoke":
         planned += _gloo_cases()[:2] + [one for one in gradients if one.case_id in SMOKE_GRADIENTS]
     else:
-        planned += _gloo_cases() + gradients + _model_cases(name)
+        planned += _combination_cases(Ranks.LOCAL) + _gloo_cases() + gradients + _model_cases(name)
     if name == "nightly":
         planned += [one for seed in (2, 3) for one in _seeds(planned, seed)]
     unique = {one.case_id: one for one in reversed(planned)}

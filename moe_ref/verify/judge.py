@@ -45,8 +45,8 @@ class Judgement:
 
 
 _ORDER = list(Stage)
-_DESCRIBING_FACTOR = 4
-"""How much larger than one number per id and weight their description may be; 64 elements of counts are free."""
+_DESCRIBING_FACTOR, _FREE_COUNTS = 2, 64
+"""How much larger than one number per id and weight their description may be, and the elements of counts beside it."""
 
 
 def failing(stages: tuple[StageResult, ...], limit: float) -> list[StageResult]:
@@ -91,8 +91,8 @@ def _calls_note(facts: RunFacts) -> str:
 def wrong_calls(facts: RunFacts) -> str:
     """How the collectives differ from the schedule's, in words; empty when they do not.
 
-    Ids and weights that go with rows may be sent packed, twice, or with counts, so only their amount is limited. Where
-    there is nothing to send a call may be left out.
+    Ids and weights that go with rows may be sent packed, twice, or with counts, by gathers and exchanges of any group,
+    so only their amount is limited. Where there is nothing to send a call may be left out.
     """
     for rank, (calls, wanted) in enumerate(zip(facts.calls, facts.wanted_calls, strict=False)):
         described = sum(elements for _, elements in wanted.describing)
@@ -101,8 +101,9 @@ def wrong_calls(facts: RunFacts) -> str:
             if call not in left:
                 return _wrong_words(rank, calls, wanted)
             left.remove(call)
-        names, allowed = {name for name, _ in wanted.describing}, _DESCRIBING_FACTOR * (described + 64)
-        if any(name not in names for name, _ in left) or sum(elements for _, elements in left) > allowed:
+        allowed = _DESCRIBING_FACTOR * described + _FREE_COUNTS if wanted.describing else 0
+        moves = all(name.endswith((".all_gather", ".all_to_all")) for name, _ in left)
+        if not moves or sum(elements for _, elements in left) > allowed:
             return _wrong_words(rank, calls, wanted)
     return ""
 

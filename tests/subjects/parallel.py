@@ -7,6 +7,7 @@ import torch
 
 from moe_ref.contract.comm import Comm, Groups
 from moe_ref.contract.dtypes import TORCH_DTYPES
+from moe_ref.contract.features import Feature
 from moe_ref.contract.parallel import Parallel, cut
 from moe_ref.contract.spec import MoESpec, SharedExpert
 from moe_ref.contract.trace import Trace
@@ -19,6 +20,8 @@ from tests.subjects.whole import WholeSpec
 
 class ParallelMoE(WholeSpec):
     """fp32 arithmetic, rows and partial sums in the dtype of the model, the weight in the down product."""
+
+    features = tuple(feature for feature in Feature if feature is not Feature.WEIGHT_ON_INPUT)
 
     def __init__(self) -> None:
         super().__init__()

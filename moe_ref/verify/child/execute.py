@@ -18,7 +18,7 @@ from moe_ref.contract.local_comm import LocalComm, run_virtual_ranks
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.shares import rank_shares
 from moe_ref.contract.trace import Trace
-from moe_ref.contract.vocabulary import Direction, Ranks, Stage
+from moe_ref.contract.vocabulary import Direction, Ranks, Schedule, Stage
 from moe_ref.contract.weights import MoEWeights
 from moe_ref.inputs.build import Inputs, build_inputs, build_shards, cut_tokens, output_gradient
 from moe_ref.verify.child.gradient_call import call_with_gradients
@@ -55,6 +55,8 @@ class Job:
             weights = MoEWeights(**{name: tensor.to(device) for name, tensor in weights.named_tensors()})
         handed = {name: None if tensor is None else tensor.to(device, copy=True)
                   for name, tensor in cut_tokens(self.inputs, self.shares[groups.rank].tokens).items()}
+        if self.case.parallel.schedule is Schedule.GATHER and self.shares[groups.rank].tp_rank > 0:
+            handed["x_TH"] = -handed["x_TH"]  # the tokens of rank 0 are broadcast: others must not be used
         watched = [*((n, t) for n, t in handed.items() if t is not None), *weights.named_tensors()]
         before = {name: fingerprint(tensor) for name, tensor in watched}
         calls: list[CommCall] = []

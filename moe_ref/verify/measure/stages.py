@@ -243,7 +243,7 @@ class Comparison:
     def _reduced(self) -> None:
         residual, bias_H = self.inputs.residual_TH, self.inputs.weights.output_bias_H
         bound_TH = self.chain.finish(residual, bias_H)
-        fed = self.fed.reduced(self.fed.partials, residual, bias_H, bias_is_summed=True)
+        fed = self.fed.reduced(self.fed.partials, residual, bias_H, bias_is_summed=self.shows(Stage.MERGED))
         for stage, want, bound in ((Stage.REDUCED, fed.value, fed.bound),
                                    (Stage.OUTPUT, self.chain.truth_TH, bound_TH)):
             allowed = self._unjudged(bound)
@@ -279,7 +279,9 @@ class Comparison:
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor, every NaN the same."""
-    return torch.where(torch.isnan(tensor), torch.nan, tensor).contiguous().view(torch.uint8)
+    # A copy: contiguous() leaves odd strides to axes of size 0 and 1, which view() refuses.
+    same_nan = torch.where(torch.isnan(tensor), torch.nan, tensor)
+    return same_nan.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def measure(case: Case, inputs: Inputs, ranks: list[RankTensors], capabilities: Capabilities,
