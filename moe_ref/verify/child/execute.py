@@ -55,8 +55,9 @@ class Job:
             weights = MoEWeights(**{name: tensor.to(device) for name, tensor in weights.named_tensors()})
         handed = {name: None if tensor is None else tensor.to(device, copy=True)
                   for name, tensor in cut_tokens(self.inputs, self.shares[groups.rank].tokens).items()}
-        if self.case.parallel.schedule is Schedule.GATHER and self.shares[groups.rank].tp_rank > 0:
-            handed["x_TH"] = -handed["x_TH"]  # the tokens of rank 0 are broadcast: others must not be used
+        x_TH = handed["x_TH"]
+        if self.case.parallel.schedule is Schedule.GATHER and self.shares[groups.rank].tp_rank > 0 and x_TH is not None:
+            handed["x_TH"] = -x_TH  # the tokens of rank 0 are broadcast: others must not be used
         watched = [*((n, t) for n, t in handed.items() if t is not None), *weights.named_tensors()]
         before = {name: fingerprint(tensor) for name, tensor in watched}
         calls: list[CommCall] = []
