@@ -199,7 +199,9 @@ def run_virtual_ranks(size: int, body: Callable[[LocalComm], Result]) -> list[Re
         try:
             baton.wait_turn(rank)
             # Inference mode first: entering or refusing it sets the grad mode too.
-            with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+            # On a device all ranks would share autograd's one thread, and block each other in a collective there.
+            with (torch.inference_mode(inference), torch.set_grad_enabled(gradients),
+                  torch.autograd.set_multithreading_enabled(False)):
                 results[rank] = body(LocalComm(baton, rank))
             baton.finish(rank)
         except _PeerFailed:
