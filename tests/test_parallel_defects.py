@@ -66,6 +66,7 @@ DEFECTS = (
     Caught("NeighboursSlice", EVEN + "-tp2-reducescatter-tokenstp", Stage.REDUCED, "parts of the ranks in another"),
     Caught("GatheredInReverse", EVEN + "-tp2-reducescatter", Stage.REDUCED, "parts of the ranks in another"),
     Caught("GatheredInReverse", PLAIN + "-tp2-gather", Stage.REDUCED, "parts of the ranks in another"),
+    Caught("OwnTokensUnderGather", PLAIN + "-tp2-gather", Stage.LOGITS, "ranks 1 of 2", ranks=(1,)),
     Caught("ColumnsInterleaved", PLAIN + "-tp2-gather", Stage.DOWN, "columns of the gathered activation", ALL),
     # Tokens and rows on their way. 33 tokens in shares of 3, 0 and 1 are 25, none and 8.
     Caught("EmptyRankPadded", PLAIN + "-tp3-reducescatter-tokenstp-share3.0.1", Stage.ACT,

@@ -136,6 +136,14 @@ class GatheredInReverse(ParallelMoE):
         return torch.cat(y_TH.split(counts)[::-1])
 
 
+class OwnTokensUnderGather(ParallelMoE):
+    """Broadcasts the tokens of rank 0 and goes on with its own."""
+
+    def agreed(self, tp: Comm, x_TH: torch.Tensor) -> torch.Tensor:
+        super().agreed(tp, x_TH)
+        return x_TH
+
+
 class ColumnsInterleaved(ParallelMoE):
     """The gathered activation alternates between ranks instead of following one after the other."""
 

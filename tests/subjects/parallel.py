@@ -29,6 +29,10 @@ class ParallelMoE(WholeSpec):
             self.CAPABILITIES, max_ep=64, tokens=tuple(Tokens), hostings=tuple(Hosting), redundant=True,
             shared_placements=tuple(SharedPlacement), schedules=tuple(Schedule))
 
+    def agreed(self, tp: Comm, x_TH: torch.Tensor) -> torch.Tensor:
+        """The tokens of rank 0, for the gather schedule."""
+        return tp.broadcast(x_TH)
+
     def moe(self, x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, parallel: Parallel | None = None,
             groups: Groups | None = None, *, routing: None = None, logits_TE: torch.Tensor | None = None,
             residual_TH: torch.Tensor | None = None, trace: Trace | None = None) -> torch.Tensor:
@@ -37,7 +41,7 @@ class ParallelMoE(WholeSpec):
         call = ParallelCall(x_TH, weights, spec, groups or Groups(), trace, numerics, self.shows,
                             parallel or Parallel())
         if call.by_output and call.size > 1:
-            call = replace(call, x_TH=call.groups.tp.broadcast(x_TH))
+            call = replace(call, x_TH=self.agreed(call.groups.tp, x_TH))
         call = self.loaded(call)
         ids_TK, weights_TK, shared_TS = self.routing(call, logits_TE)
         if trace is not None and Stage.IDS in self.shows:
