@@ -161,7 +161,7 @@ def _summary(plan: Plan, result: RunResult) -> str:
         if line.verdict in (Verdict.UNSUPPORTED, Verdict.NOT_RUN):
             idle[f"{line.verdict}: {line.reason}"] = idle.get(f"{line.verdict}: {line.reason}", 0) + 1
     lines += [f"{count} cases {reason}" for reason, count in sorted(idle.items())]
-    lines += [f"declared, but in no case that ran: {', '.join(result.untried)}"] * bool(result.untried)
+    lines += [f"declared, but in no case that ran: {', '.join(result.untried)}"] * bool(plan.tier and result.untried)
     lines += _closest(result.lines)
     if plan.pairs[1]:
         lines.append(f"axis pairs covered: {plan.pairs[0]} of {plan.pairs[1]}")
