@@ -62,7 +62,8 @@ def test_the_values_are_derivatives(name: str) -> None:
                             (factor_slope(MODEL, exact, mlp, None), lambda up: up_factor(up, mlp))):
         leaf = gate_R1.clone().requires_grad_()
         (slope,) = torch.autograd.grad(function(leaf).sum(), leaf)
-        assert torch.allclose(found.value, slope, rtol=1e-12, atol=1e-13)
+        # Two ways to write the same function in fp64: some dozen roundings each, of terms of order 1 + |gate|.
+        assert bool(((found.value - slope).abs() <= 64 * 2.0**-53 * (1 + gate_R1.abs())).all())
 
 
 @pytest.mark.parametrize("name", [name for name in MLPS if name != "relu"])
