@@ -89,7 +89,7 @@ def test_ranks_that_differ_count_where_equality_was_promised() -> None:
     measurement = Measurement(GOOD, differing_ranks=(1, 2))
     judgement = judge(measurement, FACTS, 1.0, 2.0)
     assert (judgement.verdict, judgement.first_stage) == (Verdict.MISMATCH, Stage.REDUCED)
-    assert "rank 1, 2 differ from those of rank 0" in judgement.reason
+    assert "rank 1, 2 differ from those of the first that holds the same" in judgement.reason
     assert verdict(measurement, facts(promised_equal_ranks=False)) == (Verdict.PASS, None)
 
 

@@ -159,3 +159,10 @@ def test_the_hosted_experts_are_told() -> None:
     source = moe_ref.from_layout(stored, layout, EVERYTHING, parallel, 3)
     with pytest.raises(UsageValueError, match=r"of rank 1, which hosts 2 experts .*: 1 experts, but should be 2"):
         check_weights(source, EVERYTHING, parallel, 1)
+
+
+def test_groups_that_cannot_communicate() -> None:
+    """Degrees in the place of groups are told before any rank waits for another."""
+    spec = MoESpec(hidden_size=8, intermediate_size=8, router=Router(num_experts=4, top_k=2))
+    with pytest.raises(UsageTypeError, match=r"groups\.tp: int, but should be a Comm"):
+        moe_ref.MoELayer(spec, moe_ref.Parallel(tp=2), moe_ref.Groups(tp=2))  # type: ignore[arg-type]

@@ -30,14 +30,19 @@ def check_tokens(x_TH: torch.Tensor, spec: MoESpec, dtypes: tuple[torch.dtype, .
         raise UsageValueError(f"x_TH: shape {tuple(x_TH.shape)}, but should be (T, {spec.hidden_size}) [{who}]")
 
 
+def check_comms(groups: Groups) -> None:
+    """Both groups must be able to communicate."""
+    for axis, comm in (("tp", groups.tp), ("ep", groups.ep)):
+        if not hasattr(comm, "all_reduce"):
+            raise UsageTypeError(f"groups.{axis}: {type(comm).__name__}, but should be a Comm")
+
+
 def check_groups(parallel: Parallel | None, groups: Groups | None) -> tuple[Parallel, Groups]:
     """The pair to work with; raises unless the group sizes are the declared degrees."""
     parallel, groups = Parallel() if parallel is None else parallel, Groups() if groups is None else groups
     check_is("parallel", parallel, Parallel, "a Parallel")
     check_is("groups", groups, Groups, "Groups(tp=comm, ep=comm)")
-    for axis, comm in (("tp", groups.tp), ("ep", groups.ep)):
-        if not hasattr(comm, "all_reduce"):
-            raise UsageTypeError(f"groups.{axis}: {type(comm).__name__}, but should be a Comm")
+    check_comms(groups)
     faults = [f"world size: the {axis} group has {comm.size} ranks, but parallel.{axis} is {degree}"
               for axis, comm, degree in (("tp", groups.tp, parallel.tp), ("ep", groups.ep, parallel.ep))
               if comm.size != degree]

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import torch
 
-from moe_ref.contract.checks import check_groups
+from moe_ref.contract.checks import check_comms, check_groups
 from moe_ref.contract.comm import Groups
 from moe_ref.contract.errors import UsageTypeError, UsageValueError
 from moe_ref.contract.parallel import Parallel
@@ -43,6 +43,7 @@ class LayerModule(torch.nn.Module):
         super().__init__()
         self.spec = spec
         if isinstance(groups, Groups):
+            check_comms(groups)
             # Before the sizes are compared, where one rank with another degree would leave the others waiting.
             _check_agreement(groups, repr((spec, Parallel() if parallel is None else parallel)))
         self.parallel, self.groups = check_groups(parallel, groups)

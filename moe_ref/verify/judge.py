@@ -67,7 +67,7 @@ def judge(measurement: Measurement, facts: RunFacts, ratio_limit: float, power_l
         ranks = _list_numbers(list(measurement.differing_ranks))
         stage = measurement.differing_stage
         return Judgement(Verdict.MISMATCH, f"{stage}: declared equal on all ranks, but the bits of "
-                                           f"rank {ranks} differ from those of rank 0", stage)
+                                           f"rank {ranks} differ from those of the first that holds the same", stage)
     if wrong := wrong_calls(facts):
         return Judgement(Verdict.STRUCT, wrong, Stage.REDUCED)
     if facts.same_bits is False and facts.promised_deterministic:

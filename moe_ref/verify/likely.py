@@ -18,8 +18,8 @@ def likely(stage: StageResult, case: Case, output: StageResult | None = None) ->
     if stage.exact or not stage.num_bad:
         return ""
     if output is not None and stage.stage in _SHOWN_ONLY and from_number(output.ratio) <= 1:
-        return ("a stage that is shown or declared otherwise than it is computed, since the output is right: rows in "
-                "(token, slot) order? weight_at? a store left out?")
+        return ("a stage shown or declared otherwise than it is computed, if the output, within its wider bound, is "
+                "right: rows in (token, slot) order? weight_at? a store left out?")
     if case.parallel.size == 1:
         return ""
     shares = rank_shares(case)
