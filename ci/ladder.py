@@ -35,7 +35,7 @@ from moe_ref.oracle import expert as formula
 from moe_ref.oracle.router import route
 from moe_ref.records.schema import from_number
 from moe_ref.verify.bounds.rounding import RoundingModel
-from moe_ref.verify.bounds.tolerances import load_tolerances
+from moe_ref.tolerances.load import load_tolerances
 from moe_ref.verify.measure.stages import measure
 
 CASE = "v1-T48.H256.I2048.E8.K2-bf16-norm"

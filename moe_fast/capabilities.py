@@ -35,7 +35,7 @@ CAPABILITIES = Capabilities(
     features=(Feature.DENSE, Feature.GROUPS, Feature.SELECTION_BIAS, Feature.SHARED_EXPERT, Feature.RESIDUAL),
     max_tp=64, max_ep=64, tokens=tuple(Tokens), hostings=tuple(Hosting), redundant=True,
     shared_placements=tuple(SharedPlacement), schedules=tuple(Schedule), storages=tuple(Storage), ranks=tuple(Ranks),
-    directions=tuple(Direction), deterministic=True, equal_ranks=True, lower_id_ties=True,
+    directions=tuple(Direction), deterministic=True, equal_ranks=True, lower_id_ties=True, injected_routing=True,
     collectives_through_groups=True)
 
 @cache

@@ -8,7 +8,7 @@ from typing import Any
 from moe_ref.contract.case_id import parse_case
 from moe_ref.records.schema import CaseLine, Implementation
 from moe_ref.tiers.tiers import PlannedCase
-from moe_ref.verify.bounds.tolerances import load_tolerances
+from moe_ref.tolerances.load import load_tolerances
 from moe_ref.verify.child.execute import execute
 from moe_ref.verify.child.messages import Request, unpack_runs
 from moe_ref.verify.run.case_runner import RunSettings, run_case
@@ -33,10 +33,10 @@ class _InProcess:
         return Answer(reply, unpack_runs(payload, len(reply.ranks)))
 
 
-def judged(subject: Any, case_id: str, runs: int = 2) -> CaseLine:
-    """The record line of one case; `subject` has `moe` and `CAPABILITIES`."""
+def judged(subject: Any, case_id: str, runs: int = 2, **others: Any) -> CaseLine:
+    """The record line of one case; `subject` has `moe` and `CAPABILITIES`; others: of the run's settings."""
     implementation = Implementation(name=type(subject).__name__, version="1")
-    settings = RunSettings(run="test", implementation=implementation, capabilities=subject.CAPABILITIES,
-                           tolerances=load_tolerances(), device="cpu", runs=runs)
+    settings = RunSettings(run="test", implementation=implementation, capabilities=subject.CAPABILITIES, device="cpu",
+                           runs=runs, **{"tolerances": load_tolerances(), **others})
     pool: Any = _InProcess(SimpleNamespace(moe=subject.moe, CAPABILITIES=subject.CAPABILITIES))
     return run_case(PlannedCase(case=parse_case(case_id), purpose="test"), settings, pool)

@@ -25,7 +25,7 @@ from moe_ref.records.schema import from_number
 from moe_ref.verify.bounds.activation import SLOPE, activated
 from moe_ref.verify.bounds.rounding import FLUSH, RoundingModel, gamma
 from moe_ref.verify.bounds.rows import exact
-from moe_ref.verify.bounds.tolerances import load_tolerances
+from moe_ref.tolerances.load import load_tolerances
 from moe_ref.verify.measure.stages import measure
 
 SHOWN = (Stage.LOGITS, Stage.IDS, Stage.WEIGHTS, Stage.ACT, Stage.DOWN, Stage.MERGED, Stage.REDUCED)
@@ -222,17 +222,18 @@ def tensor_core(a_MK: torch.Tensor, b_NK: torch.Tensor, products: int, kept: int
     return total
 
 
-@pytest.mark.parametrize(("products", "kept"), [(8, 24), (16, 25)], ids=["Ampere", "Hopper"])
+@pytest.mark.parametrize("hardware", ["sm80", "sm90", "sm100"])
 @pytest.mark.parametrize("data", ["unit", "outlier", "positive", "alternating"])
 @pytest.mark.parametrize("size", [1, 2, 3, 9, 17, 64, 1024, 4096])
-def test_tensor_cores_stay_inside_the_cuda_factor(size: int, data: str, products: int, kept: int) -> None:
-    """Truncation errs to one side and grows with K; the factor for CUDA holds it, tails of an instruction too."""
+def test_tensor_cores_stay_inside_their_factor(size: int, data: str, hardware: str) -> None:
+    """Truncation errs to one side and grows with K; the factor of the class holds it, tails of a step too."""
     _, inputs = layer(4096, "H", Dtype.BF16, data if data != "alternating" else "positive")
     a, b = inputs.x_TH[:, :size].double(), inputs.weights.expert(0).w13_GIH[0, :, :size].double()
     if data == "alternating":
         a = a * torch.tensor([1.0, -1.0]).repeat(2048)[:size]
-    model = RoundingModel(load_tolerances(), "cuda", Format.FP32)
-    error = (tensor_core(a, b, products, kept) - a @ b.T).abs()
+    model = RoundingModel(load_tolerances(), hardware, Format.FP32)
+    entry = load_tolerances().file.hardware[hardware]
+    error = (tensor_core(a, b, entry.products_per_step, entry.kept_bits) - a @ b.T).abs()
     assert (error <= model.summed(a.abs() @ b.abs().T, size)).all()
 
 

@@ -20,7 +20,8 @@ from moe_ref.oracle import expert as formula
 from moe_ref.oracle.router import route
 from moe_ref.records.schema import StageResult, from_number
 from moe_ref.verify.bounds.rounding import RoundingModel
-from moe_ref.verify.bounds.tolerances import load_tolerances
+from moe_ref.tolerances.load import load_tolerances
+from moe_ref.verify.bounds.rows import Rows
 from moe_ref.verify.judge import failing
 from moe_ref.verify.measure.measurement import Measurement
 from moe_ref.verify.measure.stage_meter import Place, StageMeter
@@ -398,7 +399,7 @@ def test_infinities_and_nans(got: float, want: float, ratio: float) -> None:
     """One element with an allowed error of 1 in fp16: an infinity of the right sign is right beyond 65504."""
     meter = StageMeter(Stage.ACT, 1, largest=65504.0)
     one = torch.ones(1, 1, dtype=torch.float64)
-    meter.add(one * got, one * want, one, Place(0, torch.zeros(1, dtype=torch.int64)))
+    meter.add(one * got, Rows(one * want, one), Place(0, torch.zeros(1, dtype=torch.int64)))
     assert meter.ratio == ratio
 
 
@@ -411,9 +412,9 @@ def test_tokens_that_were_not_finite_before(got: float, want: float, ratio: floa
     """What is not finite must not come out as a number, in such a token; other tokens are judged as always."""
     meter = StageMeter(Stage.ACT, 1, tainted_T=torch.tensor([False, tainted]))
     one = torch.ones(1, 1, dtype=torch.float64)
-    meter.add(one * got, one * want, one, Place(0, torch.ones(1, dtype=torch.int64)))
+    meter.add(one * got, Rows(one * want, one), Place(0, torch.ones(1, dtype=torch.int64)))
     usual = StageMeter(Stage.ACT, 1)
-    usual.add(one * got, one * want, one, Place(0, torch.ones(1, dtype=torch.int64)))
+    usual.add(one * got, Rows(one * want, one), Place(0, torch.ones(1, dtype=torch.int64)))
     assert meter.ratio == (ratio if tainted else usual.ratio)
 
 

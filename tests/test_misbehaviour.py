@@ -19,7 +19,7 @@ from moe_ref.contract.vocabulary import Ranks, Verdict
 from moe_ref.records.schema import CaseLine
 from moe_ref.records.store import FILE_NAME
 from moe_ref.tiers.tiers import PlannedCase
-from moe_ref.verify.bounds.tolerances import load_tolerances
+from moe_ref.tolerances.load import load_tolerances
 from moe_ref.verify.run.run import Plan, RunResult, run_plan
 
 CASE = "v1-T5.H32.I48.E4.K2-bf16-norm-tp3"

@@ -29,7 +29,7 @@ from moe_ref.verify.bounds.released import released_bound
 from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.bounds.rows import Rows
 from moe_ref.verify.bounds.scores import Scores
-from moe_ref.verify.bounds.tolerances import load_tolerances
+from moe_ref.tolerances.load import load_tolerances
 from tests.double.strategies import SEEDS, draw_arrays, specs
 
 MODEL = RoundingModel(load_tolerances(), "cpu", Format.FP32)

@@ -9,7 +9,7 @@ from moe_ref.oracle.expert import activation, up_factor
 from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.bounds.rows import Rows
 from moe_ref.verify.bounds.slopes import activation_slope, curvature, factor_slope
-from moe_ref.verify.bounds.tolerances import load_tolerances
+from moe_ref.tolerances.load import load_tolerances
 from tests.subjects.whole import whole_spec
 
 MODEL = RoundingModel(load_tolerances(), "cpu", Format.FP32)

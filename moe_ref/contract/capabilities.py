@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moe_ref.contract.case import Case
+from moe_ref.contract.exact import LONG_SUMS, NARROW
 from moe_ref.contract.features import Feature, features_of
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.vocabulary import (
+    Data,
     Direction,
     Dtype,
     Format,
@@ -57,6 +59,8 @@ class Capabilities:
     deterministic:               the same bits whenever it is run again
     equal_ranks:                 every rank returns the same bits, gradients of what ranks hold alike included
     lower_id_ties:               exact ties go to the lower expert id
+    injected_routing:            takes a whole routing in place of its router's, which exact data need
+    batch_invariant:             a token's row has the same bits whatever else is in the batch, and in whatever order
     collectives_through_groups:  it communicates through `groups` only, so calls can be counted
     """
 
@@ -81,6 +85,8 @@ class Capabilities:
     deterministic: bool = False
     equal_ranks: bool = False
     lower_id_ties: bool = False
+    injected_routing: bool = False
+    batch_invariant: bool = False
     collectives_through_groups: bool = False
 
     def refusal(self, case: Case, ranks: Ranks, device: str) -> str | None:
@@ -99,9 +105,20 @@ class Capabilities:
             (ranks not in self.ranks, f"{ranks} ranks"),
             (device not in self.devices, f"device {device}"),
             (case.problem.residual and Feature.RESIDUAL not in self.features, str(Feature.RESIDUAL)),
+            *self._refused_exact(case),
         ]
         reasons = [reason for refuses, reason in refused if refuses] + self.refused_mathematics(case.problem.spec)
         return "not declared: " + ", ".join(reasons) if reasons else None
+
+    def _refused_exact(self, case: Case) -> list[tuple[bool, str]]:
+        """What of exact data a contract cannot hold: exactness is proven for 8 stored bits and sums in fp32."""
+        numerics = self.numerics.get(case.problem.dtype)
+        if case.problem.data is not Data.EXACT or numerics is None:
+            return []
+        stored = [*numerics.storage.values(), numerics.reduce, numerics.activation, numerics.merge]
+        return [(case.problem.spec.router is not None and not self.injected_routing, "an injected routing"),
+                (numerics.accumulate not in LONG_SUMS, f"exact data with sums in {numerics.accumulate}"),
+                *((one in stored, f"exact data with rows in {one}") for one in NARROW)]
 
     def refused_mathematics(self, spec: MoESpec) -> list[str]:
         """What of a spec is not declared, in words."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from moe_ref.contract.errors import is_integer, raise_faults
+from moe_ref.contract.exact import exact_faults
 from moe_ref.contract.parallel import Parallel, share_faults
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.vocabulary import Data, Direction, Dtype, Pattern, Storage, Tokens
@@ -41,6 +42,10 @@ class Problem:
         if self.pattern is Pattern.EMPTY and self.spec.num_choices - self.spec.top_k < 2:
             faults.append(f"pattern empty needs two experts to spare, but E={self.spec.num_choices}, "
                           f"K={self.spec.top_k}")
+        if self.data is Data.EXACT:
+            if self.pattern is not Pattern.UNIFORM:
+                faults.append(f"pattern {self.pattern} with data exact, but its routing is injected whole")
+            faults += exact_faults(self.spec, self.residual)
         raise_faults("Problem", faults)
 
 
@@ -61,6 +66,8 @@ class Case:
         if self.direction is Direction.BACKWARD and self.problem.data is Data.NON_FINITE:
             raise_faults("Case", [f"direction {self.direction} with data {self.problem.data}, but one token that is "
                                   "not finite makes every gradient of a parameter so"])
+        if self.direction is Direction.BACKWARD and self.problem.data is Data.EXACT:
+            raise_faults("Case", [f"direction {self.direction} with data exact, but gradients are exact in no order"])
         router, tokens = self.problem.spec.router, self.parallel.tokens
         if router is not None and router.capacity is not None and tokens is not Tokens.REPLICATED:
             raise_faults("Case", [f"tokens={tokens}, but the router's capacity counts all tokens of the batch"])

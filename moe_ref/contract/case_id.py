@@ -9,7 +9,7 @@ Grammar, sections joined by "-", defaults left out, order fixed:
             mixtral.8x7b.T32     a published model; .E4 cuts the number of experts, never a width
     router  sigmoid | norm | eps1em20 | bias | g8.4 (groups.kept) | top2sum | scale2.5 ... see spec_words.py
     mlp     gelu | gelutanh ... ; shared expert: sh256 | shgate | shgelu | shgelutanh ... ; weightinput | outbias
-    others  zipf | onehot | empty | allone | ties ; outlier | large | nonfinite ; s7 ; tp4 ; ep2 ; split60.40
+    others  zipf | onehot | empty | allone | ties ; outlier | large | nonfinite | exact ; s7 ; tp4 ; ep2 ; split60.40
     spread  allreducerows | reducescatter | gather ; tokenstp | tokensep | tokensboth ; share3.0.1 (of the tokens)
             roundrobin ; copy0.3 (experts 0 and 3 have one copy more) ; wholeshared
     bwd     the gradients too

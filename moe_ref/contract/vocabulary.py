@@ -85,12 +85,15 @@ class Dtype(StrEnum):
 
 
 class Format(StrEnum):
-    """Formats that numbers are stored or accumulated in; their properties stand in tolerances.yaml."""
+    """Formats that numbers are stored, multiplied or accumulated in; their properties stand in tolerances.yaml."""
 
     FP64 = "fp64"
     FP32 = "fp32"
+    TF32 = "tf32"
     FP16 = "fp16"
     BF16 = "bf16"
+    E4M3 = "e4m3"
+    E5M2 = "e5m2"
 
 
 class Pattern(StrEnum):
@@ -116,13 +119,15 @@ class Data(StrEnum):
     `unit`: symmetric, pre-activations with a standard deviation between 0.9 and 1.8; `outlier`: one
     channel of x in 64 is scaled by 64; `large`: gate and up weights are 8 times larger, so that
     pre-activations pass the clamps of released models; `nonfinite`: token 1 holds a NaN and token 2 an infinity,
-    as far as there are so many tokens.
+    as far as there are so many tokens; `exact`: sums are exact in any order, so results must agree to the bit, and the
+    routing is injected.
     """
 
     UNIT = "unit"
     OUTLIER = "outlier"
     LARGE = "large"
     NON_FINITE = "nonfinite"
+    EXACT = "exact"
 
 
 class Storage(StrEnum):

@@ -12,6 +12,7 @@ from moe_ref.contract.case_id import format_problem
 from moe_ref.contract.dtypes import TORCH_DTYPES
 from moe_ref.contract.parallel import Parallel, Range
 from moe_ref.contract.placements import rank_part
+from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MLP
 from moe_ref.contract.vocabulary import Data, Dtype, Storage
 from moe_ref.contract.weights import (
@@ -22,6 +23,7 @@ from moe_ref.contract.weights import (
     MoEWeights,
     parameter_shapes,
 )
+from moe_ref.inputs.exact import exact_expert, exact_residual, exact_routing, exact_tokens
 from moe_ref.inputs.patterns import pattern_logits, pattern_selection_bias
 from moe_ref.inputs.philox import grid_tensor
 from moe_ref.inputs.storage import empty_stored
@@ -71,6 +73,8 @@ class GeneratedWeights:
 
     def _mlp(self, prefix: str, mlp: MLP, intermediate_size: int, index: int) -> ExpertWeights:
         problem, hidden = self.problem, self.problem.spec.hidden_size
+        if problem.data is Data.EXACT:
+            return exact_expert(problem, prefix, mlp, intermediate_size, index)
         projections, factor = mlp.num_projections, LARGE_FACTOR if problem.data is Data.LARGE else 1.0
         matrices = (self._draw(prefix + "w13", (projections, intermediate_size, hidden), index, True, factor),
                     self._draw(prefix + "w2", (hidden, intermediate_size), index))
@@ -127,19 +131,22 @@ class GeneratedWeights:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a layer is called with, unsharded: x_TH, injected logits_TE (fp32) or None, residual_TH or None."""
+    """What a layer is called with, unsharded: x_TH; injected logits_TE (fp32), residual_TH, routing, or None."""
 
     problem: Problem
     x_TH: torch.Tensor
     logits_TE: torch.Tensor | None
     residual_TH: torch.Tensor | None
     weights: GeneratedWeights
+    routing: Routing | None = None
 
     def digest(self) -> str:
-        """16 hex digits over the bits of tokens, logits, residual and the first expert."""
+        """16 hex digits over the bits of tokens, logits, residual, routing and the first expert."""
+        injected = (self.routing.ids_TK, self.routing.weights_TK) if self.routing else ()
         expert = self.weights.expert(0)
         hasher = hashlib.sha256()
-        for tensor in (self.x_TH, self.logits_TE, self.residual_TH, expert.w13_GIH[:, :1], expert.w2_HI[:1]):
+        for tensor in (self.x_TH, self.logits_TE, self.residual_TH, *injected, expert.w13_GIH[:, :1],
+                       expert.w2_HI[:1]):
             if tensor is not None:
                 hasher.update(tensor.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes())
         return hasher.hexdigest()[:16]
@@ -147,6 +154,9 @@ class Inputs:
 
 def build_inputs(problem: Problem) -> Inputs:
     """The inputs of `problem`, on the CPU."""
+    if problem.data is Data.EXACT:
+        return Inputs(problem, exact_tokens(problem), None, exact_residual(problem) if problem.residual else None,
+                      GeneratedWeights(problem), exact_routing(problem))
     shape, name = (problem.num_tokens, problem.spec.hidden_size), format_problem(problem)
     x_TH = grid_tensor(name, "x", shape, problem.dtype, TOKEN_AMPLITUDE)
     if problem.data is Data.OUTLIER:
@@ -207,7 +217,12 @@ def _copy_part(expert: ExpertWeights, names: tuple[str, ...], shard: dict[str, t
 
 
 def cut_tokens(inputs: Inputs, tokens: Range) -> dict[str, torch.Tensor | None]:
-    """x_TH, logits_TE and residual_TH of the tokens [start, stop), as one rank is handed them."""
+    """x_TH, logits_TE and residual_TH of the tokens [start, stop), as one rank is handed them.
+
+    With an injected routing its ids_TK and weights_TK too.
+    """
     start, stop = tokens
     whole = {"x_TH": inputs.x_TH, "logits_TE": inputs.logits_TE, "residual_TH": inputs.residual_TH}
+    if inputs.routing is not None:
+        whole |= {"ids_TK": inputs.routing.ids_TK, "weights_TK": inputs.routing.weights_TK}
     return {name: None if tensor is None else tensor[start:stop] for name, tensor in whole.items()}

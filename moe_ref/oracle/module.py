@@ -39,4 +39,5 @@ CAPABILITIES = Capabilities(
     directions=tuple(Direction),
     max_tp=64, max_ep=64, tokens=tuple(Tokens), hostings=tuple(Hosting), redundant=True,
     shared_placements=tuple(SharedPlacement), schedules=tuple(Schedule), storages=tuple(Storage),
-    ranks=tuple(Ranks), deterministic=True, equal_ranks=True, lower_id_ties=True, collectives_through_groups=True)
+    ranks=tuple(Ranks), deterministic=True, equal_ranks=True, lower_id_ties=True, injected_routing=True,
+    collectives_through_groups=True)

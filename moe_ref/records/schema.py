@@ -45,12 +45,25 @@ class Worst(msgspec.Struct, frozen=True, kw_only=True):
     allowed: Number
 
 
+class Statistic(msgspec.Struct, frozen=True, kw_only=True):
+    """A sum over many errors in predicted standard deviations, and what it may be; see measure/output_statistics.py.
+
+    number: elements of rms, directions of the others.
+    """
+
+    name: str
+    value: Number
+    allowed: Number
+    number: int = 0
+
+
 class StageResult(msgspec.Struct, frozen=True, kw_only=True):
     """How one stage (group of fused stages, named by its last) compares with its own inputs' truth.
 
     ratio: largest error / allowed over all elements and ranks; above 1 fails. exact: ids and the like,
     ratio is then 0 or inf. bad_*: which tokens, experts, ranks and 64-column tiles hold an element above
-    1 (tokens: at most 8 named). bias: mean of error * sign(want) / allowed. scale: best-fit factor got = scale * want.
+    1 (tokens: at most 8 named). sigmas: largest distance in predicted standard deviations, beyond the cell of what is
+    stored. statistics: of the output as a whole. bias: mean of error * sign(want) / allowed. scale: best-fit factor got = scale * want.
     """
 
     stage: str
@@ -65,6 +78,8 @@ class StageResult(msgspec.Struct, frozen=True, kw_only=True):
     bad_ranks: list[int] = []
     bad_tiles: list[int] = []
     num_tiles: int = 0
+    sigmas: Number = 0.0
+    statistics: list[Statistic] = []
     bias: Number = 0.0
     scale: Number = 1.0
     note: str = ""
@@ -112,7 +127,8 @@ class CaseLine(msgspec.Struct, frozen=True, kw_only=True, tag="case", tag_field=
 
     reason: one line in words. first_stage: the first failing stage in data order. guard: what protected
     the run, e.g. {"poison": "nan, large", "inputs": "unchanged", "process": "child"}. numerics: the
-    declared rounding contract. message: the whole failure message, at most ten lines.
+    declared rounding contract. batches: how rows in other batches of the same tokens compare, by name, or why they were
+    left out. message: the whole failure message, at most ten lines.
     """
 
     schema: int = SCHEMA
@@ -130,6 +146,7 @@ class CaseLine(msgspec.Struct, frozen=True, kw_only=True, tag="case", tag_field=
     guard: dict[str, str] = {}
     runs: int = 0
     same_bits: bool | None = None
+    batches: dict[str, str] = {}
     numerics: dict[str, str] = {}
     power: Number = 0.0
     inputs_digest: str = ""

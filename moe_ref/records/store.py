@@ -25,7 +25,7 @@ class RecordWriter:
         except OSError as error:
             raise UsageValueError(f"{self.path}: cannot be written: {error}") from error
 
-    def append(self, line: Line) -> None:
+    def append(self, line: msgspec.Struct) -> None:
         self._file.write(msgspec.json.encode(line) + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())

@@ -14,16 +14,21 @@ from moe_ref.models.registry import models
 from moe_ref.tiers.axes import AXES, COMBINATIONS, PLAIN, SHAPES, SHARED, SPREADS, Row, row_case
 from moe_ref.tiers.backward import backward_ids
 from moe_ref.tiers.cover import pairwise_rows, possible_pairs, row_pairs
+from moe_ref.tiers.exact import exact_ids
 from moe_ref.tiers.families import family_ids
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedCase:
-    """A case, why it exists, and what its ranks are."""
+    """A case, why it exists, and what its ranks are.
+
+    other_batches: it is run in other batches even where rows are not declared to be the same in them.
+    """
 
     case: Case
     purpose: str
     ranks: Ranks = Ranks.LOCAL
+    other_batches: bool = False
 
     @property
     def case_id(self) -> str:
@@ -48,6 +53,8 @@ what one of tensor parallelism alone can."""
 SMOKE_SPREADS = {"ep": Dtype.FP32, "sequence": Dtype.BF16, "whole-shared": Dtype.FP16, "dispatch-uneven": Dtype.BF16}
 SMOKE_GRADIENTS = ("v1-T12.H40.I36.E6.K3-fp32-norm-sh19-shgate-res-tp2-bwd",
                    "v1-T12.H40.I36.E6.K3-bf16-norm-sh19-shgate-res-tp2-reducescatter-tokenstp-bwd")
+OTHER_BATCHES = ("v1-T33.H96.I160.E8.K2-fp32-norm", "v1-T33.H96.I160.E8.K2-bf16-norm-tp2")
+"""Run in other batches whatever is declared, so that a record says what holds."""
 BIASED = "v1-T21.H48.I40.E8.K2-fp32-norm-mlpbias-sh26-shgate-shmlpbias-outbias-res-tp2"
 
 _TP_AND_DTYPE = tuple(product(AXES["tp"], Dtype))
@@ -166,6 +173,7 @@ def tier(name: str) -> Tier:
     rows = _smoke_rows() if name == "smoke" else _quick_rows()
     planned = [PlannedCase(case=case, purpose=purpose) for row, purpose in rows if (case := row_case(row))]
     planned.append(PlannedCase(case=parse_case(BIASED), purpose="biases of w2 and output added once, not tp times"))
+    planned += _pinned(exact_ids(name))
     gradients = _pinned(backward_ids())
     if name == "smoke":
         planned += _gloo_cases()[:2] + [one for one in gradients if one.case_id in SMOKE_GRADIENTS]
@@ -174,7 +182,8 @@ def tier(name: str) -> Tier:
     if name == "nightly":
         planned += [one for seed in (2, 3) for one in _seeds(planned, seed)]
     unique = {one.case_id: one for one in reversed(planned)}
-    cases = tuple(one for one in reversed(list(unique.values())))
+    cases = tuple(replace(one, other_batches=one.case_id in OTHER_BATCHES)
+                  for one in reversed(list(unique.values())))
     covered = set().union(*(row_pairs(row) for row, _ in rows if row_case(row)))
     possible = possible_pairs()
     return Tier(name, cases, MINIMUM_EXECUTED[name], len(covered & possible), len(possible))
@@ -185,7 +194,7 @@ def _pinned(named: list[tuple[str, str]]) -> list[PlannedCase]:
 
 
 def _families() -> Tier:
-    planned = tuple(_pinned([*family_ids(), *backward_ids(whole_spec=True)]))
+    planned = tuple(_pinned([*family_ids(), *exact_ids("families"), *backward_ids(whole_spec=True)]))
     return Tier("families", planned, MINIMUM_EXECUTED["families"], 0, 0)
 
 

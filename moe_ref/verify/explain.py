@@ -4,6 +4,7 @@ from moe_ref.contract.case import Case
 from moe_ref.contract.vocabulary import Schedule, Stage, Verdict
 from moe_ref.contract.volume import additions_between_ranks
 from moe_ref.records.schema import CaseLine, StageResult, from_number
+from moe_ref.verify.judge import place
 from moe_ref.verify.likely import likely
 
 _DETAIL_LINES = 3
@@ -55,15 +56,16 @@ def _where(stage: StageResult, case: Case, output: StageResult | None) -> list[s
     lines = ["  where   " + ", ".join(parts) + f"; best-fit scale {from_number(stage.scale):.4g}, "
              f"bias {from_number(stage.bias):+.2g}"]
     worst = stage.worst
-    if stage.exact:
+    if stage.exact and stage.note:
         lines.append(f"  note    {_cut(stage.note)}")
     elif worst is not None:
-        place = ", ".join(f"{name} {value}" for name, value in (
-            ("token", worst.token), ("row", worst.row), ("slot", worst.slot), ("expert", worst.expert),
-            ("rank", worst.rank), ("column", worst.column)) if value is not None)
-        lines.append(f"  worst   {stage.stage}[{place}] got {worst.got}, want {worst.want}, allowed {worst.allowed}")
+        lines.append(f"  worst   {stage.stage}[{place(worst)}] got {worst.got}, want {worst.want}, "
+                     f"allowed {worst.allowed}")
     if words := likely(stage, case, output):
         lines.append(f"  likely  looks like {words}")
+    if stage.exact and worst is not None and worst.column is not None:
+        lines.append("  bound   none: sums are exact in any order, so right results agree to the bit")
+        return lines
     lines.append(f"  bound   tolerances.yaml, rounding model {_model(stage.stage, case)}")
     return lines
 

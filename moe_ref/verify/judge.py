@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from moe_ref.contract.vocabulary import Stage, Verdict
-from moe_ref.records.schema import StageResult, from_number
+from moe_ref.records.schema import StageResult, Statistic, Worst, from_number
 from moe_ref.verify.measure.measurement import Measurement
 
 Calls = tuple[tuple[str, int], ...]
@@ -24,6 +24,7 @@ class RunFacts:
 
     calls: per rank, (group.operation, elements). wanted_calls: the same as the schedule has it; empty when
     calls are not judged. promised_*: what the subject declares of itself.
+    differing_batches: other batches of the same tokens whose rows differ, and how.
     """
 
     calls: tuple[Calls, ...]
@@ -33,6 +34,8 @@ class RunFacts:
     promised_deterministic: bool
     promised_equal_ranks: bool
     changed_inputs: tuple[str, ...]
+    differing_batches: tuple[tuple[str, str], ...] = ()
+    promised_batch_invariant: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,15 @@ _DESCRIBING_FACTOR, _FREE_COUNTS = 2, 64
 
 
 def failing(stages: tuple[StageResult, ...], limit: float) -> list[StageResult]:
-    """Stages above the limit, in data order."""
-    bad = [stage for stage in stages if from_number(stage.ratio) > limit]
+    """Stages with an element above the limit, or a statistic above its own, in data order."""
+    bad = [stage for stage in stages if from_number(stage.ratio) > limit or excessive(stage)]
     return sorted(bad, key=lambda stage: _ORDER.index(Stage(stage.stage)))
+
+
+def excessive(stage: StageResult) -> list[Statistic]:
+    """Statistics above what they may be, the farthest first."""
+    over = [one for one in stage.statistics if from_number(one.value) > from_number(one.allowed)]
+    return sorted(over, key=lambda one: -from_number(one.value) / from_number(one.allowed))
 
 
 def judge(measurement: Measurement, facts: RunFacts, ratio_limit: float, power_limit: float) -> Judgement:
@@ -73,6 +82,9 @@ def judge(measurement: Measurement, facts: RunFacts, ratio_limit: float, power_l
     if facts.same_bits is False and facts.promised_deterministic:
         stages = ", ".join(facts.differing_stages)
         return Judgement(Verdict.NONDETERMINISTIC, f"declared deterministic, but {stages} differ between two runs")
+    if facts.differing_batches and facts.promised_batch_invariant:
+        words = "; ".join(f"{found} when {name}" for name, found in facts.differing_batches)
+        return Judgement(Verdict.NONDETERMINISTIC, f"declared batch invariant, but {words}")
     if measurement.power < power_limit and measurement.unjudged_tokens:
         return Judgement(Verdict.NOT_RUN, "the ids are hidden and the choice of experts is ambiguous for "
                                           f"{measurement.unjudged_tokens} tokens, so nothing can be said")
@@ -132,16 +144,40 @@ def _list_calls(calls: Calls) -> str:
     return ", ".join(f"{operation} of {elements} elements" for operation, elements in calls) or "none"
 
 
+_STATISTIC_WORDS = {
+    "rms": "each element is inside its bound, but errors are too large as a whole: root mean square over predicted",
+    "sign": "each element is inside its bound, but errors follow the sign of the output (a store that truncates? a scale?): "
+            "sigmas",
+    "slots": "each element is inside its bound, but errors follow one routed row (its weight?): sigmas",
+    "ranks": "each element is inside its bound, but errors follow one rank's part of an expert: sigmas",
+}
+
+
 def describe(stage: StageResult) -> str:
     """One line: stage, how far over the bound, and where in the words of the layer."""
+    worst = stage.worst
+    if stage.exact and worst is not None and worst.column is not None:
+        return (f"{stage.stage}: exact probe, {stage.num_bad} of {stage.num_checked} elements differ, "
+                f"first at {place(worst)}")
     if stage.exact:
         return f"{stage.stage}: {stage.num_bad} of {stage.num_checked} wrong, rank {_list_numbers(stage.bad_ranks)}"
-    ratio = from_number(stage.ratio)
+    ratio, over = from_number(stage.ratio), excessive(stage)
+    if over and not stage.num_bad:
+        one = over[0]
+        return (f"{stage.stage}: {_STATISTIC_WORDS[one.name]} {from_number(one.value):.3g}, "
+                f"but should be at most {from_number(one.allowed):.3g}")
     head = f"{stage.stage}: {f'{ratio:.3g}x' if math.isfinite(ratio) else 'infinitely'} over bound"
     experts = f", expert {_list_numbers(stage.bad_experts)}" if stage.bad_experts else ""
     ranks = f", rank {_list_numbers(stage.bad_ranks)}" if stage.bad_ranks else ""
     tokens = f", {stage.num_bad_tokens} token{'s' * (stage.num_bad_tokens != 1)}" if stage.num_bad_tokens else ""
     return head + experts + ranks + tokens
+
+
+def place(worst: Worst) -> str:
+    """Where an element sits, in the words of the layer."""
+    return ", ".join(f"{name} {value}" for name, value in (
+        ("token", worst.token), ("row", worst.row), ("slot", worst.slot), ("expert", worst.expert),
+        ("rank", worst.rank), ("column", worst.column)) if value is not None)
 
 
 def _list_numbers(numbers: list[int]) -> str:

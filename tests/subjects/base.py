@@ -16,6 +16,7 @@ from moe_ref.contract.comm import Groups
 from moe_ref.contract.dtypes import TORCH_DTYPES
 from moe_ref.contract.features import Feature
 from moe_ref.contract.parallel import Parallel
+from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MLP, MoESpec, Router
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Stage, Storage
@@ -69,12 +70,13 @@ class Call:
 class TorchMoE:
     """The layer, one expert at a time. stored and reduce: formats, MODEL for the dtype of the case.
 
-    steps_in_model: every step inside the activation and the merge is rounded to that dtype.
+    steps_in_model: every step inside the activation and the merge is rounded to that dtype; merges_in_model: of the merge.
     """
 
     stored = ROUND_EACH_STAGE
     reduce_in: Format | None = MODEL
     steps_in_model: bool = False
+    merges_in_model: bool = False
     shows: tuple[Stage, ...] = ALL_STAGES
     weight_at: Literal["down", "merge", "act"] = "down"
     activations: tuple[str, ...] = ("silu", "gelu", "gelu_tanh")
@@ -89,21 +91,23 @@ class TorchMoE:
             of_model = Format(dtype.value)
             inner = of_model if self.steps_in_model else None
             return Numerics(storage={stage: stored or of_model for stage, stored in self.stored.items()},
-                            reduce=self.reduce_in or of_model, weight_at=self.weight_at, activation=inner, merge=inner)
+                            reduce=self.reduce_in or of_model, weight_at=self.weight_at, activation=inner,
+                            merge=of_model if self.merges_in_model else inner)
 
         self.CAPABILITIES = Capabilities(
             name=type(self).__name__, version="1", numerics={dtype: numerics(dtype) for dtype in Dtype},
             stages=self.shows, activations=self.activations, scores=self.scores, features=self.features,
-            max_tp=64, storages=tuple(Storage), ranks=(Ranks.LOCAL, Ranks.GLOO), devices=("cpu",), **self.promises)  # pyrefly: ignore
+            max_tp=64, storages=tuple(Storage), ranks=(Ranks.LOCAL, Ranks.GLOO), devices=("cpu",),
+            injected_routing=True, **self.promises)  # pyrefly: ignore
 
     def moe(self, x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, parallel: Parallel | None = None,
-            groups: Groups | None = None, *, routing: None = None, logits_TE: torch.Tensor | None = None,
+            groups: Groups | None = None, *, routing: Routing | None = None, logits_TE: torch.Tensor | None = None,
             residual_TH: torch.Tensor | None = None, trace: Trace | None = None) -> torch.Tensor:
         """The contract's entry point, (T, H)."""
         names = {torch_dtype: name for name, torch_dtype in TORCH_DTYPES.items()}
         call = Call(x_TH, weights, spec, groups or Groups(), trace,
                     self.CAPABILITIES.numerics[Dtype(names[x_TH.dtype])], self.shows)
-        ids_TK, weights_TK = self.route(call, logits_TE)
+        ids_TK, weights_TK = self.route(call, logits_TE) if routing is None else self.injected(call, routing)
         merged_TH = self.merge(call, ids_TK, weights_TK)
         return self.finish(call, merged_TH, residual_TH)
 
@@ -123,6 +127,11 @@ class TorchMoE:
         if call.trace is not None and Stage.IDS in self.shows:
             call.trace.record(Stage.IDS, ids_TK)
         return ids_TK, call.store(Stage.WEIGHTS, weights_TK)
+
+    def injected(self, call: Call, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+        if call.trace is not None and Stage.IDS in self.shows:
+            call.trace.record(Stage.IDS, routing.ids_TK)
+        return routing.ids_TK, call.store(Stage.WEIGHTS, routing.weights_TK)
 
     def logits(self, call: Call) -> torch.Tensor:
         return call.x_TH.float() @ call.weights.router_EH.float().T

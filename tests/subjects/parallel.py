@@ -9,6 +9,7 @@ from moe_ref.contract.comm import Comm, Groups
 from moe_ref.contract.dtypes import TORCH_DTYPES
 from moe_ref.contract.features import Feature
 from moe_ref.contract.parallel import Parallel, cut
+from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec, SharedExpert
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Dtype, Hosting, Schedule, SharedPlacement, Stage, Tokens
@@ -34,7 +35,7 @@ class ParallelMoE(WholeSpec):
         return tp.broadcast(x_TH)
 
     def moe(self, x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, parallel: Parallel | None = None,
-            groups: Groups | None = None, *, routing: None = None, logits_TE: torch.Tensor | None = None,
+            groups: Groups | None = None, *, routing: Routing | None = None, logits_TE: torch.Tensor | None = None,
             residual_TH: torch.Tensor | None = None, trace: Trace | None = None) -> torch.Tensor:
         names = {torch_dtype: name for name, torch_dtype in TORCH_DTYPES.items()}
         numerics = self.CAPABILITIES.numerics[Dtype(names[x_TH.dtype])]
@@ -43,7 +44,8 @@ class ParallelMoE(WholeSpec):
         if call.by_output and call.size > 1:
             call = replace(call, x_TH=self.agreed(call.groups.tp, x_TH))
         call = self.loaded(call)
-        ids_TK, weights_TK, shared_TS = self.routing(call, logits_TE)
+        ids_TK, weights_TK, shared_TS = (
+            self.routing(call, logits_TE) if routing is None else (routing.ids_TK, routing.weights_TK, None))
         if trace is not None and Stage.IDS in self.shows:
             trace.record(Stage.IDS, ids_TK)
         shared_TS = None if shared_TS is None else call.round(Stage.WEIGHTS, shared_TS)

@@ -125,6 +125,7 @@ class HiddenEagerLoop(WeightAtMerge):
     """The usual eager loop: all in the model's dtype, single additions of slots too; shows its output."""
 
     stored = {**ROUND_EACH_STAGE, Stage.GATE_UP: MODEL, Stage.WEIGHTS: MODEL}
+    merges_in_model = True
     shows = (Stage.IDS, Stage.REDUCED)
 
     def merge(self, call: Call, ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from moe_ref.contract.dtypes import TORCH_DTYPES
 from moe_ref.contract.features import Feature
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.router_spec import Score
+from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MLP, Activation, MoESpec, SharedExpert
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Dtype, Stage
@@ -30,12 +31,13 @@ class WholeSpec(TorchMoE):
         self.router = router or WholeRouter()
 
     def moe(self, x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, parallel: Parallel | None = None,
-            groups: Groups | None = None, *, routing: None = None, logits_TE: torch.Tensor | None = None,
+            groups: Groups | None = None, *, routing: Routing | None = None, logits_TE: torch.Tensor | None = None,
             residual_TH: torch.Tensor | None = None, trace: Trace | None = None) -> torch.Tensor:
         names = {torch_dtype: name for name, torch_dtype in TORCH_DTYPES.items()}
         call = Call(x_TH, weights, spec, groups or Groups(), trace,
                     self.CAPABILITIES.numerics[Dtype(names[x_TH.dtype])], self.shows)
-        ids_TK, weights_TK, shared_TS = self.routing(call, logits_TE)
+        ids_TK, weights_TK, shared_TS = (
+            self.routing(call, logits_TE) if routing is None else (routing.ids_TK, routing.weights_TK, None))
         if trace is not None and Stage.IDS in self.shows:
             trace.record(Stage.IDS, ids_TK)
         weights_TK = call.store(Stage.WEIGHTS, weights_TK)

@@ -14,7 +14,7 @@ from moe_ref.oracle.router import capped, router_logits, score, selection_score
 from moe_ref.verify.bounds.released import released_bound
 from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.bounds.rows import Rows
-from moe_ref.verify.bounds.tolerances import load_tolerances
+from moe_ref.tolerances.load import load_tolerances
 from tests.third_party.blocks import Run
 from tests.third_party.family import Family
 

@@ -3,9 +3,11 @@
     values    as in moe_ref.oracle.backward.mlp
     orders    the routing weight may join the gradient of the rows before the product with w2, or after it; its own
               gradient may be a sum over the output, grad . row, or over the activation, act . grad_act: the wider
+    weights   the error of a routing weight is shared by a whole row: its variance does not go through products element by
+              element, but is put on what comes out of them
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,8 +16,8 @@ from moe_ref.contract.spec import MLP
 from moe_ref.contract.vocabulary import Stage
 from moe_ref.contract.weights import ExpertWeights
 from moe_ref.verify.bounds.activation import activation, up_factor
-from moe_ref.verify.bounds.backward_steps import BackwardSteps
-from moe_ref.verify.bounds.rows import Rows, exact
+from moe_ref.verify.bounds.backward_steps import BackwardSteps, spread
+from moe_ref.verify.bounds.rows import Rows, exact, joined_columns
 from moe_ref.verify.bounds.slopes import activation_slope, factor_slope
 
 
@@ -44,10 +46,9 @@ class MLPRows:
 
 @dataclass(frozen=True)
 class RankPart:
-    """What one rank adds to the gradients of tokens, with the sum of absolute addends, and of weights, row by row."""
+    """What one rank adds to the gradients of tokens, an addend per projection, and of weights, row by row."""
 
-    x: Rows
-    x_gauge: torch.Tensor
+    x: list[Rows]
     weights: Rows | None
 
 
@@ -73,18 +74,23 @@ class MLPBackward:
         tokens = self.steps.tokens(rows.x_RH, rows.weight) if rows.on_input and rows.weight else exact(rows.x_RH)
         gate_up = back.saved(self.steps.gate_up(tokens, self.expert), Stage.GATE_UP)
         taken = act = back.saved(self.steps.act(gate_up, self.mlp), Stage.ACT)
-        weight = None if rows.on_input else rows.weight
-        grad_down = grad if weight is None else back.product(grad, weight)
+        weight, relative = None if rows.on_input else rows.weight, None
+        grad_down = complete_down = grad
+        if weight is not None:
+            relative = relative_variance(weight)
+            grad_down = back.product(grad, _without_variance(weight))
+            complete_down = _with_shared(grad_down, relative)
         grad_act = grad_taken = self._through_w2(grad_down)
         if rows.blocks is not None:
-            columns = self._columns(rows.blocks)
-            taken, grad_act = back.product(act, columns), back.product(grad_taken, columns)
+            relative, columns = relative_variance(rows.blocks), self._columns(rows.blocks)
+            taken, grad_act = back.product(act, columns), back.product(grad_taken, _without_variance(columns))
         grads = self._activation_backward(grad_act, gate_up)
-        w13 = [back.outer(one, tokens) for one in grads]
-        biases = [back.down_columns(one) for one in grads] if self.expert.w13_bias_GI is not None else []
-        parameters = (_stacked(w13), back.outer(grad_down, taken), _stacked(biases) if biases else None,
-                      None if self.expert.w2_bias_H is None else back.down_columns(grad_down))
-        return MLPGradients(parameters, [self._part(number, rows, grads, act, grad_taken)
+        complete = [_with_shared(one, relative) for one in grads]
+        w13 = [back.outer(one, tokens) for one in complete]
+        biases = [back.down_columns(one) for one in complete] if self.expert.w13_bias_GI is not None else []
+        parameters = (_stacked(w13), back.outer(complete_down, taken), _stacked(biases) if biases else None,
+                      None if self.expert.w2_bias_H is None else back.down_columns(complete_down))
+        return MLPGradients(parameters, [self._part(number, rows, grads, relative, act, grad_taken)
                                          for number in range(len(self.cuts))])
 
     def _through_w2(self, grad_down: Rows) -> Rows:
@@ -94,41 +100,63 @@ class MLPBackward:
             return back.again(back.through(grad_down, self.w2_HI), 1)
         parts = [back.through(grad_down.columns(*cut.outputs), self.w2_HI[slice(*cut.outputs)]) for cut in self.cuts]
         gauge = torch.stack([part.largest for part in parts]).sum(0)
-        bound = torch.stack([part.bound for part in parts]).sum(0)
-        total = Rows(torch.stack([part.value for part in parts]).sum(0),
-                     bound + back.rounded(gauge, back.joined_in, 2 * len(parts)))
+        value, bound, variance, squares = (torch.stack(one).sum(0) for one in zip(
+            *((part.value, part.bound, spread(part), part.value.square()) for part in parts), strict=True))
+        total = Rows(value, bound + back.rounded(gauge, back.joined_in, 2 * len(parts)),
+                     variance + back.joins(value, squares, len(parts), back.joined_in))
         return back.again(total, 1)
 
     def _columns(self, blocks: Rows) -> Rows:
         width = self.w2_HI.shape[1] // blocks.value.shape[1]
-        return Rows(*(one.repeat_interleave(width, 1) for one in (blocks.value, blocks.bound)))
+        return blocks.mapped(lambda one: one.repeat_interleave(width, 1))
 
     def _activation_backward(self, grad_act: Rows, gate_up: Rows) -> list[Rows]:
         """Gradients of gate and up, or of the one projection; a cap is a step more where each of them is rounded."""
         times = 1 if self.steps.numerics.activation is None else 2
         back, model, inner, mlp = self.back, self.steps.model, self.steps.numerics.activation, self.mlp
-        gate = Rows(gate_up.value[:, 0], gate_up.bound[:, 0])
+        gate = gate_up.mapped(lambda one: one[:, 0])
         grad_gate = back.product(grad_act, activation_slope(model, gate, mlp, inner), times)
         if not mlp.gated:
             return [grad_gate]
-        up = Rows(gate_up.value[:, 1], gate_up.bound[:, 1])
+        up = gate_up.mapped(lambda one: one[:, 1])
         grad_up = back.product(grad_act, back.again(activation(model, gate, mlp, inner), 1), times)
         return [back.product(grad_gate, up_factor(model, up, mlp, inner), times),
                 back.product(grad_up, factor_slope(model, up, mlp, inner), times)]
 
-    def _part(self, number: int, rows: MLPRows, grads: list[Rows], act: Rows, grad_taken: Rows) -> RankPart:
+    def _part(self, number: int, rows: MLPRows, grads: list[Rows], relative: torch.Tensor | None, act: Rows,
+              grad_taken: Rows) -> RankPart:
         cut, back = self.cuts[number], self.back
-        through = [back.again(back.through(one.columns(*cut.columns), w_IH[slice(*cut.columns)]), 1)
+        through = [self._through_w13(one, w_IH, relative, cut.columns)
                    for one, w_IH in zip(grads, self.w13_GIH, strict=True)]
-        gradient, weights = _sum(through), None
+        weights = None
         if rows.on_input and rows.weight is not None:
-            weights = back.dot(exact(rows.x_RH), gradient)
+            weights = back.dot(exact(rows.x_RH), _sum(through))
             through = [back.product(one, rows.weight) for one in through]
         elif rows.weight is not None:
             weights = self._weight_part(number, rows.grad_RH, act)
         elif rows.blocks is not None:
             weights = self._block_part(cut, rows.blocks.value.shape[1], act, grad_taken)
-        return RankPart(_sum(through), torch.stack([one.largest for one in through]).sum(0), weights)
+        return RankPart(through, weights)
+
+    def _through_w13(self, grad: Rows, w_IH: torch.Tensor, relative: torch.Tensor | None, columns: Range) -> Rows:
+        """One projection's part of the gradient of the rows' tokens; an error that columns share adds up coherently."""
+        part, w_IH = grad.columns(*columns), w_IH[slice(*columns)]
+        result = self.back.again(self.back.through(part, w_IH), 1)
+        if relative is None:
+            return result
+        if relative.shape[1] == 1:
+            return _with_shared(result, relative)
+        variance, num_blocks = spread(result), relative.shape[1]
+        for block in range(num_blocks):
+            inside = slice(*(one - columns[0] for one in self._block(block, num_blocks, columns)))
+            variance = variance + relative[:, block, None] * (part.value[:, inside] @ w_IH[inside]).square()
+        return replace(result, variance=variance)
+
+    def _block(self, block: int, num_blocks: int, columns: Range) -> Range:
+        """The columns of a block within a range."""
+        width = self.w2_HI.shape[1] // num_blocks
+        start, stop = (min(max(end, columns[0]), columns[1]) for end in (block * width, (block + 1) * width))
+        return start, stop
 
     def _weight_part(self, number: int, grad_RH: torch.Tensor, act: Rows) -> Rows:
         """One rank's part of the gradient of the rows' weights, (R, 1)."""
@@ -138,26 +166,44 @@ class MLPBackward:
         down = back.again(back.through(inner, w2_HI.T), 1)
         over_outputs = back.dot(grad, down)
         over_columns = back.dot(inner, back.again(back.through(grad, w2_HI), 1))
-        result = Rows(over_outputs.value, torch.maximum(over_outputs.bound, over_columns.bound))
+        result = Rows(over_outputs.value, torch.maximum(over_outputs.bound, over_columns.bound),
+                      torch.maximum(spread(over_outputs), spread(over_columns)))
         if self.expert.w2_bias_H is None or not (self.by_output or number == 0):
             return result
         bias = exact(self.expert.w2_bias_H[slice(*cut.outputs)].expand_as(grad.value))
-        biased = back.dot(grad, back.again(bias, 1))
-        return Rows(result.value + biased.value, result.bound + biased.bound)
+        return _sum([result, back.dot(grad, back.again(bias, 1))])
 
     def _block_part(self, cut: Cut, num_blocks: int, act: Rows, grad_taken: Rows) -> Rows:
         """One rank's part of the gradient of the blocks' weights, (R, S)."""
-        width, parts = self.w2_HI.shape[1] // num_blocks, []
-        for block in range(num_blocks):
-            ends = block * width, (block + 1) * width
-            start, stop = (min(max(end, cut.columns[0]), cut.columns[1]) for end in ends)
-            parts.append(self.back.dot(act.columns(start, stop), grad_taken.columns(start, stop)))
-        return Rows(torch.cat([one.value for one in parts], 1), torch.cat([one.bound for one in parts], 1))
+        ranges = [self._block(block, num_blocks, cut.columns) for block in range(num_blocks)]
+        return joined_columns([self.back.dot(act.columns(*one), grad_taken.columns(*one)) for one in ranges])
 
 
-def _stacked(parts: list[Rows]) -> Rows:
-    return Rows(torch.stack([one.value for one in parts]), torch.stack([one.bound for one in parts]))
+def relative_variance(weight: Rows) -> torch.Tensor:
+    """Mean square of the relative errors of weights; infinite where a weight of 0 may be another."""
+    variance = spread(weight)
+    return torch.where(variance == 0, 0.0, variance / weight.value.square())
+
+
+def _without_variance(rows: Rows) -> Rows:
+    return replace(rows, variance=torch.zeros_like(rows.value))
+
+
+def _with_shared(rows: Rows, relative: torch.Tensor | None) -> Rows:
+    """Rows with the error of weights that multiply equal blocks of their columns, (R, S)."""
+    if relative is None:
+        return rows
+    relative = relative.repeat_interleave(rows.value.shape[1] // relative.shape[1], 1)
+    return replace(rows, variance=spread(rows) + relative * rows.value.square())
 
 
 def _sum(parts: list[Rows]) -> Rows:
-    return Rows(torch.stack([one.value for one in parts]).sum(0), torch.stack([one.bound for one in parts]).sum(0))
+    value, bound, variance = (torch.stack(one).sum(0) for one in zip(
+        *((part.value, part.bound, spread(part)) for part in parts), strict=True))
+    return Rows(value, bound, variance)
+
+
+def _stacked(parts: list[Rows]) -> Rows:
+    value, bound, variance = (torch.stack(one) for one in zip(
+        *((part.value, part.bound, spread(part)) for part in parts), strict=True))
+    return Rows(value, bound, variance)

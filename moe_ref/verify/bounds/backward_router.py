@@ -2,7 +2,8 @@
 
 Every map on this way is linear in the gradient: J(scores) g. A right result differs from it by what g is off, sent
 through abs(J), and by what the factors of J are off, relative to abs(J) abs(g). Ranks may add up partial gradients at
-any point of the way, so roundings are relative to the sum of all ranks' absolute parts.
+any point of the way, so roundings are relative to the sum of all ranks' absolute parts. The variance goes the same way
+through the squares of J, column by column, and its roundings are relative to the ranks' squares.
 """
 
 from dataclasses import dataclass, replace
@@ -11,9 +12,11 @@ import torch
 
 from moe_ref.contract.parallel import Range
 from moe_ref.contract.spec import Router
+from moe_ref.numerics.accumulation import ROUNDING
+from moe_ref.numerics.gauges import Gauges, gauges
 from moe_ref.oracle import router as formula
 from moe_ref.oracle.backward.weights import divisor, score_backward, weigh_backward
-from moe_ref.verify.bounds.backward_steps import BackwardSteps
+from moe_ref.verify.bounds.backward_steps import BackwardSteps, column_sums, spread
 from moe_ref.verify.bounds.rounding import FLUSH
 from moe_ref.verify.bounds.rows import Rows
 from moe_ref.verify.bounds.scores import Scores
@@ -21,14 +24,17 @@ from moe_ref.verify.bounds.slopes import LARGEST_TANH_CURVATURE
 
 _SCORE_FACTORS = 6
 """Scores, divisors and slopes that one term of a logit's gradient is a product of, at most."""
+_BEYOND = 9.0
+"""In standard deviations: a clamp farther away than this is not reached."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A gradient of every token as the ranks hold it before they add up: (ranks, T, N), and one bound for the sum."""
+    """A gradient of every token as the ranks hold it before they add up: (ranks, T, N); of the sum a bound and a variance."""
 
     value: torch.Tensor
     bound: torch.Tensor
+    variance: torch.Tensor
 
     @property
     def total(self) -> torch.Tensor:
@@ -39,35 +45,68 @@ class Parts:
         """Sum of the ranks' absolute parts, errors included, (T, N)."""
         return self.value.abs().sum(0) + self.bound
 
+    @property
+    def squares(self) -> torch.Tensor:
+        """The larger of the squares of the sum and of the sum of squares: what roundings are relative to, (T, N)."""
+        return larger_squares(self.value)
+
+
+def larger_squares(parts: torch.Tensor) -> torch.Tensor:
+    """Whether parts are rounded or their sum is not known: the larger of both squares, over the first axis."""
+    return torch.maximum(parts.sum(0).square(), parts.square().sum(0))
+
 
 @dataclass(frozen=True)
 class LinearGradients:
-    """Of y = x @ w^T + b: w (N, H), b (N,), before their last store; x with the sum of all ranks' absolute parts."""
+    """Of y = x @ w^T + b: w (N, H), b (N,), before their last store; x with sums over all ranks' parts.
+
+    x_gauge: of absolute values; x_squares: of squares.
+    """
 
     weight: Rows
     bias: Rows
     x: Rows
     x_gauge: torch.Tensor
+    x_squares: torch.Tensor
 
 
 def linear_backward(back: BackwardSteps, grad: Parts, x_TH: torch.Tensor, w_NH: torch.Tensor,
                     token_parts: list[Range]) -> LinearGradients:
     """token_parts: the tokens of ranks that hold different ones."""
-    x_TH, w_NH, num_tokens = x_TH.double(), w_NH.double(), len(x_TH)
+    x_TH, w_NH, num_tokens, model = x_TH.double(), w_NH.double(), len(x_TH), back.steps.model
     gauge, total = grad.gauge, grad.total
     error_TN = grad.bound + back.coefficient(num_tokens) * gauge
-    weight = Rows(total.T @ x_TH, error_TN.T @ x_TH.abs() + num_tokens * FLUSH)
-    bias = Rows(total.sum(0), error_TN.sum(0) + num_tokens * FLUSH)
     held = [(part[slice(*tokens)], x_TH[slice(*tokens)]) for part in grad.value for tokens in token_parts]
     joins = 2 * (len(held) - 1)
-    weight_gauge = torch.stack([part.T @ x for part, x in held]).abs().sum(0) + weight.bound
-    bias_gauge = torch.stack([part.sum(0) for part, _ in held]).abs().sum(0) + bias.bound
+
+    def joined(value: torch.Tensor, bound: torch.Tensor, variance: torch.Tensor, parts: torch.Tensor) -> Rows:
+        """A sum over tokens with the additions between ranks."""
+        gauge, squares = parts.abs().sum(0) + bound, larger_squares(parts)
+        if joins:
+            variance = variance + back.joins(value, squares, len(parts), back.joined_in)
+        return Rows(value, bound + back.rounded(gauge, back.joined_in, joins), variance)
+
+    def over_tokens(sums: list[Gauges]) -> torch.Tensor:
+        """Variance of sums over tokens: of the first, which is complete, or of all others, whichever is larger."""
+        whole, *parts = (model.summed_variance(one, num_tokens) for one in sums)
+        return torch.maximum(whole, torch.stack(parts).sum(0))
+
+    of_weight = [gauges(part.T, x.T) for part, x in [(total, x_TH), *held]]
+    weight = joined(total.T @ x_TH, error_TN.T @ x_TH.abs() + num_tokens * FLUSH,
+                    over_tokens(of_weight) + grad.variance.T @ x_TH.square(),
+                    torch.stack([one.value for one in of_weight[1:]]))
+    of_bias = [column_sums(part) for part in (total, *(part for part, _ in held))]
+    bias = joined(total.sum(0), error_TN.sum(0) + num_tokens * FLUSH, over_tokens(of_bias) + grad.variance.sum(0),
+                  torch.stack([one.value for one in of_bias[1:]]))
     x_error = (grad.bound + back.coefficient(len(w_NH)) * gauge) @ w_NH.abs() + len(w_NH) * FLUSH
-    x_gauge = torch.stack([part @ w_NH for part in grad.value]).abs().sum(0) + x_error
+    x_parts = torch.stack([part @ w_NH for part in grad.value])
+    x_gauge, x_squares = x_parts.abs().sum(0) + x_error, larger_squares(x_parts)
+    of_x = [model.summed_variance(gauges(part, w_NH.T), len(w_NH)) for part in (total, *grad.value)]
+    x_variance = torch.maximum(of_x[0], torch.stack(of_x[1:]).sum(0)) + grad.variance @ w_NH.square()
+    x_variance = x_variance + back.stores(x_squares, back.joined_in, 1)
     return LinearGradients(
-        Rows(weight.value, weight.bound + back.rounded(weight_gauge, back.joined_in, joins)),
-        Rows(bias.value, bias.bound + back.rounded(bias_gauge, back.joined_in, joins)),
-        Rows(total @ w_NH, x_error + back.rounded(x_gauge, back.joined_in, 1)), x_gauge)
+        weight, bias, Rows(total @ w_NH, x_error + back.rounded(x_gauge, back.joined_in, 1), x_variance), x_gauge,
+        x_squares)
 
 
 @dataclass(frozen=True)
@@ -114,16 +153,37 @@ class RouterBackward:
         """From the gradients of routing weights (T, K) and of shared weights (T, S), S = 0 without."""
         back = self.back
         mapped = [self._mapped(*pair) for pair in zip(weights.value, columns.value, strict=True)]
-        relative_T1 = self._relative()
-        stored = [one.bound + back.rounded(one.gauge, back.weights_in, 2 * len(one.value)) + relative_T1 * one.gauge
+        relative_T1, stores = self._relative(), 2 * len(weights.value)
+        stored = [one.bound + back.rounded(one.gauge, back.weights_in, stores) + relative_T1 * one.gauge
                   for one in (weights, columns)]
         errors = self._gauge(*stored)
         gauges = self._gauge(weights.gauge, columns.gauge)
-        logits, shared = (
-            Parts(torch.stack([one[number] for one in mapped]),
-                  (errors[number] + back.rounded(gauges[number], back.logits_in, 3)).masked_fill(
-                      self.unknown_T[:, None], torch.inf)) for number in (0, 1))
-        return LogitGradients(logits, shared, self._scale(mapped, errors[2], gauges[2]))
+        likely_T1 = self._likely_relative()
+        variances = self._variances(*(one.variance + back.stores(one.squares, back.weights_in, stores)
+                                      for one in (weights, columns)))
+        logits, shared = (self._parts(torch.stack([one[number] for one in mapped]), errors[number], gauges[number],
+                                      variances[number] + likely_T1 * gauges[number].square()) for number in (0, 1))
+        return LogitGradients(logits, shared, self._scale(
+            mapped, errors[2], gauges[2], variances[2] + likely_T1 * gauges[2].square()))
+
+    def _parts(self, value: torch.Tensor, error: torch.Tensor, gauge: torch.Tensor, variance: torch.Tensor) -> Parts:
+        back = self.back
+        stored = back.stores(larger_squares(value), back.logits_in, 3)
+        return Parts(value, *(one.masked_fill(self.unknown_T[:, None], torch.inf) for one in (
+            error + back.rounded(gauge, back.logits_in, 3), variance + stored)))
+
+    def _variances(self, weights_TK: torch.Tensor, columns_TS: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Of independent errors of each slot: the squares of J, column by column; and of every slot's part of the scale."""
+        num_slots, slots = weights_TK.shape[1], torch.cat([weights_TK, columns_TS], 1)
+        logits_TE, shared_TS = torch.zeros_like(self.score_TE), torch.zeros_like(columns_TS)
+        for slot in range(slots.shape[1]):
+            one = torch.zeros_like(slots)
+            one[:, slot] = 1.0
+            of_logits, of_shared, _ = self._mapped(one[:, :num_slots], one[:, num_slots:])
+            logits_TE = logits_TE + of_logits.square() * slots[:, slot, None]
+            shared_TS = shared_TS + of_shared.square() * slots[:, slot, None]
+        shares = self._gauge(self.kept_TK.double(), torch.ones_like(columns_TS))[2]
+        return logits_TE, shared_TS, slots * shares.square()
 
     def _mapped(self, grad_TK: torch.Tensor, grad_TS: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """J g by the oracle's formulas: of logits, of the further columns' logits, of the learned scale."""
@@ -157,6 +217,25 @@ class RouterBackward:
             result = torch.where(near_T1, 2.0, result)
         return torch.where(relative_T1 < 1, result, torch.inf)
 
+    def _likely_relative(self) -> torch.Tensor:
+        """Mean square of what the factors of one term are off together, (T, 1): of scores and of as many roundings."""
+        scores, router, model = self.scores, self.router, self.back.steps.model
+        spread_TN = scores.spread_TE
+        if scores.shared_spread_TS is not None:
+            spread_TN = torch.cat([spread_TN, scores.shared_spread_TS], 1)
+        largest_T1 = spread_TN.amax(-1, keepdim=True)
+        terms = spread_TN.shape[1] + 2 * self.kept_TK.shape[1] + 40
+        result = _SCORE_FACTORS * largest_T1 + terms * ROUNDING * model.evaluation_unit**2
+        if router.logit_softcap:
+            slope = LARGEST_TANH_CURVATURE * router.logit_scale / router.logit_softcap
+            moved_T1 = spread(scores.logits).amax(-1, keepdim=True)
+            result = result + (4 * model.evaluation_unit) ** 2 + slope**2 * moved_T1
+        if router.renormalize and router.epsilon_rule == "clamp":
+            sum_T1 = self.score_TE.gather(1, self.whole_TK).sum(-1, keepdim=True) + self.shared_TS.sum(-1, keepdim=True)
+            reach_T1 = _BEYOND * (largest_T1 + terms * model.evaluation_unit**2).sqrt() * sum_T1
+            result = torch.where((sum_T1 - router.renormalize_epsilon).abs() <= reach_T1, 4.0, result)
+        return result
+
     def _gauge(self, size_TK: torch.Tensor, size_TS: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """abs(J) times sizes: of logits, of the further columns' logits, and of every slot's part of the scale."""
         router, score_TK = self.plain, self.score_TE.gather(1, self.whole_TK)
@@ -178,14 +257,15 @@ class RouterBackward:
             columns_TS = score_gauge(columns_TS, self.shared_logits, router)
         return score_gauge(size_TE, self.scores.logits.value, router), columns_TS, slots
 
-    def _scale(self, mapped: list[tuple[torch.Tensor, ...]], error_TN: torch.Tensor,
-               gauge_TN: torch.Tensor) -> Rows | None:
+    def _scale(self, mapped: list[tuple[torch.Tensor, ...]], error_TN: torch.Tensor, gauge_TN: torch.Tensor,
+               variance_TN: torch.Tensor) -> Rows | None:
         """The learned scale: a sum over tokens and slots."""
         if self.scores.scale_E is None:
             return None
-        back = self.back
-        error_TN = error_TN + back.coefficient(gauge_TN.numel()) * gauge_TN
-        value = torch.stack([one[2] for one in mapped]).sum(0)
+        back, terms = self.back, gauge_TN.numel()
+        error_TN = error_TN + back.coefficient(terms) * gauge_TN
+        parts = torch.stack([one[2] for one in mapped])
+        value, stores = parts.sum(0), 2 * len(mapped) + 1
 
         def over_slots(size_TN: torch.Tensor) -> torch.Tensor:
             if self.router.learned_scale == "layer":
@@ -193,8 +273,11 @@ class RouterBackward:
             slots_TK = size_TN[:, :self.whole_TK.shape[1]]
             return torch.zeros_like(value).index_add(0, self.whole_TK.flatten(), slots_TK.flatten())
 
-        stored = back.rounded(over_slots(gauge_TN), back.logits_in, 2 * len(mapped) + 1)
-        return Rows(value, over_slots(error_TN) + stored)
+        stored = back.rounded(over_slots(gauge_TN), back.logits_in, stores)
+        # Terms of each expert are few and far between: their partial sums are at most their sum of absolute values.
+        summed = terms * ROUNDING * (back.steps.model.accumulation.unit * over_slots(gauge_TN)).square()
+        variance = over_slots(variance_TN) + summed + back.stores(larger_squares(parts), back.logits_in, stores)
+        return Rows(value, over_slots(error_TN) + stored, variance)
 
 
 def score_gauge(size_TE: torch.Tensor, logits_TE: torch.Tensor, router: Router) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 A rounding contract says where rows of the forward pass are stored, of the backward pass it says nothing: every row and
 every elementwise product of it may be rounded to the coarsest format in which the forward stores rows. What is
-kept wider is then right by a wider margin.
+kept wider is then right by a wider margin. The variance, too, has all of these roundings: each is uniform and independent.
 """
 
 from collections.abc import Iterable
@@ -11,11 +11,24 @@ from dataclasses import dataclass
 import torch
 
 from moe_ref.contract.vocabulary import Format, Stage
+from moe_ref.numerics.accumulation import ROUNDING
+from moe_ref.numerics.gauges import Gauges, gauges, nonnegative_product
 from moe_ref.verify.bounds.rounding import FLUSH
 from moe_ref.verify.bounds.rows import Rows
 from moe_ref.verify.bounds.steps import Steps
 
 _ROW_STAGES = (Stage.PERMUTE, Stage.GATE_UP, Stage.ACT, Stage.DOWN, Stage.SHARED, Stage.MERGED, Stage.REDUCED)
+
+
+def spread(rows: Rows) -> torch.Tensor:
+    """The variance of rows, infinite where nothing is predicted."""
+    return torch.full_like(rows.value, torch.inf) if rows.variance is None else rows.variance
+
+
+def column_sums(products_RN: torch.Tensor) -> Gauges:
+    """Gauges of the sums over the rows, (N,)."""
+    found = gauges(products_RN.T, torch.ones(1, len(products_RN), dtype=torch.float64))
+    return Gauges(found.value[:, 0], found.squares[:, 0], found.path[:, 0])
 
 
 @dataclass(frozen=True)
@@ -62,23 +75,39 @@ class BackwardSteps:
         error = growth * gauge + times * (FLUSH + 2.0 ** (entry.min_exponent - entry.significand_bits))
         return torch.where(gauge * (1 + growth) < entry.max, error, torch.inf)
 
+    def stores(self, squares: torch.Tensor, stored: Format, times: int) -> torch.Tensor:
+        """Expected square of what `times` stores lose together, of numbers with these squares."""
+        entry = self.steps.model.tolerances.file.formats[stored]
+        unit = max(2.0**-entry.significand_bits, self.steps.model.evaluation_unit)
+        floor = FLUSH + 2.0 ** (entry.min_exponent - entry.significand_bits)
+        return times * (ROUNDING * unit**2 * squares + floor**2)
+
+    def joins(self, total: torch.Tensor, squares: torch.Tensor, addends: int, stored: Format) -> torch.Tensor:
+        """Expected square of what is lost where addends with this sum of squares are stored and then added up."""
+        added = self.steps.model.additions_variance(total, squares, addends, stored)
+        return self.stores(squares, stored, 1) + added
+
     def again(self, rows: Rows, times: int) -> Rows:
         """Rows that are stored `times` times more."""
-        return Rows(rows.value, rows.bound + self.rounded(rows.largest, self.rows_in, times))
+        return Rows(rows.value, rows.bound + self.rounded(rows.largest, self.rows_in, times),
+                    spread(rows) + self.stores(rows.value.square(), self.rows_in, times))
 
     def saved(self, rows: Rows, stage: Stage) -> Rows:
         """Rows of a stage as the backward pass has them: stored, if they were not already.
 
         Weights may join before or after the store, so that the smallest subnormals may be lost in another place.
         """
-        is_stored = self.steps.stored_in(stage) == self.rows_in
-        return Rows(rows.value, rows.bound + self.rounded(torch.zeros_like(rows.bound), self.rows_in, 1)) if (
-            is_stored) else self.again(rows, 1)
+        if self.steps.stored_in(stage) != self.rows_in:
+            return self.again(rows, 1)
+        nothing = torch.zeros_like(rows.bound)
+        return Rows(rows.value, rows.bound + self.rounded(nothing, self.rows_in, 1),
+                    spread(rows) + self.stores(nothing, self.rows_in, 1))
 
     def product(self, one: Rows, other: Rows, times: int = 1) -> Rows:
         """one * other, element by element, and as many roundings."""
         error = one.value.abs() * other.bound + one.bound * other.largest
-        return self.again(Rows(one.value * other.value, error), times)
+        variance = one.value.square() * spread(other) + spread(one) * (other.value.square() + spread(other))
+        return self.again(Rows(one.value * other.value, error, variance), times)
 
     def coefficient(self, terms: int) -> float:
         """What a sum of so many products may lose, per unit of the sum of their absolute values."""
@@ -86,40 +115,54 @@ class BackwardSteps:
 
     def through(self, rows: Rows, weight_NM: torch.Tensor) -> Rows:
         """rows @ weight, (R, M), in the accumulator."""
-        weight_NM = weight_NM.double()
-        error_RN = rows.bound + self.coefficient(len(weight_NM)) * rows.largest
-        return Rows(rows.value @ weight_NM, error_RN @ weight_NM.abs() + len(weight_NM) * FLUSH)
+        weight_NM, terms = weight_NM.double(), len(weight_NM)
+        error_RN = rows.bound + self.coefficient(terms) * rows.largest
+        sums = gauges(rows.value, weight_NM.T)
+        variance = self.steps.model.summed_variance(sums, terms) + nonnegative_product(spread(rows), weight_NM.T, 2)
+        return Rows(sums.value, error_RN @ weight_NM.abs() + terms * FLUSH, variance)
 
     def outer(self, one: Rows, other: Rows) -> Rows:
         """one^T @ other, (N, M): the sum over rows in the accumulator; exactly 0 where there is no row."""
         terms = len(one.value)
         error_RN = one.bound + self.coefficient(terms) * one.largest
-        bound = error_RN.T @ other.largest
+        bound, sums = error_RN.T @ other.largest, gauges(one.value.T, other.value.T)
+        variance = self.steps.model.summed_variance(sums, terms) + nonnegative_product(spread(one).T, other.value.T, 2)
         if bool(other.bound.any()):
             bound = bound + one.value.abs().T @ other.bound
-        return Rows(one.value.T @ other.value, bound + terms * FLUSH)
+            both = one.value.square() + spread(one)
+            variance = variance + nonnegative_product(both.T, spread(other).T, 1)
+        return Rows(sums.value, bound + terms * FLUSH, variance)
 
     def down_columns(self, rows: Rows) -> Rows:
         """The sum over rows in the accumulator, (N,)."""
-        terms, dim = len(rows.value), 0
+        terms, sums = len(rows.value), column_sums(rows.value)
         error = rows.bound + self.coefficient(terms) * rows.largest
-        return Rows(rows.value.sum(dim), error.sum(dim) + terms * FLUSH)
+        variance = self.steps.model.summed_variance(sums, terms) + spread(rows).sum(0)
+        return Rows(sums.value, error.sum(0) + terms * FLUSH, variance)
 
     def dot(self, one: Rows, other: Rows) -> Rows:
         """Sums of one * other along the last axis, (R, 1), each product stored."""
         gauge = (one.largest * other.largest).sum(-1, keepdim=True)
         error = (one.value.abs() * other.bound + one.bound * other.largest).sum(-1, keepdim=True)
-        terms = one.value.shape[-1]
+        terms, products = one.value.shape[-1], one.value * other.value
         error = error + self.coefficient(terms) * gauge + self.rounded(gauge, self.rows_in, 1)
-        return Rows((one.value * other.value).sum(-1, keepdim=True), error + terms * FLUSH)
+        sums = column_sums(products.T)
+        variance = one.value.square() * spread(other) + spread(one) * (other.value.square() + spread(other))
+        variance = (variance + self.stores(products.square(), self.rows_in, 1)).sum(-1, keepdim=True)
+        return Rows(sums.value[:, None], error + terms * FLUSH,
+                    variance + self.steps.model.summed_variance(sums, terms)[:, None])
 
     def finished(self, rows: Rows, leaf: Format | None = None) -> Rows:
         """A gradient as it is returned, in the format of its leaf, perhaps by way of fp32; what is exactly 0 stays so.
 
-        Where torch casts fp64 to a 16-bit format, it rounds to fp32 first.
+        Where torch casts fp64 to a 16-bit format, it rounds to fp32 first. Where a format may overflow nothing is
+        predicted, nor is anything bounded.
         """
-        leaf, bound = leaf or self.leaf, rows.bound
+        leaf, bound, variance, model = leaf or self.leaf, rows.bound, spread(rows), self.steps.model
         if leaf in (Format.FP16, Format.BF16):
             bound = bound + self.rounded(rows.largest, Format.FP32, 1)
-        stored = self.steps.model.rounded(rows.value.abs() + bound, leaf)
-        return Rows(rows.value, torch.where(rows.largest == 0, 0.0, bound + stored))
+            variance = variance + model.stored_variance(rows.value, Format.FP32)
+        bound = bound + model.rounded(rows.value.abs() + bound, leaf)
+        variance = variance + model.stored_variance(rows.value, leaf)
+        variance = torch.where(torch.isfinite(bound) & torch.isfinite(variance), variance, torch.inf)
+        return Rows(rows.value, *(torch.where(rows.largest == 0, 0.0, one) for one in (bound, variance)))

@@ -36,8 +36,8 @@ def output_bound(x_TH: torch.Tensor, routing: Routing, weights: WeightSource, sp
             chain.identity(token_R, weight)
     if expert := weights.shared_expert():
         chain.shared(expert, _gates(x_TH, routing, weights, steps))
-    bound_TH = chain.finish(None, weights.output_bias_H)
-    return chain.truth_TH, bound_TH
+    output = chain.finish(None, weights.output_bias_H)
+    return output.value, output.bound
 
 
 def _gates(x_TH: torch.Tensor, routing: Routing, weights: WeightSource, steps: Steps) -> Rows | None:

@@ -1,6 +1,7 @@
 """The output chain: truth of the unsharded layer and the propagated bound, for a given routing."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -22,11 +23,20 @@ class ExpertRows:
     act: Rows
 
 
+class RowObserver(Protocol):
+    """Who looks at routed rows while they pass; see measure/output_statistics.py."""
+
+    def routed(self, token_R: torch.Tensor, w2_HI: torch.Tensor, act: Rows, weight: Rows, row_RH: torch.Tensor,
+               cuts: list[Range]) -> None: ...
+
+
 class OutputChain:
     """Partial sums of every rank with their bound, beside the truth, which is never sharded."""
 
-    def __init__(self, steps: Steps, x_TH: torch.Tensor, parallel: Parallel, shares: tuple[RankShare, ...]) -> None:
+    def __init__(self, steps: Steps, x_TH: torch.Tensor, parallel: Parallel, shares: tuple[RankShare, ...],
+                 observer: RowObserver | None = None) -> None:
         self.steps, self.x_TH, self.parallel, self.shares = steps, x_TH, parallel, shares
+        self.observer = observer
         self.summing = Summing(steps, x_TH, parallel, shares)
         self.truth_TH = torch.zeros(x_TH.shape, dtype=torch.float64, device=x_TH.device)
 
@@ -39,8 +49,12 @@ class OutputChain:
         if expert.w2_bias_H is not None:
             down_RH = down_RH + expert.w2_bias_H.double()
         self.truth_TH.index_add_(0, token_R, down_RH if steps.on_input else weight.value * down_RH)
+        shares = self.shares[:self.parallel.tp]
+        if self.observer is not None and not steps.on_input:
+            cuts = [] if self.summing.by_output else [share.columns for share in shares]
+            self.observer.routed(token_R, expert.w2_HI, act, weight, down_RH, cuts)
         parts = []
-        for share in self.shares[:self.parallel.tp]:
+        for share in shares:
             inner = (0, spec.intermediate_size) if self.summing.by_output else share.columns
             part = down_part(expert, inner, share.outputs)
             adds_bias = self.summing.by_output or share.tp_rank == 0
@@ -116,8 +130,8 @@ class OutputChain:
                                         [expert.w2_HI[:, low:high] for low, high in cuts],
                                         [gate.columns(block, block + 1) for block in range(shared.num_experts)])
 
-    def finish(self, residual_TH: torch.Tensor | None, output_bias_H: torch.Tensor | None) -> torch.Tensor:
-        """Complete the truth and return the bound of the output, (T, H); call it once."""
+    def finish(self, residual_TH: torch.Tensor | None, output_bias_H: torch.Tensor | None) -> Rows:
+        """Complete the truth and return it with its bound and variance, (T, H); call it once."""
         shared = self.steps.spec.shared
         if shared is not None and shared.merge == "mean":
             self.truth_TH /= 2
@@ -125,7 +139,8 @@ class OutputChain:
             if one is not None:
                 self.truth_TH += one.double()
         merged = self.summing.merged(output_bias_H)
-        return self.summing.reduced(merged, residual_TH, output_bias_H, bias_is_summed=False).bound
+        sums = self.summing.reduced(merged, residual_TH, output_bias_H, bias_is_summed=False)
+        return Rows(self.truth_TH, sums.bound, sums.variance)
 
 
 def down_part(expert: ExpertWeights, inner: Range, outputs: Range) -> ExpertWeights:

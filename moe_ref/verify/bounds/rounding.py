@@ -1,8 +1,8 @@
 """The rounding model: how far a right implementation may be from the real-arithmetic result, per element.
 
-Deterministic and componentwise: whatever the order of summation, |computed - exact| <= the bound. Inputs
-are fp64 tensors of exact values and of gauges (sums of absolute values); nothing here is statistical.
-docs/bounds.md has the derivation.
+The bound is deterministic and componentwise: whatever the order of summation, |computed - exact| <= the bound. The
+variance is the mean square of what is expected. Inputs are fp64 tensors of exact values and of gauges. docs/bounds.md and
+docs/numerics.md have the derivations.
 """
 
 import math
@@ -12,9 +12,12 @@ import torch
 
 from moe_ref.contract.spec import Router
 from moe_ref.contract.vocabulary import Format
+from moe_ref.numerics.accumulation import ROUNDING, Accumulation, running_sum, sorted_sum
+from moe_ref.numerics.formats import unit_in_last_place
+from moe_ref.numerics.gauges import Gauges
 from moe_ref.oracle.router import capped, softplus
-from moe_ref.verify.bounds.rows import Rows
-from moe_ref.verify.bounds.tolerances import Tolerances
+from moe_ref.verify.bounds.rows import Rows, total_variance
+from moe_ref.tolerances.load import Tolerances
 
 ORACLE_UNIT = 2.0**-53
 """The oracle's own sums are in fp64; their error is part of every bound."""
@@ -25,7 +28,7 @@ FLUSH = 2.0**-126
 
 @dataclass(frozen=True)
 class RoundingModel:
-    """Bounds for one device class ("cpu" or "cuda") and one accumulation format."""
+    """Bounds for one hardware class of tolerances.yaml ("cpu", "cuda", "sm90") and one accumulation format."""
 
     tolerances: Tolerances
     device: str
@@ -35,11 +38,43 @@ class RoundingModel:
     def unit(self) -> float:
         """Unit roundoff of a long sum, with the device's factor."""
         entry = self.tolerances.file.formats[self.accumulate]
-        return self.tolerances.file.accumulators[self.device].factor * 2.0**-entry.significand_bits
+        return self.tolerances.file.hardware[self.device].factor * 2.0**-entry.significand_bits
 
     def summed(self, gauge: torch.Tensor, terms: int) -> torch.Tensor:
         """Error of a sum of `terms` products with sum of absolute products `gauge`, in any order."""
         return (gamma(terms, self.unit) + gamma(terms, ORACLE_UNIT)) * gauge + terms * FLUSH
+
+    @property
+    def accumulation(self) -> Accumulation:
+        """How the errors of a long sum are expected to be."""
+        unit = 2.0**-self.tolerances.file.formats[self.accumulate].significand_bits
+        hardware = self.tolerances.file.hardware[self.device]
+        if self.accumulate is not Format.FP32:
+            return Accumulation(unit)
+        return Accumulation(unit, hardware.truncates, hardware.products_per_step, hardware.kept_bits)
+
+    def summed_variance(self, sums: Gauges, terms: int) -> torch.Tensor:
+        """Expected square of the error of a sum of `terms` products, the oracle's own included."""
+        return self.accumulation.variance(sums, terms) + ROUNDING * ORACLE_UNIT**2 * max(1, terms) * sums.path
+
+    def stored_variance(self, value: torch.Tensor, stored: Format | None) -> torch.Tensor:
+        """Expected square of the error of one store: uniform over a unit in the last place; 0 if kept in registers."""
+        if stored is None:
+            return torch.zeros_like(value)
+        # A value that is not finite has no unit; its bound is infinite, or it is not judged.
+        unit = unit_in_last_place(torch.nan_to_num(value, nan=0.0), stored)
+        return unit.square() / 12 + FLUSH**2
+
+    def additions_variance(self, total: torch.Tensor, squares: torch.Tensor, addends: int,
+                           summed_in: Format, largest_first: bool = False) -> torch.Tensor:
+        """Expected square of the roundings of a running sum in a format, averaged over the orders of its addends.
+
+        largest_first: addends may come in the order of their size.
+        """
+        entry = self.tolerances.file.formats[summed_in]
+        floor = addends * (2.0 ** (entry.min_exponent - entry.significand_bits) + FLUSH) ** 2
+        rounded = (sorted_sum if largest_first else running_sum)(total, squares, addends)
+        return ROUNDING * 4.0**-entry.significand_bits * rounded + floor
 
     def rounded(self, magnitude: torch.Tensor, stored: Format | None) -> torch.Tensor:
         """Half an ulp of `stored` at `magnitude`, the largest value that may be rounded; 0 if kept in registers.
@@ -69,6 +104,10 @@ class RoundingModel:
         underflow = 4 * (FLUSH + 2.0 ** (entry.min_exponent - entry.significand_bits))
         return max(2.0**-entry.significand_bits, self.evaluation_unit), underflow
 
+    def evaluated(self, error: torch.Tensor) -> torch.Tensor:
+        """Variance of an evaluation that is off by at most `error`: a quarter of that is its usual error."""
+        return (error / 4).square()
+
     def softcap_error(self, rows: Rows, cap: float, inner: Format | None) -> torch.Tensor:
         """Error of evaluating cap * tanh(. / cap): absolute in the cap, since tanh may be made of a sigmoid."""
         evaluated = self.tolerances.file.evaluations.softcap.units * self.evaluation_unit * cap
@@ -79,12 +118,14 @@ class RoundingModel:
 
     def capped(self, logits: Rows, router: Router) -> Rows:
         """Logits after their scale and cap; both keep or shrink an error but for the factor of the scale."""
-        value, bound = capped(logits.value, router), logits.bound * router.logit_scale
+        value, propagated = capped(logits.value, router), logits.bound * router.logit_scale
+        evaluated = torch.zeros_like(propagated)
         if router.logit_scale != 1.0:
-            bound = bound + 2 * self.evaluation_unit * router.logit_scale * logits.largest
+            evaluated = evaluated + 2 * self.evaluation_unit * router.logit_scale * logits.largest
         if router.logit_softcap:
-            bound = bound + self.softcap_error(logits, router.logit_softcap, None)
-        return Rows(value, bound)
+            evaluated = evaluated + self.softcap_error(logits, router.logit_softcap, None)
+        variance = None if logits.variance is None else router.logit_scale**2 * logits.variance
+        return Rows(value, propagated + evaluated, total_variance(variance, self.evaluated(evaluated)))
 
     def score_units(self, logits_TE: torch.Tensor, router: Router) -> torch.Tensor:
         """Relative evaluation error of every score from capped logits, in absolute terms of the unit, (T, E)."""

@@ -29,15 +29,20 @@ class Scores:
         assert router is not None
         self.router, self.model, self.logits = router, model, logits
         self.bias_E, self.scale_E = inputs.weights.selection_bias_E, inputs.weights.weight_scale_E
-        self.score_TE, self.relative_TE = self._scores(logits)
-        self.shared_TS, self.shared_relative_TS = (None, None) if shared_logits is None else self._scores(
-            shared_logits)
+        self.score_TE, self.relative_TE, self.spread_TE = self._scores(logits)
+        self.shared_TS, self.shared_relative_TS, self.shared_spread_TS = (
+            (None, None, None) if shared_logits is None else self._scores(shared_logits))
 
-    def _scores(self, logits: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    def _scores(self, logits: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Scores, what they may be off by relative to themselves, and the mean square of what is expected."""
         # |d score| <= score * (exp(2 b) - 1) when every logit of the token is off by at most b, for all scores.
         after = self.model.capped(logits, self.router)
         propagated_T1 = torch.expm1(2 * after.bound.amax(-1, keepdim=True))
-        return score(logits.value, self.router), propagated_T1 + self.model.score_units(after.value, self.router)
+        units_TE = self.model.score_units(after.value, self.router)
+        variance = torch.full_like(after.value, torch.inf) if after.variance is None else after.variance
+        # d log score = d logit - sum of p d logit, of which the second part is at most as large as the largest.
+        spread_TE = variance + variance.amax(-1, keepdim=True) + self.model.evaluated(units_TE)
+        return score(logits.value, self.router), propagated_T1 + units_TE, spread_TE
 
     @cached_property
     def selection(self) -> Rows:
@@ -108,11 +113,23 @@ class Scores:
                                          self.shared_TS)
         units_TK, units_TS = self.model.weight_units(self.relative_TE.gather(1, whole_TK), router,
                                                      self.shared_relative_TS)
-        routed = self._bounded(weights_TK, units_TK, unknown_T1)
-        routed = Rows(torch.where(kept_TK, routed.value, 0.0), torch.where(kept_TK, routed.bound, 0.0))
-        shared = None if shared_TS is None or units_TS is None else self._bounded(shared_TS, units_TS, unknown_T1)
-        return Weights(routed, shared)
+        spread_TK, spread_TS = self._weight_spread(whole_TK)
+        routed = self._bounded(weights_TK, units_TK, spread_TK).masked(unknown_T1)
+        assert routed.variance is not None
+        routed = Rows(*(torch.where(kept_TK, one, 0.0) for one in (routed.value, routed.bound, routed.variance)))
+        if shared_TS is None or units_TS is None or spread_TS is None:
+            return Weights(routed, None)
+        return Weights(routed, self._bounded(shared_TS, units_TS, spread_TS).masked(unknown_T1))
 
-    def _bounded(self, weights: torch.Tensor, units: torch.Tensor, unknown_T1: torch.Tensor) -> Rows:
-        bound = weights.abs() * units + FLUSH * self.router.scaling_factor
-        return Rows(weights, torch.where(unknown_T1, torch.inf, bound))
+    def _weight_spread(self, whole_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Mean square of the relative errors of weights: of the score, of the sum it is divided by, of both roundings."""
+        spread_TK, spread_TS = self.spread_TE.gather(1, whole_TK), self.shared_spread_TS
+        both = spread_TK if spread_TS is None else torch.cat([spread_TK, spread_TS], -1)
+        if self.router.renormalize:
+            both = both + both.amax(-1, keepdim=True)
+        both = both + (both.shape[1] + 6) * self.model.evaluation_unit**2
+        return both[:, :self.router.top_k], None if spread_TS is None else both[:, self.router.top_k:]
+
+    def _bounded(self, weights: torch.Tensor, units: torch.Tensor, spread: torch.Tensor) -> Rows:
+        floor = FLUSH * self.router.scaling_factor
+        return Rows(weights, weights.abs() * units + floor, weights.square() * spread + floor**2)

@@ -1,6 +1,7 @@
 """How far the derivatives of activation(gate) and of up's factor may be off; see docs/bounds.md.
 
-Where a kink may lie between the value and what an implementation has for it, the bound covers both sides.
+Where a kink may lie between the value and what an implementation has for it, the bound covers both sides, and so does
+the variance: it is the square of the whole step.
 """
 
 import math
@@ -13,10 +14,15 @@ from moe_ref.contract.vocabulary import Format
 from moe_ref.oracle.backward.mlp import slope, up_slope
 from moe_ref.verify.bounds.activation import activation
 from moe_ref.verify.bounds.rounding import RoundingModel
-from moe_ref.verify.bounds.rows import Rows
+from moe_ref.verify.bounds.rows import Rows, exact, total_variance
 
 _LIMIT_UNITS = 3.0
 """A limit that the format cannot hold is rounded, as in the forward pass."""
+
+_REACH = 3.0
+"""In standard deviations: how far from a gate its slope is looked at, as in the forward pass."""
+_BEYOND = 9.0
+"""In standard deviations: a kink farther away than this is not reached."""
 
 LARGEST_TANH_CURVATURE = 0.77
 """Largest |derivative| of sech^2, the slope of tanh: 4 / (3 sqrt 3) = 0.7698."""
@@ -44,17 +50,40 @@ def activation_slope(model: RoundingModel, gate: Rows, mlp: MLP, inner: Format |
         passed = reached.value <= mlp.limit
         near = (reached.value - mlp.limit).abs() <= reached.bound + _LIMIT_UNITS * unit * mlp.limit
         inside = gate.value.clamp(max=mlp.limit) if mlp.limit_at == "before" else inside
-    free = slope(inside, mlp)
-    error = curvature(mlp) * gate.bound + unit * _units(inside, mlp) + floor * (1 + inside.abs())
+    free, evaluated = slope(inside, mlp), unit * _units(inside, mlp)
+    error = curvature(mlp) * gate.bound + evaluated + floor * (1 + inside.abs())
+    variance = total_variance(_moved(gate, inside, mlp), model.evaluated(evaluated), floor**2)
     if mlp.activation == "relu":
-        error = torch.where(gate.value.abs() <= gate.bound, 1.0, 0.0)
+        kink = gate.value.abs() <= gate.bound
+        error = torch.where(kink, 1.0, 0.0)
+        variance = total_variance(variance, (kink & _reaches(gate, gate.value.abs())).double())
     if near is None:
-        return Rows(free, error)
+        return Rows(free, error, variance)
     error = torch.where(passed, error, 0.0)
-    both = free.abs() + curvature(mlp) * gate.bound + unit * _units(inside, mlp)
+    both = free.abs() + curvature(mlp) * gate.bound + evaluated
     if mlp.activation == "relu":
         both = torch.ones_like(both)
-    return Rows(torch.where(passed, free, 0.0), torch.where(near, error + both, error))
+    likely = near & _reaches(reached, (reached.value - mlp.limit).abs() - _LIMIT_UNITS * unit * mlp.limit)
+    variance = None if variance is None else torch.where(passed, variance, 0.0) + likely * free.square()
+    return Rows(torch.where(passed, free, 0.0), torch.where(near, error + both, error), variance)
+
+
+def _moved(gate: Rows, inside: torch.Tensor, mlp: MLP) -> torch.Tensor | None:
+    """Variance of a slope that has no kink nearby, from that of its gate: its change over a few standard deviations."""
+    if gate.variance is None:
+        return None
+    if mlp.activation == "relu":
+        return torch.zeros_like(inside)
+    reach, free = _REACH * gate.variance.sqrt(), slope(inside, mlp)
+    change = torch.maximum((slope(inside + reach, mlp) - free).abs(), (slope(inside - reach, mlp) - free).abs())
+    return (change / _REACH).square()
+
+
+def _reaches(rows: Rows, distance: torch.Tensor) -> torch.Tensor:
+    """Whether the error of a value may be as large as a distance."""
+    if rows.variance is None:
+        return torch.ones_like(distance, dtype=torch.bool)
+    return distance <= _BEYOND * rows.variance.sqrt()
 
 
 def _units(gate: torch.Tensor, mlp: MLP) -> torch.Tensor:
@@ -80,8 +109,11 @@ def factor_slope(model: RoundingModel, up: Rows, mlp: MLP, inner: Format | None)
     """Derivative of what the activation is multiplied with, with respect to up."""
     unit, value = model.elementwise(inner)[0], up_slope(up.value, mlp)
     if mlp.limit is not None:
-        near = (up.value.abs() - mlp.limit).abs() <= up.bound + _LIMIT_UNITS * unit * mlp.limit
-        return Rows(value, near.double())
+        distance, rounded = (up.value.abs() - mlp.limit).abs(), _LIMIT_UNITS * unit * mlp.limit
+        near = distance <= up.bound + rounded
+        return Rows(value, near.double(), (near & _reaches(up, distance - rounded)).double())
     if mlp.up_softcap:
-        return Rows(value, LARGEST_TANH_CURVATURE / mlp.up_softcap * up.bound + 16 * unit)
-    return Rows(value, torch.zeros_like(value))
+        largest, evaluated = LARGEST_TANH_CURVATURE / mlp.up_softcap, torch.full_like(value, 16 * unit)
+        variance = None if up.variance is None else largest**2 * up.variance
+        return Rows(value, largest * up.bound + evaluated, total_variance(variance, model.evaluated(evaluated)))
+    return exact(value)

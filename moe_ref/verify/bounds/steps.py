@@ -8,9 +8,11 @@ from moe_ref.contract.capabilities import Numerics
 from moe_ref.contract.spec import MLP, MoESpec
 from moe_ref.contract.vocabulary import Format, Stage
 from moe_ref.contract.weights import ExpertWeights, WeightSource
+from moe_ref.numerics.accumulation import ROUNDING
+from moe_ref.numerics.gauges import gauges, nonnegative_product
 from moe_ref.verify.bounds.activation import activated
-from moe_ref.verify.bounds.rounding import RoundingModel
-from moe_ref.verify.bounds.rows import DownRows, Rows, exact
+from moe_ref.verify.bounds.rounding import FLUSH, RoundingModel
+from moe_ref.verify.bounds.rows import DownRows, Rows, exact, total_variance
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,14 @@ class Steps:
 
     def stored(self, rows: Rows, stage: Stage) -> Rows:
         """Rows after the store of a stage."""
-        return Rows(rows.value, rows.bound + self.model.rounded(rows.largest, self.stored_in(stage)))
+        return self.stored_as(rows, self.stored_in(stage))
+
+    def stored_as(self, rows: Rows, stored: Format | None) -> Rows:
+        """Rows after a store in a format, or as they are."""
+        if stored is None:
+            return Rows(rows.value, rows.bound, rows.variance)
+        variance = total_variance(rows.variance, self.model.stored_variance(rows.value, stored))
+        return Rows(rows.value, rows.bound + self.model.rounded(rows.largest, stored), variance, rows.variance, stored)
 
     @property
     def on_input(self) -> bool:
@@ -50,26 +59,37 @@ class Steps:
         value = factor.value * rows.value
         error = factor.value.abs() * rows.bound + factor.bound * rows.largest
         error = error + self.model.evaluation_unit * (value.abs() + error)
-        return Rows(value, error + self.model.rounded(value.abs() + error, rounded_to))
+        variance = None
+        if rows.variance is not None and factor.variance is not None:
+            variance = (factor.value.square() * rows.variance + factor.variance * (rows.value.square() + rows.variance)
+                        + ROUNDING * self.model.evaluation_unit**2 * value.square() + FLUSH**2)
+        return self.stored_as(Rows(value, error, variance), rounded_to)
 
     def linear(self, rows: Rows, w_NK: torch.Tensor, bias: Rows | None, stage: Stage) -> Rows:
         """rows @ w^T + bias before the store of `stage`; a bias may be added to the product once stored."""
-        w_NK = w_NK.double()
-        value, gauge = rows.value @ w_NK.T, rows.largest @ w_NK.abs().T
-        bound = torch.zeros_like(value) if not bool(rows.bound.any()) else rows.bound @ w_NK.abs().T
-        terms = max(1, w_NK.shape[1])
+        terms, sums = max(1, w_NK.shape[1]), gauges(rows.value, w_NK)
+        lost = float(self.model.summed(torch.ones((), dtype=torch.float64), terms + (bias is not None)))
+        bound = nonnegative_product(rows.bound + lost * rows.largest, w_NK, 1) + (terms + 1) * FLUSH
+        variance = self.model.summed_variance(sums, terms)
+        if rows.variance is None:
+            variance = None
+        elif bool(rows.variance.any()):
+            variance = variance + nonnegative_product(rows.variance, w_NK, 2)
         if bias is None:
-            return Rows(value, bound + self.model.summed(gauge, terms))
-        bound = bound + bias.bound + self.model.summed(gauge + bias.largest, terms + 1)
-        before = self.model.rounded(value.abs() + bound, self.stored_in(stage))
-        return Rows(value + bias.value, bound + before)
+            return Rows(sums.value, bound, variance)
+        bound = bound + bias.bound + lost * bias.largest
+        before = self.model.rounded(sums.value.abs() + bound, self.stored_in(stage))
+        value = sums.value + bias.value
+        joined = self.model.stored_variance(sums.value, self.stored_in(stage)) + ROUNDING * (
+            self.model.accumulation.unit * value).square()
+        return Rows(value, bound + before, total_variance(variance, bias.variance, joined))
 
     def gate_up(self, tokens: Rows, expert: ExpertWeights) -> Rows:
         """Both projections as they are stored, (R, G, I)."""
         w_NH, shape = expert.w13_GIH.flatten(0, 1), expert.w13_GIH.shape[:2]
         bias = None if expert.w13_bias_GI is None else exact(expert.w13_bias_GI.flatten())
         rows = self.stored(self.linear(tokens, w_NH, bias, Stage.GATE_UP), Stage.GATE_UP)
-        return Rows(rows.value.unflatten(1, shape), rows.bound.unflatten(1, shape))
+        return rows.mapped(lambda one: one.unflatten(1, shape))
 
     def act(self, gate_up: Rows, mlp: MLP, weight: Rows | None = None) -> Rows:
         """The activation as it is stored, (R, I); times `weight` where the routing weight joins there.
@@ -135,17 +155,22 @@ class Steps:
         Released code weights activations, rows of each, or one fused row; all of them are allowed for: two stores
         of the weighted activation, three of each row, and their sum in the format of the merge.
         """
-        total, gauge = None, torch.zeros((), device=gates[0].value.device)
+        total = None
+        gauge = squares = torch.zeros((), dtype=torch.float64, device=gates[0].value.device)
         for act, w2_HI, gate in zip(acts, w2_HIs, gates, strict=True):
             weighted = self.weigh(act, gate)
             weighted = self.stored(self.stored(weighted, Stage.ACT), Stage.ACT)
             rows = self.linear(weighted, w2_HI, None, Stage.SHARED)
+            stores = 1 + 2 * gate.largest.clamp(min=1.0)
             half = self.model.rounded(rows.largest, self.stored_in(Stage.SHARED))
-            rows = Rows(rows.value, rows.bound + half * (1 + 2 * gate.largest.clamp(min=1.0)))
-            gauge = gauge + rows.largest
-            total = rows if total is None else Rows(total.value + rows.value, total.bound + rows.bound)
+            one = self.model.stored_variance(rows.value, self.stored_in(Stage.SHARED)) * stores.square()
+            rows = Rows(rows.value, rows.bound + half * stores, total_variance(rows.variance, one))
+            gauge, squares = gauge + rows.largest, squares + rows.value.square()
+            total = rows if total is None else Rows(total.value + rows.value, total.bound + rows.bound,
+                                                    total_variance(total.variance, rows.variance))
         assert total is not None
-        return self.stored(Rows(total.value, self.summed(total.bound, gauge, len(gates))), Stage.SHARED)
+        variance = total_variance(total.variance, self.additions(total.value, squares, len(gates)))
+        return self.stored(Rows(total.value, self.summed(total.bound, gauge, len(gates)), variance), Stage.SHARED)
 
     def shared_gate(self, x_TH: torch.Tensor, weights: WeightSource) -> Rows:
         """sigmoid(x @ shared_gate^T), (T, 1)."""
@@ -153,8 +178,12 @@ class Steps:
         logit = self.stored(self.linear(exact(x_TH), weights.shared_gate_SH, None, Stage.LOGITS), Stage.LOGITS)
         value_T1 = torch.sigmoid(logit.value)
         units = self.model.tolerances.file.evaluations.score.units + logit.value.abs()
-        error_T1 = value_T1 * (torch.expm1(2 * logit.bound) + units * self.model.evaluation_unit)
-        return Rows(value_T1, error_T1 + self.model.rounded(value_T1, self.stored_in(Stage.WEIGHTS)))
+        evaluated_T1 = value_T1 * units * self.model.evaluation_unit
+        error_T1 = value_T1 * torch.expm1(2 * logit.bound) + evaluated_T1
+        slope_T1 = value_T1 * (1 - value_T1)
+        variance = None if logit.variance is None else (
+            slope_T1.square() * logit.variance + self.model.evaluated(evaluated_T1))
+        return self.stored_as(Rows(value_T1, error_T1, variance), self.stored_in(Stage.WEIGHTS))
 
     def summed(self, bound: torch.Tensor, gauge: torch.Tensor, num_addends: int) -> torch.Tensor:
         """Error of a running sum whose absolute addends, errors included, sum up to `gauge`."""
@@ -164,3 +193,10 @@ class Steps:
         for _ in range(num_addends):
             error = error + self.model.rounded(gauge + error, self.numerics.merge)
         return bound + error
+
+    def additions(self, total: torch.Tensor, squares: torch.Tensor, num_addends: int) -> torch.Tensor:
+        """Expected square of the roundings of a running sum, and of its first addend where it is stored too."""
+        if self.numerics.merge is None:
+            return self.model.additions_variance(total, squares, num_addends, self.numerics.accumulate, largest_first=True)
+        first = ROUNDING * 4.0**-self.model.tolerances.file.formats[self.numerics.merge].significand_bits * squares
+        return first + self.model.additions_variance(total, squares, num_addends, self.numerics.merge, largest_first=True)

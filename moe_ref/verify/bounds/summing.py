@@ -8,8 +8,8 @@ from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.shares import RankShare
 from moe_ref.contract.vocabulary import Schedule, SharedPlacement, Stage
 from moe_ref.contract.volume import additions_between_ranks
-from moe_ref.verify.bounds.rounding import ORACLE_UNIT
-from moe_ref.verify.bounds.rows import Partials, Rows
+from moe_ref.verify.bounds.rounding import FLUSH, ORACLE_UNIT
+from moe_ref.verify.bounds.rows import Partials, Rows, total_variance
 from moe_ref.verify.bounds.steps import Steps
 
 
@@ -64,8 +64,9 @@ class Summing:
         if self.steps.stored_in(Stage.DOWN) is not None:
             return rows
         # Weighted since, half an ulp of the row times the weight may be a whole one of their product.
-        rounded = self.steps.model.rounded(rows.largest, self.steps.numerics.reduce)
-        return Rows(rows.value, rows.bound + (2 if self.steps.weighs_later else 1) * rounded)
+        reduce, times = self.steps.numerics.reduce, 2 if self.steps.weighs_later else 1
+        variance = total_variance(rows.variance, times**2 * self.steps.model.stored_variance(rows.value, reduce))
+        return Rows(rows.value, rows.bound + times * self.steps.model.rounded(rows.largest, reduce), variance)
 
     def add_shared(self, parts: list[Rows]) -> None:
         """Rows of the shared expert as each rank of the grid adds them: of the tokens of its sum."""
@@ -88,15 +89,18 @@ class Summing:
         """Rows added up between ranks, each addition rounded in the reduction's format, in whatever order."""
         if self.parallel.size == 1:
             return parts[0]
-        value, bound, gauge = (torch.stack(one).sum(0) for one in zip(
-            *((rows.value, rows.bound, rows.largest) for rows in parts), strict=True))
-        reduce = self.steps.numerics.reduce
+        value, bound, gauge, squares = (torch.stack(one).sum(0) for one in zip(
+            *((rows.value, rows.bound, rows.largest, rows.value.square()) for rows in parts), strict=True))
+        reduce, model = self.steps.numerics.reduce, self.steps.model
         # Rows in a wider format are rounded once each before they travel: those not stored, and those weighted since.
         travels_as = self.steps.stored_in(stage)
         if stage is Stage.DOWN and self.steps.weighs_later:
             travels_as = self.steps.numerics.merge
-        roundings = len(parts) - 1 + (0 if travels_as == reduce else len(parts))
-        return Rows(value, bound + roundings * self.steps.model.rounded(gauge, reduce))
+        first = 0 if travels_as == reduce else len(parts)
+        added = [model.additions_variance(value, squares, len(parts), reduce)]
+        added += [model.stored_variance(rows.value, reduce) for rows in parts[:first]]
+        variance = total_variance(*(rows.variance for rows in parts), *added)
+        return Rows(value, bound + (len(parts) - 1 + first) * model.rounded(gauge, reduce), variance)
 
     def merged(self, output_bias_H: torch.Tensor | None) -> Partials:
         """Sums of all addends as they are stored.
@@ -106,20 +110,24 @@ class Summing:
         steps, partials, bias_H = self.steps, self.partials, output_bias_H
         shared = steps.spec.shared if self.parallel.shared is SharedPlacement.SHARDED else None
         value, bound, gauge = partials.value, partials.bound, partials.gauge
+        variance, squares = partials.variance, partials.squares
         num_addends = steps.spec.top_k + (shared is not None)
         if shared is not None and shared.merge == "mean":
             # Halves are exact above the subnormals, whether they are taken of the sum or of each part.
             value, bound, gauge = value / 2, bound / 2 + steps.model.summed(torch.zeros_like(bound), 1), gauge / 2
+            variance, squares = variance / 4, squares / 4
         if bias_H is not None and self.parallel.shared is SharedPlacement.SHARDED:
-            num_addends, value, gauge = num_addends + 1, value.clone(), gauge.clone()
+            num_addends, value, gauge, squares = num_addends + 1, value.clone(), gauge.clone(), squares.clone()
             for rank, tokens, columns in self._bias_adders():
                 value[rank, tokens, columns] += bias_H[columns].double()
                 gauge[rank, tokens, columns] += bias_H[columns].double().abs()
-        bound = steps.summed(bound, gauge, num_addends)
+                squares[rank, tokens, columns] += bias_H[columns].double().square()
+        bound, variance = (steps.summed(bound, gauge, num_addends),
+                           variance + steps.additions(value, squares, num_addends))
         travels = len(value) > 1 and not self.by_output
         stored = steps.stored_in(Stage.MERGED) or (steps.numerics.reduce if travels else None)
-        bound = bound + steps.model.rounded(value.abs() + bound, stored)
-        return Partials(value, bound, value.abs() + bound)
+        rows = steps.stored_as(Rows(value, bound, variance), stored)
+        return Partials.of(rows)
 
     def _bias_adders(self) -> list[tuple[int, slice, slice]]:
         """Which sums hold the output bias, for which tokens and columns."""
@@ -147,13 +155,16 @@ class Summing:
         """
         steps, model = self.steps, self.steps.model
         value, bound, additions = partials.value.sum(0), partials.bound.sum(0), self._additions
+        variance, squares = partials.variance.sum(0), partials.squares.sum(0)
         summed_in = steps.numerics.reduce if additions else steps.stored_in(Stage.MERGED)
         stored_in, gauge = steps.stored_in(Stage.REDUCED), partials.gauge.sum(0) + bound
         if whole := self.whole_shared:
             value, bound, gauge = value + whole.value, bound + whole.bound, gauge + whole.largest
-            additions += 1
+            variance = total_variance(variance, torch.inf if whole.variance is None else whole.variance)
+            squares, additions = squares + whole.value.square(), additions + 1
             if steps.spec.shared is not None and steps.spec.shared.merge == "mean":
                 value, gauge, bound = value / 2, gauge / 2, bound / 2 + model.summed(torch.zeros_like(bound), 1)
+                variance, squares = variance / 4, squares / 4
         comes_late = self.parallel.shared is SharedPlacement.REPLICATED
         added = [one.double() for one in (residual_TH, output_bias_H if comes_late else None) if one is not None]
         for one in added:
@@ -161,11 +172,16 @@ class Summing:
         if output_bias_H is not None and not comes_late and not bias_is_summed:
             added.append(output_bias_H.double())
         for one in added:
-            gauge, additions = gauge + one.abs(), additions + 1
+            gauge, squares, additions = gauge + one.abs(), squares + one.square(), additions + 1
         # Without a declared format they are added up in that of every long sum.
         bound = bound + (additions * model.rounded(gauge, summed_in) if summed_in else model.summed(gauge, additions))
         # The truth itself is a sum in fp64, and in an order of its own.
         bound = bound + (len(partials.value) + len(added)) * ORACLE_UNIT * gauge
+        before = variance + (additions * model.evaluation_unit * value).square() + (additions * FLUSH) ** 2
+        each = model.additions_variance(value, squares, additions + 1, summed_in or steps.numerics.accumulate)
+        rows = Rows(value, bound, before + each)
         if added or whole or summed_in != stored_in:
-            bound = bound + model.rounded(value.abs() + bound, stored_in)
-        return Rows(value, bound)
+            return steps.stored_as(rows, stored_in)
+        # The last addition is the store; what it rounds is taken out by the cell of the stored number.
+        last = model.additions_variance(value, torch.zeros_like(value), 2, summed_in) if summed_in else each
+        return Rows(value, bound, before + each, before + (each - last).clamp(min=0.0), summed_in)

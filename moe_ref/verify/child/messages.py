@@ -18,13 +18,17 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """Run one case; time_limit, in seconds, is for the whole answer, of which process ranks get less."""
+    """Run one case; time_limit, in seconds, is for the whole answer, of which process ranks get less.
+
+    other_batches: its tokens in other batches too, on virtual ranks alone.
+    """
 
     case: str
     ranks: str
     device: str
     runs: int
     time_limit: float
+    other_batches: bool = False
 
 
 class RankReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,13 +51,17 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Answer to a request; the tensors of every rank travel in the payload."""
+    """Answer to a request; the tensors of every rank travel in the payload.
+
+    batches: by name of another batch "same bits", "rows differ" or an error.
+    """
 
     ranks: list[RankReport]
     runs: int = 0
     same_bits: bool | None = None
     differing_stages: list[str] = []
     changed_inputs: list[str] = []
+    batches: dict[str, str] = {}
     guard: dict[str, str] = {}
     inputs_digest: str = ""
     seconds: float = 0.0

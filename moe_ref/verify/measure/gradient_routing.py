@@ -53,4 +53,6 @@ def _shown(ranks: list[RankTensors], stage: Stage, steps: Steps) -> Rows:
     shown = torch.stack([tensors[stage].double() for tensors in ranks])
     apart = (shown - shown[0]).abs().amax(0)
     stored = steps.stored_in(stage)
-    return Rows(shown[0], apart + steps.model.rounded(shown[0].abs(), None if stored is Format.FP64 else stored))
+    stored = None if stored is Format.FP64 else stored
+    return Rows(shown[0], apart + steps.model.rounded(shown[0].abs(), stored),
+                apart.square() + steps.model.stored_variance(shown[0], stored))

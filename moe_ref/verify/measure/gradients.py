@@ -4,6 +4,7 @@ The values are those of moe_ref.oracle.backward for the subject's own choice of 
 each parameter, for the rows that its copies of experts serve, and for its own tokens.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -18,8 +19,9 @@ from moe_ref.contract.weights import EXPERT_PARAMETERS, SHARED_PARAMETERS, Exper
 from moe_ref.inputs.build import Inputs, output_gradient
 from moe_ref.verify.bounds.backward_mlp import Cut, MLPBackward, MLPRows
 from moe_ref.verify.bounds.backward_router import LinearGradients, Parts, RouterBackward, linear_backward
-from moe_ref.verify.bounds.backward_steps import BackwardSteps
+from moe_ref.verify.bounds.backward_steps import BackwardSteps, spread
 from moe_ref.verify.bounds.backward_sums import RankSums, over_groups, token_gradient
+from moe_ref.verify.bounds.limits import likely_limits
 from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.bounds.rows import Rows, exact
 from moe_ref.verify.bounds.steps import Steps
@@ -51,7 +53,7 @@ class GradientComparison:
             RankSums(self.parallel.size, len(self.x_TH), width)
             for width in (self.spec.hidden_size, self.spec.top_k, gates))
         self.shapes, self.meters = parameter_shapes(self.spec), dict[Stage, StageMeter]()
-        self.all_judged = bool(judged_T.all())
+        self.all_judged, self.sigmas_allowed = bool(judged_T.all()), likely_limits(model.tolerances, case).gradient
 
     def run(self, tell: Callable[[str], None]) -> None:
         for e in range(self.spec.num_choices):
@@ -69,7 +71,7 @@ class GradientComparison:
         if self.inputs.residual_TH is not None:
             self._compare_tokens("residual_TH", exact(self.grad_y_TH))
         x = token_gradient(self.back, self.sums, joined)
-        self._compare_tokens("x_TH", Rows(x.value, x.bound.masked_fill(~self.judged_T[:, None], torch.inf)))
+        self._compare_tokens("x_TH", x.masked(~self.judged_T[:, None]))
 
     def _home(self, token_R: torch.Tensor, server_R: torch.Tensor) -> torch.Tensor:
         """The ep rank to whose sums a row belongs: where its token came from, else where it was served."""
@@ -92,9 +94,9 @@ class GradientComparison:
                 gradients = MLPBackward(self.back, expert, self.spec.experts, cuts).run(rows)
                 for tp_rank, part in enumerate(gradients.parts):
                     rank_R = self._home(token_R, torch.full_like(token_R, ep_rank)) * self.parallel.tp + tp_rank
-                    self.sums.add(rank_R, token_R, part.x, part.x_gauge)
+                    self.sums.add(rank_R, token_R, part.x)
                     assert part.weights is not None
-                    self.weight_sums.add(rank_R, token_R, part.weights, part.weights.largest, slot_R)
+                    self.weight_sums.add(rank_R, token_R, [part.weights], slot_R)
                 for name, found in zip(EXPERT_PARAMETERS, gradients.parameters, strict=True):
                     if found is not None:
                         for share in shares:
@@ -105,8 +107,7 @@ class GradientComparison:
         return (0, size) if self.by_output else columns
 
     def _weight(self, token_R: torch.Tensor, slot_R: torch.Tensor) -> Rows:
-        weights = self.routing.weights
-        return Rows(weights.value[token_R, slot_R, None], weights.bound[token_R, slot_R, None])
+        return self.routing.weights.mapped(lambda one: one[token_R, slot_R, None])
 
     def _identity(self, e: int) -> None:
         """y = weight * x, on the first of the ranks that add up."""
@@ -114,9 +115,9 @@ class GradientComparison:
         rank_R = self._home(token_R, torch.zeros_like(token_R)) * self.parallel.tp
         grad = exact(self.grad_merged_TH[token_R])
         rows = self.back.product(grad, self._weight(token_R, slot_R))
-        self.sums.add(rank_R, token_R, rows, rows.largest)
+        self.sums.add(rank_R, token_R, [rows])
         weights = self.back.dot(grad, exact(self.x_TH[token_R]))
-        self.weight_sums.add(rank_R, token_R, weights, weights.largest, slot_R)
+        self.weight_sums.add(rank_R, token_R, [weights], slot_R)
 
     def _shared(self, expert: ExpertWeights) -> None:
         """The shared expert, for the tokens of each group of ranks that share it."""
@@ -138,9 +139,9 @@ class GradientComparison:
             token_T = torch.arange(*tokens)
             for share, part in zip(shares, gradients.parts, strict=True):
                 rank_T = torch.full_like(token_T, share.rank)
-                self.sums.add(rank_T, token_T, part.x, part.x_gauge)
+                self.sums.add(rank_T, token_T, part.x)
                 if part.weights is not None:
-                    self.gate_sums.add(rank_T, token_T, part.weights, part.weights.largest)
+                    self.gate_sums.add(rank_T, token_T, [part.weights])
             found.append(gradients.parameters)
         for name, parts in zip(SHARED_PARAMETERS, zip(*found, strict=True), strict=True):
             if present := [part for part in parts if part is not None]:
@@ -162,9 +163,10 @@ class GradientComparison:
             self._compare_whole("weight_scale_E", found.scale, Format.FP32)
         if inputs.logits_TE is None:
             return [*joined, self._linear("router_EH", found.logits, "router_bias_E")]
-        stored = self.back.rounded(found.logits.gauge, self.back.weights_in, 2 * self.parallel.size)
-        self._compare_tokens("logits_TE", Rows(found.logits.total, (found.logits.bound + stored).masked_fill(
-            ~self.judged_T[:, None], torch.inf)), Format.FP32)
+        logits, times = found.logits, 2 * self.parallel.size
+        given = Rows(logits.total, logits.bound + self.back.rounded(logits.gauge, self.back.weights_in, times),
+                     logits.variance + self.back.stores(logits.squares, self.back.weights_in, times))
+        self._compare_tokens("logits_TE", given.masked(~self.judged_T[:, None]), Format.FP32)
         for name in ("router_EH", "router_bias_E"):
             if name in self.shapes:
                 self._compare_whole(name, exact(torch.zeros(self.shapes[name])))
@@ -181,7 +183,11 @@ class GradientComparison:
         stored = back.rounded(grad.gauge, back.weights_in, 2 * self.parallel.size)
         error = (grad.bound + stored) * (slope_TS + off_TS) + grad.gauge * off_TS
         error = error + back.rounded(grad.gauge * (slope_TS + off_TS), back.logits_in, 3)
-        return [self._linear("shared_gate_SH", Parts(grad.value * slope_TS, error))]
+        known = grad.variance + back.stores(grad.squares, back.weights_in, 2 * self.parallel.size)
+        slope_off_TS = spread(gate) + (2 * back.steps.model.evaluation_unit * gate.value).square()
+        variance = (known * slope_TS.square() + grad.squares * slope_off_TS
+                    + back.stores(grad.squares * slope_TS.square(), back.logits_in, 3))
+        return [self._linear("shared_gate_SH", Parts(grad.value * slope_TS, error, variance))]
 
     def _linear(self, name: str, grad: Parts, bias: str = "") -> LinearGradients:
         """Compare the parameters of logits = x @ parameter^T + bias."""
@@ -193,7 +199,8 @@ class GradientComparison:
 
     def _meter(self, name: str, num_columns: int) -> StageMeter:
         stage, largest = gradient_stage(name), self.back.steps.model.largest(self.back.leaf)
-        return self.meters.setdefault(stage, StageMeter(stage, num_columns, largest))
+        return self.meters.setdefault(stage, StageMeter(stage, num_columns, largest, whole_layer=True,
+                                                        sigmas_allowed=self.sigmas_allowed))
 
     def _compare_whole(self, name: str, found: Rows, leaf: Format | None = None) -> None:
         """A parameter that is no routed expert's, on every rank."""
@@ -210,19 +217,20 @@ class GradientComparison:
         dim, axes, starts = placements(self.parallel)[name].shard_dim, name.rpartition("_")[2], [0, 0]
         if dim is not None and len(axes) - dim <= 2:
             starts[dim - len(axes)] = part_range(name, self.shapes[name][dim], self.parallel, rank)[0]
-        want, allowed = (rank_part(name, one, self.parallel, rank) for one in (found.value, found.bound))
-        blocks = zip(*(_matrices(one) for one in (got, want, allowed)), strict=True)
+        want = found.mapped(lambda one: rank_part(name, one, self.parallel, rank))
+        matrices = range(len(_matrices(got)))
         meter = self._meter(name, self.shapes[name][-1])
-        for number, (shown, right, off) in enumerate(blocks):
+        for number in matrices:
             row = starts[0] + number * (self.shapes[name][-2] if len(axes) > 1 else 1)
-            meter.add(shown, right, off, Place(rank, None, expert=expert, column=starts[1], row=row))
+            meter.add(_matrices(got)[number], want.mapped(lambda one, number=number: _matrices(one)[number]),
+                      Place(rank, None, expert=expert, column=starts[1], row=row))
 
     def _compare_tokens(self, name: str, found: Rows, leaf: Format | None = None) -> None:
         found = self.back.finished(found, leaf)
         meter = self._meter(name, found.value.shape[1])
         for share in self.shares:
             at = slice(*share.tokens)
-            meter.add(self.ranks[share.rank][gradient_stage(name)], found.value[at], found.bound[at],
+            meter.add(self.ranks[share.rank][gradient_stage(name)], found.rows(at),
                       Place(share.rank, torch.arange(*share.tokens)))
 
 
@@ -242,7 +250,8 @@ def measure_case(case: Case, inputs: Inputs, ranks: list[RankTensors], capabilit
         return replace(forward, struct_faults=tuple(faults))
     shares, numerics = rank_shares(case), capabilities.numerics[case.problem.dtype]
     expanded = over_all_tokens(shown, shares, case.problem.num_tokens)
-    followed = measure_routing(inputs, expanded, [one.tokens for one in shares], numerics, capabilities, model).followed
+    followed = measure_routing(inputs, expanded, [one.tokens for one in shares], numerics, capabilities, model,
+                               math.inf).followed
     routing = gradient_routing(inputs, expanded, followed, Steps(case.problem.spec, numerics, model))
     comparison = GradientComparison(case, inputs, ranks, numerics, model, routing, followed.judged_T)
     comparison.run(tell)

@@ -52,3 +52,11 @@ def row_positions(server_TK: torch.Tensor, share: RankShare, parallel_ep: int) -
         return torch.arange(server_TK.numel())
     served_R = (server_TK == share.ep_rank).reshape(-1)
     return torch.where(served_R, served_R.cumsum(0) - 1, -1)
+
+
+def whole_output(ranks: list[RankTensors], shares: tuple[RankShare, ...], num_tokens: int) -> torch.Tensor:
+    """The output of all tokens, (T, H) fp64, each as the first rank that has it returned it."""
+    whole_TH = torch.empty(num_tokens, ranks[0][Stage.REDUCED].shape[1], dtype=torch.float64)
+    for tensors, share in zip(reversed(ranks), reversed(shares), strict=True):
+        whole_TH[slice(*share.tokens)] = tensors[Stage.REDUCED].double()
+    return whole_TH

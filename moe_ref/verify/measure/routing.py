@@ -6,6 +6,7 @@ import torch
 
 from moe_ref.contract.capabilities import Capabilities, Numerics
 from moe_ref.contract.parallel import Range
+from moe_ref.contract.routing import Routing
 from moe_ref.contract.vocabulary import Format, Stage
 from moe_ref.inputs.build import Inputs
 from moe_ref.records.schema import StageResult, Worst
@@ -69,11 +70,11 @@ class Router:
 
 
 def measure_routing(inputs: Inputs, ranks: list[RankTensors], own: list[Range], numerics: Numerics,
-                    capabilities: Capabilities, model: RoundingModel) -> RoutingMeasure:
+                    capabilities: Capabilities, model: RoundingModel, sigmas_allowed: float) -> RoutingMeasure:
     """Every rank is compared in the tokens that it holds; ranks and own as in Router."""
     spec, num_tokens = inputs.problem.spec, len(inputs.x_TH)
-    if spec.router is None:
-        return _dense(ranks, own, num_tokens)
+    if spec.router is None or inputs.routing is not None:
+        return _given(inputs, ranks, own)
     steps = Steps(spec, numerics, model)
     truth, shared_logits = true_scores(inputs, steps)
     logits, tainted_T = truth.logits, tainted_tokens(inputs)
@@ -82,7 +83,7 @@ def measure_routing(inputs: Inputs, ranks: list[RankTensors], own: list[Range], 
                     tainted_T if shared_logits is not None else own_logits_T)
     stages = []
     if Stage.LOGITS in ranks[0]:
-        meter = StageMeter(Stage.LOGITS, spec.num_choices, tainted_T=own_logits_T)
+        meter = StageMeter(Stage.LOGITS, spec.num_choices, tainted_T=own_logits_T, sigmas_allowed=sigmas_allowed)
         for rank, tensors in enumerate(ranks):
             _add_own(meter, tensors[Stage.LOGITS], logits, rank, own[rank])
         stages.append(meter.result())
@@ -90,7 +91,7 @@ def measure_routing(inputs: Inputs, ranks: list[RankTensors], own: list[Range], 
         return RoutingMeasure(stages, _follow(router, router.truth.ids(), router.truth.choice.unambiguous_T))
     stages.append(_measure_ids(router, capabilities))
     if Stage.WEIGHTS in ranks[0]:
-        stages.append(_measure_weights(router))
+        stages.append(_measure_weights(router, sigmas_allowed))
     # Whatever was chosen for a token without finite logits, it must not vanish.
     ids_TK = ranks[0][Stage.IDS].long()
     in_range_TK = (ids_TK >= 0) & (ids_TK < spec.num_choices)
@@ -100,21 +101,21 @@ def measure_routing(inputs: Inputs, ranks: list[RankTensors], own: list[Range], 
 
 def _add_own(meter: StageMeter, got: torch.Tensor, want: Rows, rank: int, tokens: Range) -> None:
     at = slice(*tokens)
-    meter.add(got[at], want.value[at], want.bound[at], Place(rank, torch.arange(*tokens)))
+    meter.add(got[at], want.rows(at), Place(rank, torch.arange(*tokens)))
 
 
-def _dense(ranks: list[RankTensors], own: list[Range], num_tokens: int) -> RoutingMeasure:
-    """Without a router the only routing is expert 0 with weight 1."""
-    stages = []
-    for stage, value in ((Stage.IDS, 0.0), (Stage.WEIGHTS, 1.0)):
+def _given(inputs: Inputs, ranks: list[RankTensors], own: list[Range]) -> RoutingMeasure:
+    """The injected routing; without a router the only one is expert 0 with weight 1."""
+    stages, num_tokens, routing = [], len(inputs.x_TH), inputs.routing
+    if routing is None:
+        routing = Routing(torch.zeros(num_tokens, 1, dtype=torch.int64), torch.ones(num_tokens, 1))
+    for stage, want in ((Stage.IDS, exact(routing.ids_TK)), (Stage.WEIGHTS, exact(routing.weights_TK))):
         if stage in ranks[0]:
-            meter = StageMeter(stage, 1)
+            meter = StageMeter(stage, inputs.problem.spec.top_k, exact=inputs.routing is not None)
             for rank, tensors in enumerate(ranks):
-                want = exact(torch.full((num_tokens, 1), value, dtype=torch.float64))
                 _add_own(meter, tensors[stage], want, rank, own[rank])
             stages.append(meter.result())
-    ones = torch.ones(num_tokens, 1, dtype=torch.float64)
-    return RoutingMeasure(stages, FollowedRouting(torch.zeros(num_tokens, 1, dtype=torch.int64), exact(ones), None,
+    return RoutingMeasure(stages, FollowedRouting(routing.ids_TK, exact(routing.weights_TK), None,
                                                   torch.ones(num_tokens, dtype=torch.bool)))
 
 
@@ -193,8 +194,9 @@ def _ids_result(router: Router, bad: dict[int, torch.Tensor], notes: set[str]) -
                        note="; ".join(sorted(notes)))
 
 
-def _measure_weights(router: Router) -> StageResult:
-    meter = StageMeter(Stage.WEIGHTS, router.truth.router.top_k, tainted_T=router.tainted_weights_T)
+def _measure_weights(router: Router, sigmas_allowed: float) -> StageResult:
+    meter = StageMeter(Stage.WEIGHTS, router.truth.router.top_k, tainted_T=router.tainted_weights_T,
+                       sigmas_allowed=sigmas_allowed)
     for rank, tensors in enumerate(router.ranks):
         want = router.own_scores(tensors).weights(tensors[Stage.IDS]).routed
         _add_own(meter, tensors[Stage.WEIGHTS], router.steps.stored(want, Stage.WEIGHTS), rank, router.own[rank])

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 import torch
 
 from moe_ref.contract.vocabulary import Stage
-from moe_ref.records.schema import StageResult, Worst, to_number
+from moe_ref.numerics.formats import half_cell
+from moe_ref.records.schema import StageResult, Statistic, Worst, to_number
+from moe_ref.verify.bounds.rows import Rows
 
 TILE = 64
 """Columns per localisation tile."""
@@ -32,7 +34,8 @@ class Place:
 class StageMeter:
     """Collects one stage block by block; holds tensors only while a block is added.
 
-    tainted_T: tokens that hold a NaN or an infinity before the layer: what is not finite in them must stay so, and
+    sigmas_allowed: how many predicted standard deviations an element may be off. whole_layer: stores are part of what is
+    predicted, since those inside the layer are not known. exact: nothing is allowed. tainted_T: tokens that hold a NaN or an infinity before the layer: what is not finite in them must stay so, and
     of the rest nothing is said.
     """
 
@@ -40,6 +43,10 @@ class StageMeter:
     num_columns: int = 0
     largest: float = math.inf
     tainted_T: torch.Tensor | None = None
+    sigmas_allowed: float = math.inf
+    whole_layer: bool = False
+    exact: bool = False
+    sigmas: float = 0.0
     ratio: float = 0.0
     power: float = 0.0
     worst: Worst | None = None
@@ -53,38 +60,59 @@ class StageMeter:
     got_want: float = 0.0
     want_want: float = 0.0
     notes: list[str] = field(default_factory=list)
+    statistics: list[Statistic] = field(default_factory=list)
 
-    def add(self, got: torch.Tensor, want: torch.Tensor, allowed: torch.Tensor, place: Place) -> None:
+    def add(self, got: torch.Tensor, want: Rows, place: Place) -> None:
         """Compare R x C elements; NaN where a number is wanted, or an infinity, counts as infinitely wrong.
 
         Where want + allowed passes the largest finite value of the stored format, an infinity of the right
         sign is right. Where the wanted value itself is not finite (a fault upstream), nothing is said.
         """
-        got = got.double()
+        got, value = got.double(), want.value
         if got.numel() == 0:
             return
-        # An infinite bound times a zero weight is NaN: still no bound. Nothing is said of such elements.
-        allowed = torch.nan_to_num(allowed, nan=math.inf, posinf=math.inf)
-        ratio = self._ratios(got, want, allowed)
+        allowed, beyond = self._allowed(got, want)
+        ratio = self._ratios(got, value, want.bound)
+        ratio = torch.where(torch.isfinite(got) & torch.isfinite(value), torch.maximum(ratio, beyond), ratio)
         if self.tainted_T is not None and place.token_R is not None:
-            lost = torch.where(torch.isfinite(got) & ~torch.isfinite(want), math.inf, 0.0)
+            lost = torch.where(torch.isfinite(got) & ~torch.isfinite(value), math.inf, 0.0)
             ratio = torch.where(self.tainted_T[place.token_R][:, None], lost, ratio)
         self.num_checked += ratio.numel()
-        finite = torch.isfinite(got) & torch.isfinite(want) & torch.isfinite(allowed) & (allowed > 0)
-        signed = torch.where(finite, (got - want) * want.sign() / allowed.clamp(min=1e-300), 0.0)
+        finite = torch.isfinite(got) & torch.isfinite(value) & torch.isfinite(allowed) & (allowed > 0)
+        signed = torch.where(finite, (got - value) * value.sign() / allowed.clamp(min=1e-300), 0.0)
         self.bias_sum += float(signed.sum())
-        self.got_want += float(torch.where(finite, got * want, 0.0).sum())
-        self.want_want += float(torch.where(finite, want * want, 0.0).sum())
-        wanted = torch.where(torch.isfinite(want) & (want != 0), want.abs() / allowed, 0.0)
+        self.got_want += float(torch.where(finite, got * value, 0.0).sum())
+        self.want_want += float(torch.where(finite, value * value, 0.0).sum())
+        wanted = torch.where(torch.isfinite(value) & (value != 0), value.abs() / allowed, 0.0)
         self.power = max(self.power, float(wanted.max()))
         top = float(ratio.max())
         if top > self.ratio or self.worst is None:
             self.ratio = max(self.ratio, top)
-            self._keep_worst(int(ratio.argmax()), got, want, allowed, place)
+            self._keep_worst(int(ratio.argmax()), got, value, allowed, place)
         if top > 1.0:
             self._locate(ratio > 1.0, place)
 
-    def _ratios(self, got: torch.Tensor, want: torch.Tensor, allowed: torch.Tensor) -> torch.Tensor:
+    def _allowed(self, got: torch.Tensor, want: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """The smaller of the bound and of what is likely, and the error beyond the stored number's cell over the latter.
+
+        Likely are so many standard deviations beyond the cell.
+        """
+        # An infinite bound times a zero weight is NaN: still no bound. Nothing is said of such elements.
+        bound = torch.nan_to_num(want.bound, nan=math.inf, posinf=math.inf)
+        if want.variance is None or self.sigmas_allowed == math.inf:
+            return bound, torch.zeros_like(bound)
+        variance, cell = want.variance, torch.zeros_like(bound)
+        if want.unrounded is not None and want.stored is not None and not self.whole_layer:
+            variance, cell = want.unrounded, half_cell(want.value, torch.nan_to_num(got), want.stored)
+        sigma = torch.nan_to_num(variance, nan=math.inf, posinf=math.inf).sqrt()
+        off = ((got - want.value).abs() - cell).clamp(min=0.0)
+        # No bound, no expectation: beyond the largest finite number an infinity is right.
+        beyond = torch.where((off == 0) | torch.isinf(bound), 0.0, off / sigma)
+        self.sigmas = max(self.sigmas, float(torch.nan_to_num(beyond, nan=0.0, posinf=0.0).max()))
+        return torch.minimum(bound, cell + self.sigmas_allowed * sigma), beyond / self.sigmas_allowed
+
+    def _ratios(self, got: torch.Tensor, want: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+        allowed = torch.nan_to_num(bound, nan=math.inf, posinf=math.inf)
         error = (got - want).abs()
         ratio = torch.where(error == 0, 0.0, error / allowed)
         ratio = torch.where(torch.isfinite(got), ratio, math.inf)
@@ -114,8 +142,9 @@ class StageMeter:
         """The numbers of the stage."""
         tiles = -(-self.num_columns // TILE)
         return StageResult(
-            stage=self.stage, ratio=to_number(self.ratio), num_checked=self.num_checked, num_bad=self.num_bad,
+            stage=self.stage, ratio=to_number(self.ratio), exact=self.exact, num_checked=self.num_checked,
+            num_bad=self.num_bad,
             worst=self.worst, num_bad_tokens=len(self.tokens), bad_tokens=sorted(self.tokens)[:NAMED_TOKENS],
             bad_experts=sorted(self.experts), bad_ranks=sorted(self.ranks), bad_tiles=sorted(self.tiles),
-            num_tiles=tiles, bias=to_number(self.bias_sum / max(1, self.num_checked)),
+            num_tiles=tiles, sigmas=to_number(self.sigmas), statistics=self.statistics, bias=to_number(self.bias_sum / max(1, self.num_checked)),
             scale=to_number(self.got_want / self.want_want if self.want_want else 1.0), note="; ".join(self.notes))

@@ -15,17 +15,19 @@ from moe_ref.contract.capabilities import Capabilities, Numerics
 from moe_ref.contract.case import Case
 from moe_ref.contract.parallel import Range
 from moe_ref.contract.shares import RankShare, rank_shares
-from moe_ref.contract.vocabulary import SharedPlacement, Stage
+from moe_ref.contract.vocabulary import Data, SharedPlacement, Stage
 from moe_ref.contract.weights import ExpertWeights
 from moe_ref.inputs.build import Inputs
 from moe_ref.records.schema import from_number
 from moe_ref.verify.bounds.output_chain import ExpertRows, OutputChain, down_part
 from moe_ref.verify.bounds.rounding import RoundingModel
-from moe_ref.verify.bounds.rows import DownRows, Partials, Rows, exact
+from moe_ref.verify.bounds.limits import Limits, likely_limits
+from moe_ref.verify.bounds.rows import DownRows, Partials, Rows, exact, joined_columns
 from moe_ref.verify.bounds.steps import Steps
 from moe_ref.verify.bounds.summing import Summing
 from moe_ref.verify.measure.measurement import Measurement
-from moe_ref.verify.measure.placing import RankTensors, over_all_tokens, row_positions, servers
+from moe_ref.verify.measure.output_statistics import OutputStatistics
+from moe_ref.verify.measure.placing import RankTensors, over_all_tokens, row_positions, servers, whole_output
 from moe_ref.verify.measure.routing import FollowedRouting, measure_routing, tainted_tokens
 from moe_ref.verify.measure.stage_meter import Place, StageMeter
 from moe_ref.verify.measure.structure import struct_faults
@@ -55,12 +57,14 @@ class Comparison:
     """State of one pass; `measure` below is the way in."""
 
     def __init__(self, case: Case, inputs: Inputs, ranks: list[RankTensors], numerics: Numerics,
-                 model: RoundingModel, followed: FollowedRouting) -> None:
+                 model: RoundingModel, followed: FollowedRouting, limits: Limits) -> None:
         self.case, self.inputs, self.ranks, self.followed = case, inputs, ranks, followed
         self.spec, self.shares = case.problem.spec, rank_shares(case)
         self.routing = over_all_tokens(ranks, self.shares, case.problem.num_tokens)
         self.steps = Steps(self.spec, numerics, model)
-        self.chain = OutputChain(self.steps, inputs.x_TH, case.parallel, self.shares)
+        self.statistics = OutputStatistics(whole_output(ranks, self.shares, len(inputs.x_TH)),
+                                           model.tolerances.file.checks.output, self.routed_rows)
+        self.chain = OutputChain(self.steps, inputs.x_TH, case.parallel, self.shares, self.statistics)
         self.fed = Summing(self.steps, inputs.x_TH, case.parallel, self.shares)
         self.server_TK = servers(followed.ids_TK, case, self.shares)
         shown_TK = servers(self.routing[0][Stage.IDS], case, self.shares) if self.shows(Stage.IDS) else self.server_TK
@@ -69,9 +73,16 @@ class Comparison:
         intermediate, projections = self.spec.intermediate_size, self.spec.experts.num_projections
         widths = {Stage.GATE_UP: projections * intermediate, Stage.ACT: intermediate}
         stored = {**numerics.storage, Stage.OUTPUT: numerics.storage.get(Stage.REDUCED)}
-        tainted_T = tainted_tokens(inputs)
+        self.tainted_T = tainted_tokens(inputs)
         self.meters = {stage: StageMeter(stage, widths.get(stage, self.spec.hidden_size),
-                                         model.largest(stored.get(stage)), tainted_T=tainted_T) for stage in Stage}
+                                         model.largest(stored.get(stage)), self.tainted_T,
+                                         limits.output if stage is Stage.OUTPUT else limits.stage,
+                                         whole_layer=stage is Stage.OUTPUT,
+                                         exact=inputs.problem.data is Data.EXACT) for stage in Stage}
+
+    @property
+    def routed_rows(self) -> int:
+        return self.case.problem.num_tokens * self.spec.top_k
 
     def shows(self, stage: Stage) -> bool:
         return stage in self.ranks[0]
@@ -83,8 +94,7 @@ class Comparison:
             if len(token_R) == 0:
                 continue
             chosen = Chosen(token_R, slot_R, token_R * self.spec.top_k + slot_R, self.server_TK[token_R, slot_R], e)
-            weight = Rows(*(tensor[token_R, slot_R, None] for tensor in (self.followed.weights.value,
-                                                                         self.followed.weights.bound)))
+            weight = self.followed.weights.mapped(lambda one, at=(token_R, slot_R): one[*at, None])
             if e < self.spec.num_experts:
                 self._routed(chosen, self.inputs.weights.expert(e), weight)
             else:
@@ -109,7 +119,7 @@ class Comparison:
         acts = [self._fed_columns(share, chosen, expert, real, weight) for share in shares]
         inner = [share.columns for share in shares]
         if self.fed.by_output:  # every rank takes the activations of all
-            whole = Rows(torch.cat([act.value for act in acts], -1), torch.cat([act.bound for act in acts], -1))
+            whole = joined_columns(acts)
             acts, inner = [whole] * tp, [(0, self.spec.intermediate_size)] * tp
         parts = []
         for share, act, columns in zip(shares, acts, inner, strict=True):
@@ -141,8 +151,7 @@ class Comparison:
         there_R = position_R >= 0
         got = want.value.clone()
         got[there_R] = self.ranks[share.rank][stage][position_R[there_R]].double()
-        self.meters[stage].add(got[there_R], want.value[there_R], want.bound[there_R],
-                               chosen.of(there_R).place(share.rank, column))
+        self.meters[stage].add(got[there_R], want.rows(there_R), chosen.of(there_R).place(share.rank, column))
         return exact(got)
 
     def _own_weight(self, rank: int, chosen: Chosen, weight: Rows) -> Rows:
@@ -169,7 +178,7 @@ class Comparison:
         got = want.value[:, g].clone()
         got[there_R] = self.ranks[share.rank][Stage.GATE_UP][position_R[there_R], g].double()
         column = g * self.spec.intermediate_size + share.columns[0]
-        self.meters[Stage.GATE_UP].add(got[there_R], want.value[there_R, g], want.bound[there_R, g],
+        self.meters[Stage.GATE_UP].add(got[there_R], want.mapped(lambda one: one[there_R, g]),
                                        chosen.of(there_R).place(share.rank, column))
         return got
 
@@ -213,7 +222,7 @@ class Comparison:
             if self.shows(Stage.SHARED):
                 got = self.ranks[share.rank][Stage.SHARED]
                 token_T = torch.arange(*(share.tokens if whole else share.merged_tokens))
-                self.meters[Stage.SHARED].add(got, rows.value, rows.bound,
+                self.meters[Stage.SHARED].add(got, rows,
                                               Place(share.rank, token_T, column=0 if whole else share.outputs[0]))
                 rows = exact(got)
             parts.append(rows)
@@ -221,35 +230,40 @@ class Comparison:
 
     def _assembled(self, parts: list[Rows]) -> Rows:
         """Rows of all tokens from those that each rank has of its own."""
-        value, bound = (torch.zeros(self.inputs.x_TH.shape, dtype=torch.float64) for _ in range(2))
+        whole = exact(torch.zeros(self.inputs.x_TH.shape, dtype=torch.float64))
+        value, bound, variance = whole.value.clone(), whole.bound.clone(), whole.bound.clone()
         for share, rows in zip(reversed(self.shares), reversed(parts), strict=True):
-            value[slice(*share.tokens)], bound[slice(*share.tokens)] = rows.value, rows.bound
-        return Rows(value, bound)
+            at = slice(*share.tokens)
+            value[at], bound[at] = rows.value, rows.bound
+            variance[at] = torch.inf if rows.variance is None else rows.variance
+        return Rows(value, bound, variance)
 
     def _merged(self) -> None:
         sums = self.fed.partials = self.fed.merged(self.inputs.weights.output_bias_H)
         if not self.shows(Stage.MERGED):
             return
-        got, bound = sums.value.clone(), sums.bound.clone()
+        got, bound, variance = sums.value.clone(), sums.bound.clone(), sums.variance.clone()
         for share, tensors in zip(reversed(self.shares), reversed(self.ranks), strict=True):
             row = 0 if self.fed.reduces_rows else share.rank
             at = (row, slice(*share.merged_tokens), slice(*share.outputs))
-            want, allowed = sums.value[at], self._unjudged(sums.bound[row])[at[1:]]
+            want = sums.rows(at).masked(~self.followed.judged_T[at[1], None])
             place = Place(share.rank, torch.arange(*share.merged_tokens), column=share.outputs[0])
-            self.meters[Stage.MERGED].add(tensors[Stage.MERGED], want, allowed, place)
-            got[at], bound[at] = tensors[Stage.MERGED].double(), 0.0
-        self.fed.partials = Partials(got, bound, got.abs() + bound)
+            self.meters[Stage.MERGED].add(tensors[Stage.MERGED], want, place)
+            got[at], bound[at], variance[at] = tensors[Stage.MERGED].double(), 0.0, 0.0
+        self.fed.partials = Partials.of(Rows(got, bound, variance))
 
     def _reduced(self) -> None:
         residual, bias_H = self.inputs.residual_TH, self.inputs.weights.output_bias_H
-        bound_TH = self.chain.finish(residual, bias_H)
+        output = self.chain.finish(residual, bias_H)
         fed = self.fed.reduced(self.fed.partials, residual, bias_H, bias_is_summed=self.shows(Stage.MERGED))
-        for stage, want, bound in ((Stage.REDUCED, fed.value, fed.bound),
-                                   (Stage.OUTPUT, self.chain.truth_TH, bound_TH)):
-            allowed = self._unjudged(bound)
+        for stage, want in ((Stage.REDUCED, fed), (Stage.OUTPUT, output)):
+            judged = want.masked(~self.followed.judged_T[:, None])
             for share, tensors in zip(self.shares, self.ranks, strict=True):
                 at, place = slice(*share.tokens), Place(share.rank, torch.arange(*share.tokens))
-                self.meters[stage].add(tensors[Stage.REDUCED], want[at], allowed[at], place)
+                self.meters[stage].add(tensors[Stage.REDUCED], judged.rows(at), place)
+        width = self.spec.top_k * self.spec.intermediate_size
+        self.meters[Stage.OUTPUT].statistics = self.statistics.finish(
+            output.masked((~self.followed.judged_T | self.tainted_T)[:, None]), width)
         first: dict[Range, torch.Tensor] = {}
         for share, tensors in zip(self.shares, self.ranks, strict=True):
             mine = bits(tensors[Stage.REDUCED])
@@ -272,10 +286,6 @@ class Comparison:
         shown = min([*chain, self.meters[Stage.REDUCED].power]) if len(chain) == 3 else 0.0
         return max(shown, self.meters[Stage.OUTPUT].power)
 
-    def _unjudged(self, bound_TH: torch.Tensor) -> torch.Tensor:
-        """Tokens whose choice is hidden and ambiguous are not judged: their bound is infinite."""
-        return bound_TH.masked_fill(~self.followed.judged_T[:, None], torch.inf)
-
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor, every NaN the same."""
@@ -290,10 +300,11 @@ def measure(case: Case, inputs: Inputs, ranks: list[RankTensors], capabilities: 
     numerics = capabilities.numerics[case.problem.dtype]
     if faults := struct_faults(case, ranks, capabilities):
         return Measurement((), tuple(faults))
-    shares = rank_shares(case)
+    shares, limits = rank_shares(case), likely_limits(model.tolerances, case)
     expanded = over_all_tokens(ranks, shares, case.problem.num_tokens)
-    routing = measure_routing(inputs, expanded, [share.tokens for share in shares], numerics, capabilities, model)
-    comparison = Comparison(case, inputs, ranks, numerics, model, routing.followed)
+    routing = measure_routing(inputs, expanded, [share.tokens for share in shares], numerics, capabilities, model,
+                              limits.stage)
+    comparison = Comparison(case, inputs, ranks, numerics, model, routing.followed, limits)
     comparison.run(tell)
     unjudged = int((~routing.followed.judged_T).sum())
     if unjudged:

@@ -7,7 +7,7 @@ from moe_ref.contract.case import Case
 from moe_ref.contract.dtypes import TORCH_DTYPES
 from moe_ref.contract.parallel import Range
 from moe_ref.contract.shares import RankShare, rank_shares
-from moe_ref.contract.vocabulary import SharedPlacement, Stage
+from moe_ref.contract.vocabulary import Data, SharedPlacement, Stage
 from moe_ref.verify.measure.placing import RankTensors, over_all_tokens, servers
 from moe_ref.verify.measure.row_counts import likely_rows
 
@@ -39,7 +39,7 @@ def _length(part: Range) -> int:
 def expected_stages(case: Case, capabilities: Capabilities) -> set[Stage]:
     """The stages a subject must show in this case: those it declares, where the layer has them."""
     spec, expected = case.problem.spec, {*capabilities.stages, Stage.REDUCED}
-    if spec.router is None:
+    if spec.router is None or case.problem.data is Data.EXACT:
         expected -= {Stage.LOGITS}
     if spec.shared is None:
         expected -= {Stage.SHARED}
@@ -67,7 +67,8 @@ def struct_faults(case: Case, ranks: list[RankTensors], capabilities: Capabiliti
             shape = tuple(tensor.shape)
             if shape != shapes[stage] and not (stage in ROW_STAGES and shape[1:] == shapes[stage]):
                 faults.append(f"{stage}: shape {shape}, but should be {shapes[stage]} [rank {rank}]")
-            stored = numerics.storage.get(stage)
+            injected = case.problem.data is Data.EXACT and stage is Stage.WEIGHTS
+            stored = None if injected else numerics.storage.get(stage)
             if stored is not None and tensor.dtype != TORCH_DTYPES[stored]:
                 faults.append(f"{stage}: dtype {tensor.dtype}, but should be {TORCH_DTYPES[stored]} as declared "
                               f"[rank {rank}]")

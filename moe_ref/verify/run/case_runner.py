@@ -6,6 +6,8 @@ import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import date
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -19,15 +21,18 @@ from moe_ref.contract.volume import transfers
 from moe_ref.inputs.build import build_inputs
 from moe_ref.records.schema import CaseLine, CollectiveCount, Implementation, to_number
 from moe_ref.tiers.tiers import PlannedCase
+from moe_ref.tolerances.load import Tolerances
+from moe_ref.tolerances.waivers import find
 from moe_ref.verify.bounds.rounding import RoundingModel
-from moe_ref.verify.bounds.tolerances import Tolerances
 from moe_ref.verify.child.messages import RankReport, Reply, Request
 from moe_ref.verify.explain import explain
 from moe_ref.verify.judge import Judgement, RunFacts, WantedCalls, judge
 from moe_ref.verify.measure.gradients import measure_case
 from moe_ref.verify.measure.measurement import Measurement
+from moe_ref.verify.run.batches import LEFT_OUT, SAME, left_out
 from moe_ref.verify.run.children import Answer, ChildDied, ChildHung
 from moe_ref.verify.run.last_words import cut_lines
+from moe_ref.verify.waived import speaks_for_all, waived
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +49,8 @@ class RunSettings:
     tell: Callable[[str, str], None] = lambda case_id, text: None
     replay_options: str = ""
     num_started: int = 0
+    today: date = date.min
+    """Waivers that expired before do not count."""
 
 
 class CannotServe(RuntimeError):
@@ -70,7 +77,8 @@ def run_case(planned: PlannedCase, settings: RunSettings, pool: Pool) -> CaseLin
     if missing := missing_devices(planned, settings.device, settings.num_started):
         return _line(planned, settings, Judgement(Verdict.NOT_RUN, missing))
     request = Request(case=planned.case_id, ranks=planned.ranks, device=settings.device, runs=settings.runs,
-                      time_limit=settings.time_limit)
+                      time_limit=settings.time_limit,
+                      other_batches=not left_out(planned, settings.capabilities))
     try:
         with pool.lease(planned.ranks is not Ranks.LOCAL) as child:
             answer = child.ask(request, lambda text: settings.tell(planned.case_id, text))
@@ -143,15 +151,20 @@ def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> Case
     if inputs.digest() != answer.reply.inputs_digest:
         raise RuntimeError(f"inputs digest {answer.reply.inputs_digest} in the child, {inputs.digest()} here")
     model = RoundingModel(settings.tolerances, settings.device, capabilities.numerics[case.problem.dtype].accumulate)
-    limits, judged = settings.tolerances.file.limits, []
+    file = settings.tolerances.file
+    find_waiver = partial(find, file.waivers, planned.case_id, settings.implementation.name, today=settings.today)
+    judged: list[Judgement] = []
+    measured: list[Measurement] = []
     for ranks in answer.runs:
         measurement = measure_case(case, inputs, ranks, capabilities, model,
                                    lambda text: settings.tell(planned.case_id, text))
         facts = _facts(case, settings, answer, measurement)
-        judged.append((judge(measurement, facts, limits.ratio.max, limits.power.min), measurement))
-    # Runs that differ are all judged; the first that fails speaks for the case.
-    judgement, measurement = next((pair for pair in judged if pair[0].verdict is not Verdict.PASS), judged[0])
-    return _line(planned, settings, judgement, answer, measurement, time.monotonic() - started)
+        judgement = judge(measurement, facts, file.limits.ratio.max, file.power_guard.zeros.factor)
+        judged.append(waived(judgement, measurement.stages, file.limits.ratio.max, find_waiver))
+        measured.append(measurement)
+    # Runs that differ are all judged.
+    index, judgement = speaks_for_all(judged, find_waiver)
+    return _line(planned, settings, judgement, answer, measured[index], time.monotonic() - started)
 
 
 def _facts(case: Case, settings: RunSettings, answer: Answer, measurement: Measurement) -> RunFacts:
@@ -164,7 +177,9 @@ def _facts(case: Case, settings: RunSettings, answer: Answer, measurement: Measu
         wanted_calls=wanted_calls(case, measurement) if settings.capabilities.collectives_through_groups else (),
         same_bits=reply.same_bits, differing_stages=tuple(reply.differing_stages),
         promised_deterministic=settings.capabilities.deterministic,
-        promised_equal_ranks=settings.capabilities.equal_ranks, changed_inputs=tuple(reply.changed_inputs))
+        promised_equal_ranks=settings.capabilities.equal_ranks, changed_inputs=tuple(reply.changed_inputs),
+        differing_batches=tuple((name, words) for name, words in reply.batches.items() if words != SAME),
+        promised_batch_invariant=settings.capabilities.batch_invariant)
 
 
 def wanted_calls(case: Case, measurement: Measurement) -> tuple[WantedCalls, ...]:
@@ -188,12 +203,14 @@ def _line(planned: PlannedCase, settings: RunSettings, judgement: Judgement, ans
     replay = (f"{command} replay {case_id} --impl {shlex.quote(settings.implementation.name)} --ranks {planned.ranks} "
               f"--device {settings.device}{settings.replay_options}")
     numerics = settings.capabilities.numerics.get(planned.case.problem.dtype)
+    reason = left_out(planned, settings.capabilities)
     line = CaseLine(
         run=settings.run, case=case_id, purpose=planned.purpose, implementation=settings.implementation,
         ranks=planned.ranks, device=settings.device, verdict=judgement.verdict, reason=judgement.reason,
         first_stage=judgement.first_stage, stages=list(measurement.stages) if measurement else [],
         collectives=_count(reply.ranks[0].calls) if reply.ranks else [], guard=reply.guard, runs=reply.runs,
-        same_bits=reply.same_bits, numerics=numerics_words(numerics),
+        same_bits=reply.same_bits, batches={LEFT_OUT: reason} if reason and settings.capabilities.batch_invariant
+        else reply.batches, numerics=numerics_words(numerics),
         power=to_number(measurement.power) if measurement else 0.0, inputs_digest=reply.inputs_digest,
         subject_seconds=round(reply.seconds, 4), oracle_seconds=round(oracle_seconds, 4), replay=replay)
     return msgspec.structs.replace(line, message=explain(line, planned.case))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from types import FrameType
 
@@ -22,7 +22,7 @@ from moe_ref.contract.vocabulary import EXECUTED_VERDICTS, RED_VERDICTS, Verdict
 from moe_ref.records.schema import CaseLine, EndLine, Implementation, RunLine
 from moe_ref.records.store import FILE_NAME, RecordWriter, holds_lines, read_run
 from moe_ref.tiers.tiers import PlannedCase
-from moe_ref.verify.bounds.tolerances import load_tolerances
+from moe_ref.tolerances.load import load_tolerances
 from moe_ref.verify.run.case_runner import USAGE_PREFIX, Pool, RunSettings, run_case, unrun_line
 from moe_ref.verify.run.children import Child, ChildPool
 from moe_ref.verify.run.environment import environment
@@ -120,7 +120,7 @@ def new_header(plan: Plan, capabilities: Capabilities, source_digest: str) -> Ru
     return RunLine(run=uuid.uuid4().hex[:12], started=_now(), implementation=implementation, tier=plan.tier,
                    cases=[one.case_id for one in plan.cases], minimum_executed=plan.minimum_executed,
                    axis_pairs=plan.pairs, environment=environment(plan.device) | _hosts(plan),
-                   tolerances_digest=load_tolerances().digest, oracle_version=moe_ref.__version__)
+                   tolerances_digest=load_tolerances(today=_today()).digest, oracle_version=moe_ref.__version__)
 
 
 def _hosts(plan: Plan) -> dict[str, str]:
@@ -129,9 +129,11 @@ def _hosts(plan: Plan) -> dict[str, str]:
 
 def run_settings(plan: Plan, header: RunLine, capabilities: Capabilities) -> RunSettings:
     """What all cases of the run share."""
+    today = _today()
     return RunSettings(run=header.run, implementation=header.implementation, capabilities=capabilities,
-                       tolerances=load_tolerances(), device=plan.device, runs=plan.runs, time_limit=plan.time_limit,
-                       replay_options=_replay_options(plan), num_started=plan.num_started)
+                       tolerances=load_tolerances(today=today), device=plan.device, runs=plan.runs,
+                       time_limit=plan.time_limit, replay_options=_replay_options(plan), num_started=plan.num_started,
+                       today=today)
 
 
 def _replay_options(plan: Plan) -> str:
@@ -165,6 +167,10 @@ def _resumed(plan: Plan, fresh: RunLine) -> tuple[RunLine, dict[str, CaseLine]]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _today() -> date:
+    return datetime.now(UTC).date()
 
 
 def weight_elements(planned: PlannedCase) -> int:

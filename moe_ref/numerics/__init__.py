@@ -1,0 +1,1 @@
+"""Arithmetic of floating-point formats and accumulators: rounding, bit-level models, error of long sums."""

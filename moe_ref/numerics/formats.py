@@ -1,0 +1,85 @@
+"""Rounding to a floating-point format, exactly, on fp64 tensors that hold the numbers."""
+
+from typing import Literal
+
+import torch
+
+from moe_ref.contract.vocabulary import Format
+from moe_ref.tolerances.load import load_tolerances
+from moe_ref.tolerances.schema import FormatEntry
+
+Mode = Literal["nearest", "truncate"]
+"""To nearest with ties to even, or towards zero."""
+
+
+def entry(stored: Format) -> FormatEntry:
+    """Significand bits, smallest normal exponent and largest value, from tolerances.yaml."""
+    return load_tolerances().file.formats[stored]
+
+
+def exponent(value: torch.Tensor) -> torch.Tensor:
+    """floor(log2 |value|), int32; that of 0 is -1."""
+    return torch.frexp(value).exponent - 1
+
+
+def unit_in_last_place(value: torch.Tensor, stored: Format) -> torch.Tensor:
+    """Distance of the format's numbers in the binade of each fp64 value; that of subnormals below the smallest."""
+    one = entry(stored)
+    return _power(_exponent(value, one) - (one.significand_bits - 1))
+
+
+def round_to(value: torch.Tensor, stored: Format, mode: Mode = "nearest") -> torch.Tensor:
+    """The format's number that each fp64 value is rounded to, in fp64; beyond the largest: infinity, or truncated, that.
+
+    e4m3 has no infinity: it saturates, as conversions in quantisers do.
+    """
+    if stored is Format.FP64:
+        return value
+    one = entry(stored)
+    scaled = torch.ldexp(value, (one.significand_bits - 1) - _exponent(value, one))
+    whole = torch.round(scaled) if mode == "nearest" else torch.trunc(scaled)
+    rounded = torch.ldexp(whole, _exponent(value, one) - (one.significand_bits - 1))
+    over = rounded.abs() > one.max
+    saturates = mode == "truncate" or stored is Format.E4M3
+    limit = torch.full_like(value, one.max if saturates else torch.inf) * value.sign()
+    return torch.where(over & torch.isfinite(value), limit, torch.where(torch.isfinite(value), rounded, value))
+
+
+def is_representable(value: torch.Tensor, stored: Format) -> torch.Tensor:
+    """Whether each fp64 value is a number of the format."""
+    return round_to(value, stored) == value
+
+
+def half_cell(target: torch.Tensor, stored_value: torch.Tensor, stored: Format) -> torch.Tensor:
+    """How far the reals that round to a stored value reach towards a target: half a unit in the last place.
+
+    A quarter of one towards zero at a power of two, where numbers lie twice as close on that side.
+    """
+    unit = unit_in_last_place(stored_value, stored)
+    closer = (torch.frexp(stored_value).mantissa.abs() == 0.5) & (unit > 2.0 ** _smallest(stored))
+    towards_zero = (stored_value - target) * stored_value.sign() > 0
+    return torch.where(closer & towards_zero, unit / 4, unit / 2)
+
+
+def cell_distance(target: torch.Tensor, stored_value: torch.Tensor, stored: Format | None) -> torch.Tensor:
+    """How far a target is from the reals that round to a stored value: at most the error before the rounding.
+
+    For every correctly rounded store y of t, t lies in the cell of y, so the distance never exceeds |t - target|; None: no
+    store, the plain distance.
+    """
+    off = (stored_value - target).abs()
+    if stored is None or stored is Format.FP64:
+        return off
+    return (off - half_cell(target, stored_value, stored)).clamp(min=0)
+
+
+def _smallest(stored: Format) -> int:
+    return entry(stored).min_exponent - (entry(stored).significand_bits - 1)
+
+
+def _exponent(value: torch.Tensor, one: FormatEntry) -> torch.Tensor:
+    return torch.where(value == 0, one.min_exponent, exponent(value)).clamp(min=one.min_exponent)
+
+
+def _power(exponent_of_two: torch.Tensor) -> torch.Tensor:
+    return torch.ldexp(torch.ones(exponent_of_two.shape, dtype=torch.float64), exponent_of_two)

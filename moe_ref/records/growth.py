@@ -1,0 +1,156 @@
+"""A run of `moe-ref diverge` as typed JSON lines: a `diverge` line, a `growth` line per subject, a `difference` line per
+pair, an `end` line. Imports no torch.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from moe_ref.contract.errors import UsageValueError
+from moe_ref.records.schema import SCHEMA, EndLine, Number
+from moe_ref.records.store import FILE_NAME
+
+
+class DivergeLine(msgspec.Struct, frozen=True, kw_only=True, tag="diverge", tag_field="type"):
+    """First line: the problems, the subjects asked for, where they ran and what is predicted of which hardware class."""
+
+    schema: int = SCHEMA
+    run: str
+    started: str
+    subjects: list[str]
+    lengths: list[int]
+    sizes: dict[str, Number]
+    dtype: str
+    data: list[str]
+    seeds: int
+    device: str
+    hardware: str
+    environment: dict[str, str]
+    tolerances_digest: str
+
+
+class PointResult(msgspec.Struct, frozen=True, kw_only=True):
+    """One length; the fields of moe_ref.diverge.measure.Point."""
+
+    terms: int
+    relative: Number
+    bits: Number
+    resolved: bool
+    ratio: Number
+    z: Number
+    share: Number
+    flips: int
+    flips_expected: Number
+    one_bit: Number
+    predicted: Number
+
+
+class BandResult(msgspec.Struct, frozen=True, kw_only=True):
+    """The band of tolerances.yaml that the subject was held against."""
+
+    exponent: tuple[Number, Number]
+    bits: tuple[Number, Number]
+
+
+class FindingResult(msgspec.Struct, frozen=True, kw_only=True):
+    """What the error at the longest sum is made of; causes: the largest first."""
+
+    terms: int
+    causes: list[str]
+    relative: Number
+    words: str
+    evidence: str
+    is_mistake: bool
+    sigmas: Number
+    bits: Number
+    share: Number
+    grid: str
+
+
+class GrowthLine(msgspec.Struct, frozen=True, kw_only=True, tag="growth", tag_field="type"):
+    """One subject. status: MEASURED, PREDICTED (a model in its place) or NOT RUN, with `reason`. stored: format of its
+    result. curves: data class -> points. faults: why it is not as expected, in words; "" where all is well.
+    """
+
+    schema: int = SCHEMA
+    run: str
+    subject: str
+    status: str
+    reason: str = ""
+    hardware: str = ""
+    declared: str = ""
+    stored: str = ""
+    curves: dict[str, list[PointResult]] = {}
+    exponent: Number = "nan"
+    positive_exponent: Number = "nan"
+    bits: tuple[Number, Number] = ("nan", "nan")
+    growth_class: str = ""
+    evidence: str = ""
+    band: BandResult | None = None
+    finding: FindingResult | None = None
+    faults: list[str] = []
+    seconds: float = 0.0
+
+
+class DifferenceLine(msgspec.Struct, frozen=True, kw_only=True, tag="difference", tag_field="type"):
+    """Why two subjects differ. answer: no, yes or loss, to "is it a bug?"; relative: rms difference / rms truth."""
+
+    schema: int = SCHEMA
+    run: str
+    first: str
+    second: str
+    terms: int
+    relative: Number
+    answer: str
+    verdict: str
+
+
+GrowthRecordLine = DivergeLine | GrowthLine | DifferenceLine | EndLine
+
+
+@dataclass
+class GrowthRun:
+    """All lines of one run."""
+
+    header: DivergeLine
+    subjects: dict[str, GrowthLine] = field(default_factory=dict)
+    differences: list[DifferenceLine] = field(default_factory=list)
+    end: EndLine | None = None
+
+
+def read_growth(path: Path) -> GrowthRun:
+    """The run in a record file or in the folder that holds it; raises UsageValueError with file and line."""
+    path = path / FILE_NAME if path.is_dir() else path
+    if not path.exists():
+        raise UsageValueError(f"{path}: no such record file")
+    run: GrowthRun | None = None
+    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            line = msgspec.json.decode(text, type=GrowthRecordLine)
+        except msgspec.DecodeError as error:
+            raise UsageValueError(f"{path}:{number}: {error}; is it a record of `moe-ref diverge`?") from error
+        if line.schema != SCHEMA:
+            raise UsageValueError(f"{path}:{number}: schema {line.schema}, but this version reads {SCHEMA}")
+        if isinstance(line, DivergeLine):
+            # A record folder that is used again keeps the last run.
+            run = GrowthRun(line)
+        elif run is None:
+            raise UsageValueError(f"{path}:{number}: a {type(line).__name__} before the diverge line")
+        elif line.run != run.header.run:
+            raise UsageValueError(f"{path}:{number}: a line of run {line.run}, but the file holds run {run.header.run}")
+        else:
+            add_line(run, line)
+    if run is None:
+        raise UsageValueError(f"{path}: holds no diverge line")
+    return run
+
+
+def add_line(run: GrowthRun, line: GrowthRecordLine) -> None:
+    """Put a line where it belongs."""
+    if isinstance(line, GrowthLine):
+        run.subjects[line.subject] = line
+    elif isinstance(line, DifferenceLine):
+        run.differences.append(line)
+    elif isinstance(line, EndLine):
+        run.end = line

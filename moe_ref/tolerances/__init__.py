@@ -1,0 +1,1 @@
+"""tolerances.yaml: every number a verdict depends on, read strictly."""

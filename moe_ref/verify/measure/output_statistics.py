@@ -1,0 +1,139 @@
+"""Statistics of a whole layer's errors: each a sum over many elements, so that what hides in one shows in all.
+
+    rms      root mean square of error / predicted, over all elements
+    sign     errors along the sign of the output: a store that truncates, a scale
+    slots    errors along one routed row's part of its token: a wrong weight, a wrong row
+    ranks    errors along one tp rank's part of a routed row, in two rows of each expert: a partial sum lost
+
+Errors of a token are correlated between columns, since they share the errors of its activations and of its weights, so a sum
+along a direction v has the variance  w^2 sum v_act (w2^T v)^2 + v_w (v . row)^2  of each row, besides that of independent
+errors. The last is taken as the whole predicted variance: some is counted twice, on the safe side.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from moe_ref.contract.parallel import Range
+from moe_ref.records.schema import Statistic, to_number
+from moe_ref.tolerances.quantile import tau
+from moe_ref.tolerances.schema import OutputCheck
+from moe_ref.verify.bounds.rows import Rows
+
+SAMPLED_ROWS = 2
+"""Rows per expert whose parts by rank are looked at: a partial sum that is lost is lost in all of them."""
+LARGEST_KEPT = 2**26
+"""Elements of directions that are kept until the truth is known; rows beyond that are left out, and counted."""
+
+
+@dataclass
+class Directions:
+    """Directions v (N, H) in fp32, the token of each, and the variance that each has besides independent errors."""
+
+    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    number: int = 0
+
+    def add(self, token_N: torch.Tensor, v_NH: torch.Tensor, shared_N: torch.Tensor) -> None:
+        """Remember N directions."""
+        self.parts.append((token_N, v_NH.float(), shared_N))
+        self.number += len(token_N)
+
+    def largest(self, error_TH: torch.Tensor, variance_TH: torch.Tensor) -> float:
+        """Largest sum of errors along a direction over its standard deviation; 0 where nothing is predicted."""
+        worst = 0.0
+        for token_N, v_NH, shared_N in self.parts:
+            along_N = (v_NH * error_TH[token_N]).sum(-1)
+            sigma_N = (shared_N + (v_NH.double().square() * variance_TH[token_N]).sum(-1)).sqrt()
+            z_N = torch.where(along_N == 0, 0.0, along_N.abs() / sigma_N)
+            if len(z_N):
+                worst = max(worst, float(torch.nan_to_num(z_N, nan=0.0).max()))
+        return worst
+
+
+class OutputStatistics:
+    """Collects directions while rows of experts pass by, and makes numbers of them when the truth is known.
+
+    y_TH: what the subject returned, one copy of every token. A direction is scaled to 1 at its largest element.
+    """
+
+    def __init__(self, y_TH: torch.Tensor, check: OutputCheck, rows: int) -> None:
+        self.y_TH, self.check = torch.nan_to_num(y_TH.double(), posinf=0.0, neginf=0.0), check
+        size_TH = self.y_TH.abs()
+        # Errors grow with the result where it is large, and with the rest of its token where it is small.
+        self.scale_TH = (size_TH + size_TH.square().mean(-1, keepdim=True).sqrt()).clamp(min=1e-300)
+        self.sign_TH = self.y_TH.sign() / self.scale_TH
+        self.sign_shared_T = torch.zeros(len(y_TH), dtype=torch.float64)
+        self.by_weight_TH = torch.zeros_like(self.y_TH)
+        self.slots, self.ranks, self.left_out = Directions(), Directions(), 0
+        self.keep = rows * y_TH.shape[1] <= LARGEST_KEPT
+
+    def routed(self, token_R: torch.Tensor, w2_HI: torch.Tensor, act: Rows, weight: Rows, row_RH: torch.Tensor,
+               cuts: list[Range]) -> None:
+        """Rows of one expert: activations (R, I), weights (R, 1), unweighted rows, and the columns of each tp rank."""
+        w2_HI = w2_HI.float()
+        sign_RH = self.sign_TH[token_R]
+        self.sign_shared_T.index_add_(0, token_R, _shared(sign_RH, w2_HI, act, weight, row_RH))
+        if weight.variance is not None:
+            self.by_weight_TH.index_add_(0, token_R, weight.variance * row_RH.square())
+        if not self.keep:
+            self.left_out += len(token_R)
+            return
+        v_RH = self._direction(weight.value * row_RH, token_R)
+        self.slots.add(token_R, v_RH, _shared(v_RH, w2_HI, act, weight, row_RH))
+        if len(cuts) > 1:
+            some = slice(0, SAMPLED_ROWS)
+            for start, stop in cuts:
+                part_RH = act.value[some, start:stop].float() @ w2_HI[:, start:stop].T
+                v_RH = self._direction(weight.value[some] * part_RH, token_R[some])
+                self.ranks.add(token_R[some], v_RH,
+                               _shared(v_RH, w2_HI, act.rows(some), weight.rows(some), row_RH[some]))
+
+    def _direction(self, part_RH: torch.Tensor, token_R: torch.Tensor) -> torch.Tensor:
+        v_RH = part_RH / self.scale_TH[token_R].square()
+        return v_RH / v_RH.abs().amax(-1, keepdim=True).clamp(min=1e-300)
+
+    def finish(self, output: Rows, intermediate: int) -> list[Statistic]:
+        """All statistics of the tokens whose variance is known; intermediate: activations that a token passes."""
+        assert output.variance is not None
+        error_TH, variance_TH = self.y_TH - output.value, output.variance
+        known_TH = torch.isfinite(variance_TH) & torch.isfinite(error_TH) & (variance_TH > 0)
+        error_TH = torch.where(known_TH, error_TH, 0.0)
+        variance_TH = torch.where(known_TH, variance_TH, 0.0)
+        found = [self._rms(error_TH, variance_TH, known_TH, intermediate)]
+        sign_T = (self.sign_TH * error_TH).sum(-1)
+        sigma_T = (torch.nan_to_num(self.sign_shared_T, nan=torch.inf)
+                   + (self.sign_TH.square() * variance_TH).sum(-1))
+        sigma = float(sigma_T.sum().sqrt())
+        found.append(self._statistic("sign", abs(float(sign_T.sum())) / sigma if sigma > 0 else 0.0, 1))
+        for name, directions in (("slots", self.slots), ("ranks", self.ranks)):
+            if directions.number:
+                found.append(self._statistic(name, directions.largest(error_TH, variance_TH), directions.number))
+        return found
+
+    def _statistic(self, name: str, value: float, number: int) -> Statistic:
+        allowed = self.check.sigmas_factor * tau(max(1, number), self.check.alpha)
+        return Statistic(name=name, value=to_number(value), allowed=to_number(allowed), number=number)
+
+    def _rms(self, error_TH: torch.Tensor, variance_TH: torch.Tensor, known_TH: torch.Tensor,
+             intermediate: int) -> Statistic:
+        """Its spread falls with the number of independent errors: elements, activations, weights by their part."""
+        number = int(known_TH.sum())
+        if number == 0:
+            return Statistic(name="rms", value=0.0, allowed=1.0, number=0)
+        part_TH = torch.where(known_TH, self.by_weight_TH / variance_TH.clamp(min=1e-300), 0.0).clamp(max=1.0)
+        tokens = max(1, int(known_TH.any(-1).sum()))
+        part = float(part_TH.sum() / number)
+        independent = 1 / (1 / number + 1 / (tokens * max(1, intermediate)) + part**2 / tokens)
+        value = float((error_TH.square() / variance_TH.clamp(min=1e-300)).sum() / number) ** 0.5
+        allowed = self.check.rms_base + self.check.rms_spread / (2 * independent) ** 0.5
+        return Statistic(name="rms", value=to_number(value), allowed=to_number(allowed), number=number)
+
+
+def _shared(v_RH: torch.Tensor, w2_HI: torch.Tensor, act: Rows, weight: Rows, row_RH: torch.Tensor) -> torch.Tensor:
+    """Variance along v of the errors that the columns of a row share, (R,)."""
+    if act.variance is None or weight.variance is None:
+        return torch.full((len(v_RH),), torch.inf, dtype=torch.float64)
+    scale_R1 = v_RH.abs().amax(-1, keepdim=True).clamp(min=1e-300)
+    along_RI = (v_RH / scale_R1).float() @ w2_HI
+    of_act = (act.variance * along_RI.double().square()).sum(-1) * (weight.value * scale_R1).square()[:, 0]
+    return of_act + weight.variance[:, 0] * (v_RH * row_RH).sum(-1).square()
