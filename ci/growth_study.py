@@ -2,8 +2,8 @@
 
     python ci/growth_study.py [--seeds 200] [--only NAME]
 
-The class of every curve is told from its errors alone, on symmetric and on positive data, and compared with what the accumulator
-is. Printed per accumulator: how many seeds are right, the range of exponents and of effective bits.
+The class of every curve is told from its errors alone, on symmetric and on positive data, and compared with what the
+accumulator is. Printed per accumulator: how many seeds are right, the range of exponents and of effective bits.
 """
 
 import time
@@ -27,16 +27,16 @@ LENGTHS = (64, 256, 1024, 4096)
 
 ACCUMULATORS = {
     GrowthClass.NEAREST: (
-        ("model:sequential:ieee", Format.FP32), ("model:sequential:bf16", Format.BF16), ("model:reversed:fp16", Format.FP16),
-        ("model:blocked:ieee", Format.FP32), ("model:pairwise:bf16", Format.BF16), ("model:split_k:bf16", Format.BF16),
-        ("model:shuffled:fp16", Format.FP16)),
+        ("model:sequential:ieee", Format.FP32), ("model:sequential:bf16", Format.BF16),
+        ("model:reversed:fp16", Format.FP16), ("model:blocked:ieee", Format.FP32), ("model:pairwise:bf16", Format.BF16),
+        ("model:split_k:bf16", Format.BF16), ("model:shuffled:fp16", Format.FP16)),
     GrowthClass.TRUNCATING: (
         ("model:sm80:bf16", Format.BF16), ("model:sm90:bf16", Format.BF16), ("model:sm90:fp16", Format.FP16),
         ("model:sm90:tf32", Format.BF16), ("model:sm90:fp8", Format.E4M3)),
     GrowthClass.INPUT_LIMITED: (
-        ("model:blocked:tf32-rounded", Format.FP32), ("model:blocked:tf32-cut", Format.FP32), ("model:sm90:tf32", Format.FP32),
-        ("model:sm90:tf32-rounded", Format.FP32), ("model:blocked:bf16", Format.FP32), ("model:sm90:fp8", Format.BF16),
-        ("model:sm90-promoted:fp8", Format.E4M3)),
+        ("model:blocked:tf32-rounded", Format.FP32), ("model:blocked:tf32-cut", Format.FP32),
+        ("model:sm90:tf32", Format.FP32), ("model:sm90:tf32-rounded", Format.FP32), ("model:blocked:bf16", Format.FP32),
+        ("model:sm90:fp8", Format.BF16), ("model:sm90-promoted:fp8", Format.E4M3)),
     GrowthClass.LOW_PRECISION: (
         ("model:sequential-fp16:bf16", Format.BF16), ("model:sequential-bf16:bf16", Format.BF16),
         ("model:pairwise-fp16:fp16", Format.FP16), ("model:split_k-bf16:bf16", Format.BF16),
@@ -93,7 +93,8 @@ def main(seeds: int, first: int, only: str) -> None:
                 tally.bits += found.bits
             wrong += tally.classes[expected] < 0.99 * seeds
             others = ", ".join(f"{kind} {count}" for kind, count in tally.classes.items() if kind is not expected)
-            ranges = (f"{min(values):.2f} .. {max(values):.2f}" for values in (tally.exponents, tally.positive_exponents))
+            ranges = (f"{min(values):.2f} .. {max(values):.2f}"
+                      for values in (tally.exponents, tally.positive_exponents))
             table.add_row(name, dtype, expected, f"{tally.classes[expected]} of {seeds}", others or "-", *ranges,
                           f"{min(tally.bits):.1f} .. {max(tally.bits):.1f}", f"{time.monotonic() - began:.0f}")
     Console(width=170).print(table)

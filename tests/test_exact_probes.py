@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
-from itertools import product
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from moe_ref.contract.case import Problem
 from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.exact import LARGEST_HIDDEN, SLOT_WEIGHTS, STORED_LIMIT, UNIT, down_terms
+from moe_ref.contract.features import Feature
 from moe_ref.contract.spec import MLP, MoESpec, Router, SharedExpert
 from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Stage, Verdict
 from moe_ref.contract.weights import ExpertWeights
@@ -36,21 +37,21 @@ def problem(text: str) -> Problem:
 
 
 def integers(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers as int64; they must be integers that bf16 holds."""
-    assert torch.equal(tensor.double(), tensor.bfloat16().double())
-    whole = tensor.to(torch.int64)
-    assert torch.equal(whole.double(), tensor.double())
+    """The same numbers in fp64, where sums of integers are exact up to 2^53; they must be integers that bf16 holds."""
+    whole = tensor.double()
+    assert torch.equal(whole, tensor.bfloat16().double())
+    assert torch.equal(whole, whole.round())
     return whole
 
 
 def gates_and_ups(x_TH: torch.Tensor, expert: ExpertWeights) -> torch.Tensor:
-    """(T, G, I) in int64; no sum of absolute products, so no partial sum of any order, reaches 2^23.
+    """(T, G, I); no sum of absolute products, so no partial sum of any order, reaches 2^23.
 
     With 23 bits below the leading one, fixed-point accumulators that truncate what they align keep them all too.
     """
-    w13_GIH = integers(expert.w13_GIH)
-    assert int(torch.einsum("th,gih->tgi", x_TH.abs(), w13_GIH.abs()).max()) < 2**23
-    return torch.einsum("th,gih->tgi", x_TH, w13_GIH)
+    w13_NH, shape = integers(expert.w13_GIH).flatten(0, 1), expert.w13_GIH.shape[:2]
+    assert float((x_TH.abs() @ w13_NH.abs().T).max()) < 2**23
+    return (x_TH @ w13_NH.T).unflatten(1, shape)
 
 
 def activated(gate_up_TGI: torch.Tensor, mlp: MLP) -> torch.Tensor:
@@ -62,23 +63,23 @@ def activated(gate_up_TGI: torch.Tensor, mlp: MLP) -> torch.Tensor:
         assert set(gate_up_TGI[:, 1].unique().tolist()) <= {-1, 1}
         act_TI = act_TI * gate_up_TGI[:, 1]
     assert bool((act_TI % UNIT == 0).all())
-    assert int(act_TI.abs().max()) <= 4 * UNIT
+    assert float(act_TI.abs().max()) <= 4 * UNIT
     return act_TI // UNIT
 
 
 SMALL = [f"T9.H{hidden}.I{intermediate}.E6.K3" for hidden, intermediate in product((16, 17, 64, 250), (16, 33, 160))]
-LARGE = ["T2.H16384.I64.E3.K2", "T2.H64.I16384.E3.K2", "T2.H4096.I1024.E3.K1", "T2.H1000.I7168.E9.K8",
-         "T2.H7168.I500.E9.K8", "T3.H1.I1.E2.K1", "T3.H2.I3.E40.K32"]
+LARGE = ["T2.H16384.I64.E3.K2", "T2.H64.I16384.E3.K2", "T2.H4096.I1024.E2.K1", "T2.H512.I7168.E3.K3",
+         "T2.H7168.I512.E3.K3", "T2.H128.I64.E9.K8", "T3.H1.I1.E2.K1", "T3.H2.I3.E40.K32"]
 LAYERS = ("", "-gelu", "-gelutanh", "-nogate", "-relu", "-relu2", "-relu2-nogate")
-PROBLEMS = [f"{sizes}-{dtype}{layer}{words}-exact" for (sizes, layer), (dtype, words) in zip(
-    product(SMALL, LAYERS), [("bf16", ""), ("fp16", "-res"), ("fp32", "-sh40"), ("bf16", "-sh40-res"), ("fp16", "")] * 99,
-    strict=False)]
+WORDS = ("bf16{}", "fp16{}-res", "fp32{}-sh40", "bf16{}-sh40-res", "fp16{}")
+PROBLEMS = [f"{sizes}-{words.format(layer)}-exact"
+            for (sizes, layer), words in zip(product(SMALL, LAYERS), cycle(WORDS))]
 PROBLEMS += [f"{sizes}-bf16{words}-exact" for sizes, words in product(LARGE, ("", "-sh24-res"))]
 
 
 @pytest.mark.parametrize("text", PROBLEMS)
 def test_every_sum_of_any_order_is_exact(text: str) -> None:
-    """Sums of absolute values, which bound every partial sum of every order, split and rank, in integers."""
+    """Sums of absolute integers, which bound every partial sum of every order, split and rank."""
     inputs = build_inputs(problem(text))
     spec, x_TH = inputs.problem.spec, integers(inputs.x_TH)
     assert inputs.routing is not None
@@ -99,9 +100,9 @@ def test_every_sum_of_any_order_is_exact(text: str) -> None:
         residual_TH = integers(inputs.residual_TH)
         assert bool((residual_TH % (UNIT // 2) == 0).all())
         total_TH += residual_TH.abs() // (UNIT // 2)
-    assert int(total_TH.max()) <= STORED_LIMIT
+    assert float(total_TH.max()) <= STORED_LIMIT
     # fp16 has more bits than bf16, and less range.
-    assert STORED_LIMIT * UNIT // 2 <= torch.finfo(torch.float16).max
+    assert torch.finfo(torch.float16).max >= STORED_LIMIT * UNIT // 2
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu", "relu_squared"])
@@ -154,7 +155,8 @@ def test_however_they_are_evaluated(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(EVALUATIONS[name](gate), gate)
 
 
-@pytest.mark.parametrize("text", ["T40.H64.I32.E16.K2-bf16-exact", "T6.H32.I16.E64.K8-bf16-exact", "T9.H8.I8.E5.K5-fp32-exact"])
+@pytest.mark.parametrize("text", ["T40.H64.I32.E16.K2-bf16-exact", "T6.H32.I16.E64.K8-bf16-exact",
+                                  "T9.H8.I8.E5.K5-fp32-exact"])
 def test_every_expert_is_hit_and_slots_differ(text: str) -> None:
     """As far as there are slots for them; each token has different experts, and neighbouring slots other weights."""
     routing, spec = build_inputs(problem(text)).routing, problem(text).spec
@@ -209,7 +211,7 @@ LOCAL_RIGHT = (Truncating, right.GateUpStored, right.FP32Partials, right.BF16Wei
 @pytest.mark.parametrize("dtype", Dtype)
 def test_other_orders_and_contracts_give_the_same_bits(subject: type[TorchMoE], dtype: Dtype) -> None:
     """Split sums, other orders, truncation, more or fewer stores: nothing is allowed, and nothing is off."""
-    line = judged(subject(), f"v1-T33.H96.I64.E8.K3-{dtype}-norm-sh40-res-exact-tp2")
+    line = judged(subject(), f"v1-T9.H48.I40.E4.K3-{dtype}-norm-sh24-res-exact-tp2")
     assert line.verdict == Verdict.PASS, line.message
     assert all(stage.exact and stage.ratio == 0 for stage in line.stages)
     assert {stage.stage for stage in line.stages} >= {Stage.REDUCED, Stage.OUTPUT}
@@ -291,14 +293,14 @@ POWER: dict[type[TorchMoE], Stage] = {
     PartialSumDropped: Stage.REDUCED, wrong.AllReduceLeftOut: Stage.REDUCED, wrong.AllReduceTwice: Stage.REDUCED,
     wrong.ResidualPerRank: Stage.REDUCED,
 }
-SEEDS = 6
+SEEDS = 2
 
 
 @pytest.mark.parametrize("subject", POWER)
 @pytest.mark.parametrize("dtype", Dtype)
 def test_a_wrong_layer_is_caught_where_it_is(subject: type[TorchMoE], dtype: Dtype) -> None:
     for seed in range(1, SEEDS + 1):
-        line = judged(subject(), f"v1-T33.H96.I64.E8.K3-{dtype}-norm-res-exact-s{seed}-tp2", runs=1)
+        line = judged(subject(), f"v1-T12.H96.I64.E4.K3-{dtype}-norm-res-exact-s{seed}-tp2", runs=1)
         assert (line.verdict, line.first_stage) == (Verdict.MISMATCH, POWER[subject]), line.message
         assert f"{POWER[subject]}: exact probe, " in line.reason
         assert " elements differ, first at token " in line.reason
@@ -310,7 +312,7 @@ def test_a_wrong_layer_is_caught_by_its_output(subject: type[TorchMoE], dtype: D
     """Nothing but the result is shown: a defect must not round or cancel away on its way there."""
     hidden = type(f"Hidden{subject.__name__}", (subject,), {"shows": ()})
     for seed in range(1, SEEDS + 1):
-        line = judged(hidden(), f"v1-T33.H96.I64.E8.K3-{dtype}-norm-res-exact-s{seed}-tp2", runs=1)
+        line = judged(hidden(), f"v1-T12.H96.I64.E4.K3-{dtype}-norm-res-exact-s{seed}-tp2", runs=1)
         assert (line.verdict, line.first_stage) == (Verdict.MISMATCH, Stage.REDUCED), line.message
 
 
@@ -379,7 +381,7 @@ def test_a_layer_without_exact_inputs_is_refused_in_words(words: str) -> None:
 def test_a_contract_that_rounds_more_is_not_judged_exactly(changes: dict, words: str) -> None:
     """Not declared, or declared in formats with too few bits: unsupported, never a mismatch."""
     options = {"numerics": {Dtype.BF16: Numerics(storage={})}, "injected_routing": True, **changes}
-    capabilities = Capabilities(name="one", version="1", **options)
+    capabilities = Capabilities(name="one", version="1", features=(Feature.DENSE,), **options)
     refusal = capabilities.refusal(parse_case("v1-T8.H32.I24.E8.K2-bf16-exact"), Ranks.LOCAL, "cpu")
     assert refusal == f"not declared: {words}"
     if "injected_routing" in changes:
@@ -387,7 +389,7 @@ def test_a_contract_that_rounds_more_is_not_judged_exactly(changes: dict, words:
 
 
 def test_tiers_hold_exact_cases() -> None:
-    """Every dtype in smoke; in quick one and many ranks, experts apart, every schedule, and both kinds of activation."""
+    """Every dtype in smoke; in quick one rank and many, experts apart, every schedule, tokens on either axis."""
     exact = {name: [one.case for one in tier(name).cases if one.case_id.count("-exact")] for name in ("smoke", "quick")}
     assert {case.problem.dtype for case in exact["smoke"]} == set(Dtype)
     assert {case.parallel.tp for case in exact["quick"]} >= {1, 2, 3, 4, 8}

@@ -86,7 +86,7 @@ def test_a_device_that_is_not_recognised_is_the_worst_of_all(monkeypatch: pytest
         if operand is Format.FP32:
             return in_dtype(torch.float32)(a_MK, b_KN)
         if name == "fp16 sums":
-            return summation.matmul(a_MK, b_KN, "sequential", fmt=Format.FP16)
+            return matmul(a_MK, b_KN, with_fp16_accumulator(tensor_core(HARDWARE["sm90"], operand)))
         return matmul(a_MK, b_KN, tensor_core(HARDWARE[name], operand))
     monkeypatch.setattr(hardware, "_on_device", product)
     found = hardware.hardware_class.__wrapped__("cpu")

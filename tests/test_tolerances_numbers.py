@@ -10,12 +10,13 @@ from moe_fast.capabilities import CAPABILITIES
 from moe_ref.contract.dtypes import TORCH_DTYPES
 from moe_ref.contract.errors import UsageTypeError, UsageValueError
 from moe_ref.contract.vocabulary import Dtype, Format, Stage
+from moe_ref.numerics.tensor_core import matmul, tensor_core
 from moe_ref.tolerances.base import Range
 from moe_ref.tolerances.contracts import contract
 from moe_ref.tolerances.load import load_tolerances
 from moe_ref.tolerances.published import Cosine, Elementwise, RelativeRms, published
 from moe_ref.tolerances.quantile import tau
-from moe_ref.verify.bounds.rounding import RoundingModel
+from moe_ref.verify.bounds.rounding import RoundingModel, gamma
 from moe_ref.verify.published import accepts
 
 FILE = load_tolerances().file
@@ -52,6 +53,25 @@ def test_the_factor_follows_from_the_step(name: str, operands: Format, factor: f
     """Error of one step over the products in it, in units of 2^-24, and never below that of fp32 additions."""
     assert FILE.hardware[name].factor_of(operands) == factor
     assert FILE.hardware[name].factor >= FILE.hardware[name].factor_of(Format.FP16)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 9, 17, 18, 33, 65])
+@pytest.mark.parametrize("operands", [Format.FP16, Format.BF16, Format.TF32, Format.E4M3])
+@pytest.mark.parametrize("name", ["sm80", "sm90", "sm100", "cuda"])
+def test_short_sums_stay_inside_the_factor(name: str, operands: Format, size: int) -> None:
+    """One large product beside small ones loses most: a sum of two reaches 0.88 of its bound on sm90."""
+    generator = torch.Generator().manual_seed(size)
+    bits = FILE.formats[operands].significand_bits
+
+    def drawn(*shape: int) -> torch.Tensor:
+        whole = torch.randint(2 ** (bits - 1), 2**bits, shape, generator=generator).double()
+        sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1
+        return sign * whole * torch.exp2(torch.randint(-5, 1, shape, generator=generator) - bits)
+
+    a_MK, b_KN = drawn(60, size), drawn(size, 60)
+    error = (matmul(a_MK, b_KN, tensor_core(FILE.hardware[name], operands)) - a_MK @ b_KN).abs()
+    allowed = gamma(size, FILE.hardware[name].factor_of(operands) * 2.0**-24) * (a_MK.abs() @ b_KN.abs())
+    assert (error <= allowed).all()
 
 
 def test_an_unknown_device_is_the_worst_of_the_known() -> None:

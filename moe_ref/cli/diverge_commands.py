@@ -1,21 +1,25 @@
 """`diverge`: how subjects drift from the truth as sums grow, and why two of them differ."""
 
 import json
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
-import msgspec
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from moe_ref.cli.progress import steps
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import Format
 from moe_ref.records.growth import DivergeLine, GrowthRecordLine, GrowthRun, add_line, read_growth
 from moe_ref.records.store import RecordWriter
-from moe_ref.report.growth import growth_document, growth_lines, growth_tables
+from moe_ref.report.growth import error_table, growth_document, growth_words, law_table
+from moe_ref.report.growth_plot import plot_growth
 
 _DTYPES = ("auto", "fp32", "fp16", "bf16", "e4m3")
+_LEAST_WIDTH = 140
+_TELL_EVERY_SECONDS = 15.0
 _OF_OPERANDS = {"bf16": "bf16", "fp16": "fp16", "fp8": "e4m3"}
 
 
@@ -33,77 +37,136 @@ _OF_OPERANDS = {"bf16": "bf16", "fp16": "fp16", "fp8": "e4m3"}
 @click.option("--data", default="unit,positive", show_default=True, help="Of unit, positive, outlier, with commas.")
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(1), help="Draws that are measured as one.")
-@click.option("--hardware", default="sm90", show_default=True, help="Class whose accumulators stand for a GPU's on a CPU.")
+@click.option("--hardware", default="sm90", show_default=True,
+              help="Class whose accumulators stand for a GPU's on a CPU.")
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 @click.option("--ask", type=click.Choice(["tf32", "low-precision", "bug"]),
               help="Answer one question on the first subject, in words, and nothing else.")
 @click.option("--record", type=click.Path(path_type=Path, file_okay=False), help="Folder for records.jsonl.")
 @click.option("--read", "read_from", type=click.Path(path_type=Path), help="Show a record; runs nothing.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the curves into a .svg or .png file.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False),
+              help="Draw the curves into a .svg or .png file.")
 @click.option("--baseline", type=click.Path(path_type=Path, dir_okay=False),
               help="Accepted curves; default: ci/baselines/growth.json where it exists.")
 @click.option("--accept", is_flag=True, help="Make these curves the baseline; review the file's diff and commit it.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-def diverge_command(subjects: tuple[str, ...], lengths: str, rows: int, columns: int, experts: int, skew: float, tp: int,
-                    dtype: str, data: str, seed: int, seeds: int, hardware: str, device: str, ask: str | None,
-                    record: Path | None, read_from: Path | None, plot: Path | None, baseline: Path | None, accept: bool,
-                    as_json: bool) -> int:
+def diverge_command(subjects: tuple[str, ...], lengths: str, rows: int, columns: int, experts: int, skew: float,
+                    tp: int, dtype: str, data: str, seed: int, seeds: int, hardware: str, device: str, ask: str | None,
+                    record: Path | None, read_from: Path | None, plot: Path | None, baseline: Path | None,
+                    accept: bool, as_json: bool) -> int:
     """Error against the truth of every SUBJECT as K grows; classes of growth; why two subjects differ.
 
-    SUBJECT: moe_fast:{ieee,tf32,tf32x3,fp16,bf16,fp8}, torch:loop[:DTYPE], torch:grouped[:DTYPE], model:ACCUMULATOR:OPERANDS
-    (as model:sm90:bf16 or model:pairwise-fp16:bf16), or module:attr, a callable (x_RK, w_ENK, ends_E) -> y_RN.
+    SUBJECT: moe_fast:{ieee,tf32,tf32x3,fp16,bf16,fp8}, torch:loop[:DTYPE], torch:grouped[:DTYPE],
+    model:ACCUMULATOR:OPERANDS (as model:sm90:bf16 or model:pairwise-fp16:bf16), or module:attr, a callable
+    (x_RK, w_ENK, ends_E) -> y_RN.
 
     Exit codes: 0 all within their bands; 1 a subject leaves its band or bound, drifts from the baseline or computes
     something else; 2 wrong use; 4 nothing could run.
     """
     if read_from:
-        run = read_growth(read_from)
-        return _show(run, plot, as_json)
+        return _show(read_growth(read_from), plot, as_json)
     if not subjects:
         raise UsageValueError("no subject; name some, as in `moe-ref diverge moe_fast:tf32 torch:loop`")
     # Imported here, so that a record can be shown without torch.
-    from moe_ref.diverge.bands import BASELINE, accepted_curve, curve_key, read_growth_baseline, write_growth_baseline
+    from moe_ref.diverge.bands import BASELINE, accept_curves, read_growth_baseline
     from moe_ref.diverge.problem import GroupedProblem, ladder
     from moe_ref.diverge.study import GrowthPlan, run_growth
-    from moe_ref.diverge.subjects import Place, check_hardware
+    from moe_ref.diverge.subjects import Place
     from moe_ref.diverge.words import Question, answer
     from moe_ref.verify.run.environment import default_device, environment
 
-    device = default_device() if device == "auto" else device
-    check_hardware(hardware)
-    problem = GroupedProblem(terms=ladder(lengths)[0], rows=rows, columns=columns, experts=experts, skew=skew, tp=tp,
-                             dtype=_dtype(dtype, subjects), seed=seed)
     path = baseline or BASELINE
     if baseline and not baseline.exists() and not accept:
         raise UsageValueError(f"--baseline {baseline}: no such file; --accept writes it")
+    problem = GroupedProblem(terms=ladder(lengths)[0], rows=rows, columns=columns, experts=experts, skew=skew, tp=tp,
+                             dtype=_dtype(dtype, subjects), seed=seed)
     plan = GrowthPlan(subjects=tuple(dict.fromkeys(subjects)), lengths=ladder(lengths), problem=problem,
-                      data=_data(data), seeds=seeds, place=Place(device, hardware),
+                      data=tuple(data.split(",")), seeds=seeds,
+                      place=Place(default_device() if device == "auto" else device, hardware),
                       accepted={} if accept else read_growth_baseline(path).curves)
-    run, total = None, len(plan.subjects) * (len(plan.data) * len(plan.lengths) + 1)
-    with ExitStack() as stack:
-        writer = stack.enter_context(RecordWriter(record)) if record else None
-        tell = stack.enter_context(steps("diverge", total))
-
-        def keep(line: GrowthRecordLine) -> None:
-            nonlocal run
-            if writer:
-                writer.append(line)
-            if isinstance(line, DivergeLine):
-                run = GrowthRun(line)
-            else:
-                assert run is not None
-                add_line(run, line)
-        curves = run_growth(plan, environment(device), keep, tell)
-    assert run is not None
-    first = curves[0]
+    collected = _Collected(record)
+    with _progress(len(plan.subjects) * (len(plan.data) * len(plan.lengths) + 1)) as tell, collected:
+        curves = run_growth(plan, environment(plan.place.device), collected.keep, tell)
     if ask:
+        first = curves[0]
         if first.finding is None or first.law is None:
-            raise UsageValueError(f"--ask: {first.subject.name} {first.failed or 'needs unit data'}")
+            raise UsageValueError(f"--ask: {first.subject.name}: {first.failed or 'needs unit data'}")
         click.echo(answer(Question(ask), first.subject.name, first.finding, first.law, plan.lengths[-1]))
         return 0
     if accept:
-        changed = write_growth_baseline(path, {
-            curve_key(curve.subject.name, problem.dtype, run.subjects[curve.subject.name].hardware):
-            accepted_curve(curve.law, list(plan.lengths)) for curve in curves if curve.law})
-        click.echo(f"{path}: {len(changed)} curves changed; review the diff and commit it", err=True)
-    return _show(run, plot, as_json)
+        changed = accept_curves(path, collected.run)
+        click.echo(f"{path}: {changed} curves changed; review the diff and commit it", err=True)
+    return _show(collected.run, plot, as_json)
+
+
+def _dtype(name: str, subjects: tuple[str, ...]) -> Format:
+    """The format named, or the one that all subjects multiply; fp32 where they differ or do not say."""
+    if name != "auto":
+        return Format(name)
+    said = {_OF_OPERANDS.get(subject.rpartition(":")[2], "fp32") for subject in subjects}
+    return Format(said.pop()) if len(said) == 1 else Format.FP32
+
+
+class _Collected:
+    """Lines as they come: into the record, if there is one, and into the run that is shown."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._writer = RecordWriter(folder) if folder else None
+        self._run: GrowthRun | None = None
+
+    @property
+    def run(self) -> GrowthRun:
+        assert self._run is not None
+        return self._run
+
+    def keep(self, line: GrowthRecordLine) -> None:
+        if self._writer:
+            self._writer.append(line)
+        if isinstance(line, DivergeLine):
+            self._run = GrowthRun(line)
+        else:
+            add_line(self.run, line)
+
+    def __enter__(self) -> "_Collected":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._writer:
+            self._writer.close()
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[str], None]]:
+    """A bar on a terminal, a line every fifteen seconds in a log."""
+    console, told, done = Console(stderr=True), time.monotonic(), 0
+    if console.is_terminal:
+        with Progress(TextColumn("diverge"), BarColumn(), TimeElapsedColumn(), TextColumn("[dim]{task.description}"),
+                      console=console, transient=True) as progress:
+            task = progress.add_task("", total=total)
+            yield lambda doing: progress.update(task, advance=1, description=doing)
+        return
+
+    def tell(doing: str) -> None:
+        nonlocal told, done
+        done += 1
+        if time.monotonic() - told > _TELL_EVERY_SECONDS:
+            told = time.monotonic()
+            click.echo(f"[{done}/{total}] {doing}", err=True)
+    yield tell
+
+
+def _show(run: GrowthRun, plot: Path | None, as_json: bool) -> int:
+    """Tables and words, or the document; the run's own exit code, or 4 where it was cut short."""
+    if plot:
+        plot_growth(run, plot)
+        click.echo(f"wrote {plot}", err=True)
+    if as_json:
+        click.echo(json.dumps(growth_document(run), indent=1))
+    else:
+        console = Console(width=max(_LEAST_WIDTH, Console().width), emoji=False)
+        for data in run.header.data:
+            console.print(error_table(run, data))
+        console.print(law_table(run))
+        for words in growth_words(run):
+            console.print(words, highlight=False, markup=False)
+    return run.end.exit_code if run.end else 4

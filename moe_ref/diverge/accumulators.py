@@ -62,8 +62,8 @@ def accumulator(name: str, operands: Format) -> Accumulator:
         return _ordered(base, Format(suffix) if suffix else Format.FP32)
     if base in accumulator_names() and suffix in ("", "promoted", "fp16"):
         return _tensor_core(base, suffix, operands)
-    raise UsageValueError(f"accumulator {name!r}, but should be one of {', '.join(accumulator_names())}; an order may end "
-                          "in -fp16 or -bf16, a hardware class in -promoted or -fp16")
+    raise UsageValueError(f"accumulator {name!r}, but should be one of {', '.join(accumulator_names())}; an order may "
+                          "end in -fp16 or -bf16, a hardware class in -promoted or -fp16")
 
 
 def nearest(stored: Format) -> Declared:
@@ -101,7 +101,8 @@ def _ordered(order: str, fmt: Format) -> Accumulator:
 
 def _tensor_core(hardware: str, suffix: str, operands: Format) -> Accumulator:
     if operands is Format.FP32:
-        return Accumulator(nearest(Format.FP32), lambda a_MK, b_KN: summation.matmul(a_MK, b_KN, "sequential", fused=True))
+        return Accumulator(nearest(Format.FP32),
+                           lambda a_MK, b_KN: summation.matmul(a_MK, b_KN, "sequential", fused=True))
     declared = hardware_declared(hardware, operands)
     core = tensor_core.tensor_core(load_tolerances().file.hardware[hardware], operands)
     if suffix == "promoted":

@@ -1,7 +1,7 @@
 """What one subject's error is made of: never told from a difference of two, always from a residual against the truth.
 
-The oracle executes what a subject may have done to its operands and stores (counterfactuals); what is left of the error is
-measured by what rounding to nearest in fp32 costs in a long sum.
+The oracle executes what a subject may have done to its operands and stores (counterfactuals); what is left of the error
+is measured by what rounding to nearest in fp32 costs in a long sum.
 """
 
 import math
@@ -21,7 +21,7 @@ from moe_ref.numerics.accumulation import Accumulation
 from moe_ref.numerics.formats import is_representable, round_to, unit_in_last_place
 
 ORDER = 1.5
-"""rms of residual / predicted sigma that another order of fp32 additions reaches: 1.0 measured for the longest chain."""
+"""rms residual / rms predicted that an order of fp32 additions may reach: the longest chain measures 1.0."""
 
 _BETTER = 0.5
 """A counterfactual is believed if it takes away half of the residual."""
@@ -51,13 +51,13 @@ class Cause(StrEnum):
     UNEXPLAINED = "unexplained"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finding:
     """causes: all that have part, the largest first. relative: rms error / rms value. words, evidence: for a reader.
 
-    conversion, operands: what was made of the operands, and the fit of the error on it. inputs_tell: whether tf32 copies of
-    the operands differ from them. sigmas: rms of what is left, in predicted sigmas of fp32
-    rounded to nearest; grid: coarsest format that holds every output. mistake: where there is one.
+    conversion, operands: what was made of the operands, and the fit of the error on it. inputs_tell: whether tf32
+    copies of the operands differ from them. sigmas: rms of what is left, in predicted sigmas of fp32 rounded to
+    nearest; bits, share: its level and signed share. grid: coarsest format that holds every output.
     """
 
     causes: tuple[Cause, ...]
@@ -101,7 +101,8 @@ def attribute(y_RN: torch.Tensor, bench: Bench, growth_class: GrowthClass = Grow
     sizes = {Cause.OPERANDS: rms(converted.value_RN - truth.value_RN), story.store: rms(story.store_error_RN),
              last: rms(story.residual_RN)}
     told = {Cause.OPERANDS: f"it multiplies {story.conversion.words}", story.store: story.store_words, last: words}
-    causes = sorted((one for one in sizes if sizes[one] > 0 and one is not Cause.NONE), key=lambda one: -sizes[one])
+    causes = sorted((one for one in sizes if sizes[one] > 0 and one is not Cause.NONE),
+                    key=lambda one: -sizes[one]) or [last]
     if last is Cause.LOW_PRECISION:
         # A narrow accumulator hands on its own numbers: the grid is evidence of it, not a store.
         causes = [one for one in causes if one is not Cause.STORE]
@@ -117,9 +118,10 @@ def attribute(y_RN: torch.Tensor, bench: Bench, growth_class: GrowthClass = Grow
         evidence.append(f"rho^2 {mistake.fit.rho2:.4f} and beta {mistake.fit.beta:.3f}")
     if grid in NARROW:
         evidence.append(f"every output is a {grid} number")
-    return Finding(tuple(causes) or (Cause.ORDER,), rms(error_RN) / rms(truth.value_RN), "; ".join(told[one] for one in causes),
-                   ", ".join(evidence), story.conversion, operands, bench.problem.dtype is Format.FP32, sigmas, bits, share,
-                   grid, mistake)
+    return Finding(causes=tuple(causes), relative=rms(error_RN) / rms(truth.value_RN),
+                   words="; ".join(told[one] for one in causes), evidence=", ".join(evidence),
+                   conversion=story.conversion, operands=operands, inputs_tell=bench.problem.dtype is Format.FP32,
+                   sigmas=sigmas, bits=bits, share=share, grid=grid, mistake=mistake)
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,8 @@ def _stories(y_RN: torch.Tensor, bench: Bench, grid: Format, conversion: Convers
         yield _Story(conversion, Cause.NONE, "", torch.zeros_like(y_RN), y_RN - value_RN)
     else:
         residual_RN = cell_error(y_RN, value_RN, grid)
-        yield _Story(conversion, Cause.STORE, f"it rounds the output to {grid}", y_RN - value_RN - residual_RN, residual_RN)
+        yield _Story(conversion, Cause.STORE, f"it rounds the output to {grid}", y_RN - value_RN - residual_RN,
+                     residual_RN)
         # y was cut off if the value lies between it and its neighbour away from zero.
         unit_RN, sign_RN = unit_in_last_place(y_RN, grid), torch.where(y_RN == 0, value_RN, y_RN).sign()
         beyond_RN = (value_RN - y_RN) * sign_RN
@@ -195,7 +198,8 @@ def _rest(y_RN: torch.Tensor, story: _Story, bench: Bench, grid: Format, sigmas:
         return Cause.MISTAKE, f"{mistake.words} ({region.words})", mistake
     relative = rms(story.residual_RN) / rms(truth.value_RN)
     if (not region.whole and region.filled > 0.5) or relative > _SMALL:
-        return Cause.UNEXPLAINED, f"errors of {relative:.2g} of the result that no hypothesis explains ({region.words})", None
+        words = f"errors of {relative:.2g} of the result that no hypothesis explains ({region.words})"
+        return Cause.UNEXPLAINED, words, None
     bits = 24 - math.log2(sigmas)
     if growth_class is GrowthClass.TRUNCATING:
         return Cause.TRUNCATION, f"its accumulator has about {bits:.0f} bits and cuts sums off", None

@@ -8,6 +8,7 @@ import msgspec
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import Format
 from moe_ref.diverge.growth import Growth
+from moe_ref.records.growth import GrowthLine, GrowthRun
 from moe_ref.records.schema import Number, from_number, to_number
 from moe_ref.tolerances.load import load_tolerances
 from moe_ref.tolerances.schema import GrowthBand
@@ -39,27 +40,20 @@ def find_band(subject: str, dtype: Format, hardware: str) -> GrowthBand | None:
 
 
 def band_faults(found: Growth, band: GrowthBand) -> list[str]:
-    """How a curve leaves its band, in words; an exponent that could not be fitted is not judged."""
+    """How a curve leaves its band, in words; what a 16-bit store hides is not judged."""
     faults = []
-    low, high = band.exponent
-    if not math.isnan(found.exponent) and not low <= found.exponent <= high:
-        faults.append(f"the error grows as K^{found.exponent:.2f}, but should as K^{low:g} to K^{high:g}")
-    low, high = band.bits
-    if not (found.bits[0] >= low and found.bits[1] <= high):
-        faults.append(f"{found.bits[0]:.1f} to {found.bits[1]:.1f} effective bits, but should be {low:g} to {high:g}")
+    if not math.isnan(found.exponent) and found.exponent not in band.exponent:
+        faults.append(f"the error grows as K^{found.exponent:.2f}, but should as K^{band.exponent.low:g} to "
+                      f"K^{band.exponent.high:g}")
+    if found.bits[0] < band.bits.low or found.bits[1] > band.bits.high:
+        faults.append(f"{found.bits[0]:.1f} to {found.bits[1]:.1f} effective bits, but should be {band.bits.low:g} to "
+                      f"{band.bits.high:g}")
     return faults
 
 
 def curve_key(subject: str, dtype: str, hardware: str) -> str:
     """What a baseline knows a curve by."""
     return f"{subject}, {dtype}, {hardware}"
-
-
-def accepted_curve(found: Growth, lengths: list[int]) -> AcceptedCurve:
-    """The curve as a baseline keeps it."""
-    low, high = (to_number(round(bits, 1)) for bits in found.bits)
-    return AcceptedCurve(growth_class=found.growth_class, exponent=to_number(round(found.exponent, 2)), bits=(low, high),
-                         lengths=lengths)
 
 
 def drift(found: Growth, accepted: AcceptedCurve, lengths: list[int]) -> list[str]:
@@ -91,11 +85,18 @@ def read_growth_baseline(path: Path) -> GrowthBaseline:
     return found
 
 
-def write_growth_baseline(path: Path, curves: dict[str, AcceptedCurve]) -> list[str]:
-    """Add or replace curves in a baseline file; returns the keys that changed."""
+def accept_curves(path: Path, run: GrowthRun) -> int:
+    """Make a run's curves those of the baseline file, others are kept; returns how many changed."""
     kept = read_growth_baseline(path).curves
-    changed = [key for key, curve in curves.items() if kept.get(key) != curve]
+    curves = {curve_key(line.subject, run.header.dtype, line.hardware): _accepted(line, run.header.lengths)
+              for line in run.subjects.values() if line.growth_class}
     merged = GrowthBaseline(curves=dict(sorted({**kept, **curves}.items())))
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(merged), indent=1) + b"\n")
-    return changed
+    return sum(kept.get(key) != curve for key, curve in curves.items())
+
+
+def _accepted(line: GrowthLine, lengths: list[int]) -> AcceptedCurve:
+    low, high = (to_number(round(from_number(bits), 1)) for bits in line.bits)
+    return AcceptedCurve(growth_class=line.growth_class, exponent=to_number(round(from_number(line.exponent), 2)),
+                         bits=(low, high), lengths=lengths)

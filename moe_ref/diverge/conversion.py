@@ -1,4 +1,4 @@
-"""What a subject makes of its operands before it multiplies: a conversion is exact arithmetic, so the oracle executes it."""
+"""What a subject makes of its operands before it multiplies: exact arithmetic, which the oracle executes."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from moe_ref.numerics.formats import Mode, round_to
 
 @dataclass(frozen=True)
 class Conversion:
-    """Operands rounded to `stored`, None: as they are. scaled: rows are scaled by powers of two to the format's range first."""
+    """Operands rounded to `stored`, None: as they are. scaled: rows are first scaled by powers of two to its range."""
 
     stored: Format | None = None
     mode: Mode = "nearest"

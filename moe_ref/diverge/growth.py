@@ -1,8 +1,8 @@
 """The law by which a subject's error grows with the length of its sums, and what kind of accumulation has that law.
 
-An exponent alone does not tell: a split sum rounded to nearest grows as K^0.16, a pairwise fp16 sum not at all, a truncating fp8
-one as K^0.6. What tells is the level in effective bits and positive data: errors of sums rounded to nearest have both
-signs there, a cut sum is too small everywhere, and operands rounded to nearest average out as K^-1/2.
+An exponent alone does not tell: a split sum rounded to nearest grows as K^0.16, a pairwise fp16 sum not at all, a
+truncating fp8 one as K^0.6. What tells is the level in effective bits and positive data: errors of sums rounded to
+nearest have both signs there, a cut sum is too small everywhere, and operands rounded to nearest average out as K^-1/2.
 """
 
 import math
@@ -13,6 +13,7 @@ from enum import StrEnum
 from moe_ref.diverge.measure import Point
 from moe_ref.tolerances.load import load_tolerances
 from moe_ref.tolerances.schema import GrowthRules
+
 
 class GrowthClass(StrEnum):
     """What limits the accuracy of a subject."""
@@ -27,7 +28,8 @@ class GrowthClass(StrEnum):
 @dataclass(frozen=True)
 class Growth:
     """exponent, positive_exponent: of the relative error over K >= 1024, on symmetric and on positive data; nan where
-    fewer than two lengths tell. bits: range of the effective bits there, symmetric data. evidence: why the class, in words.
+    fewer than two lengths tell. bits: range of the effective bits there, symmetric data, nan where stores hide all of
+    them. evidence: why the class, in words.
     """
 
     exponent: float
@@ -51,10 +53,11 @@ def growth(symmetric: Sequence[Point], positive: Sequence[Point]) -> Growth:
     """The law of growth and its class, from the points of one subject on both kinds of data."""
     rules = load_tolerances().file.growth.rules
     slope, positive_slope = (exponent(_telling(points, least=rules.long)) for points in (symmetric, positive))
-    counted = [one.bits for one in symmetric if one.terms >= rules.long]
-    bits = (min(counted), max(counted)) if counted else (math.nan, math.nan)
-    kind, evidence = _classify(symmetric, positive, slope, positive_slope, bits[0], rules)
-    return Growth(slope, positive_slope, bits, kind, evidence)
+    long = [one for one in symmetric if one.terms >= rules.long]
+    level = min((one.bits for one in long), default=math.nan)
+    kind, evidence = _classify(symmetric, positive, slope, positive_slope, level, rules)
+    seen = [one.bits for one in long if one.resolved]
+    return Growth(slope, positive_slope, (min(seen), max(seen)) if seen else (math.nan, math.nan), kind, evidence)
 
 
 def _telling(points: Sequence[Point], least: int = 0, most: float = math.inf) -> list[Point]:
@@ -68,25 +71,24 @@ def _classify(symmetric: Sequence[Point], positive: Sequence[Point], slope: floa
     everywhere, short = _telling(positive), _telling(positive, most=rules.short)
     highest_share = max((one.share for one in everywhere), default=math.nan)
     lowest = min([bits] + [one.bits for one in positive if one.terms >= rules.long])
+    too_small = f"on positive data every sum is too small (signed share {highest_share:+.2f} at most)"
     if everywhere and highest_share <= rules.one_sided and positive_slope >= rules.growing:
         return GrowthClass.TRUNCATING, (
-            f"on positive data every sum is too small (signed share {highest_share:+.2f} at most) and the error grows as "
-            f"K^{positive_slope:.2f}: what is cut off adds up")
+            f"{too_small} and the error grows as K^{positive_slope:.2f}: what is cut off adds up")
     if everywhere and highest_share <= rules.one_sided and abs(positive_slope) <= rules.flat:
         return GrowthClass.INPUT_LIMITED, (
-            f"on positive data every sum is too small (signed share {highest_share:+.2f} at most), but no more so for longer "
-            f"sums (K^{positive_slope:.2f}): operands are cut off, or a cut sum is flushed at fixed lengths")
+            f"{too_small}, but no more so for longer sums (K^{positive_slope:.2f}): operands are cut off, or a cut sum "
+            "is flushed at fixed lengths")
     if lowest >= rules.nearest_bits:
         return GrowthClass.NEAREST, (
             f"at least {lowest:.1f} effective bits on symmetric and positive data, errors of both signs "
             f"(signed share up to {highest_share:+.2f}): fp32 additions rounded to nearest")
     early = exponent(short)
     if abs(slope) <= rules.flat and early <= rules.falling:
-        later = "" if not positive_slope > 0 else ("; longer positive sums are too small: besides, what is added up is cut "
-                                                  f"off (K^{positive_slope:.2f})")
+        later = f"; longer positive sums are too small, since what is added up is cut off (K^{positive_slope:.2f})"
         return GrowthClass.INPUT_LIMITED, (
             f"the error does not grow (K^{slope:.2f}), and on positive data it averages out (K^{early:.2f} up to K = "
-            f"{rules.short}), as operands rounded to nearest do{later}")
+            f"{rules.short}), as operands rounded to nearest do{later * (positive_slope > 0)}")
     if bits <= rules.narrow_bits and not math.isnan(early):
         return GrowthClass.LOW_PRECISION, (
             f"{bits:.1f} effective bits, where fp32 has 24; errors of short positive sums have both signs and do not "
@@ -101,6 +103,6 @@ def _why_unclear(symmetric: Sequence[Point], positive: Sequence[Point], bits: fl
         return f"needs lengths up to {rules.short} and two from {rules.long} on (--k 64:16384)"
     hidden = sum(not one.resolved for one in (*symmetric, *positive))
     if hidden:
-        return (f"16-bit stores hide the sum at {hidden} of {len(symmetric) + len(positive)} lengths: fewer than 8 of them "
+        return (f"16-bit stores hide the sum at {hidden} of {len(symmetric) + len(positive)} lengths: fewer than 8 "
                 f"flipped, so at least {bits:.1f} effective bits; more outputs (--m, --n) see further")
     return f"{bits:.1f} effective bits and exponents that fit no class"

@@ -20,16 +20,16 @@ _ALL_FLIPPED = 0.7
 """Above this share flips say no more how large an error is, but its square exceeds that of the store."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Point:
     """One subject at one length. relative: rms error / rms value, of the sum before a 16-bit store.
 
-    bits: -log2 of the error in units of what rounding to nearest costs in a sequential sum: 24 is fp32's. resolved: False
-    where too few stores flipped, so that relative and bits are limits, the error being at most so large. ratio: largest
-    error / deterministic bound of what is declared. z: rms of (distance to the rounding cell / predicted sigma) from the
-    truth of the declared operands. share: sum of e sign(truth) / sum of |e|: -1 where everything is too small. flips,
-    flips_expected: stores that differ from the truth's, found and predicted. one_bit: relative error at 0 bits; predicted:
-    relative error that the declared accumulator predicts.
+    bits: -log2 of the error in units of what rounding to nearest costs in a sequential sum: 24 is fp32's. resolved:
+    False where too few stores flipped, so that relative and bits are limits, the error being at most so large. ratio:
+    largest error / deterministic bound of what is declared. z: rms of (distance to the rounding cell / predicted sigma)
+    from the truth of the declared operands. share: sum of e sign(truth) / sum of |e|: -1 where everything is too small.
+    flips, flips_expected: stores that differ from the truth's, found and predicted. one_bit: relative error at 0 bits;
+    predicted: relative error that the declared accumulator predicts.
     """
 
     terms: int
@@ -77,9 +77,10 @@ def measure(y_RN: torch.Tensor, truth: Truth, declared_truth: Truth, declared: D
         error_RN, resolved, flips, expected = y_RN - value_RN, True, 0, 0.0
         error, share = rms(error_RN), signed_share(error_RN, value_RN)
     relative = error / rms(value_RN)
-    return Point(terms, relative, math.log2(one_bit / relative) if relative else math.inf, resolved,
-                 float((residual_RN.abs() / bound_RN).max()), rms(residual_RN / variance_RN.sqrt()), share, flips, expected,
-                 one_bit, rms(variance_RN.sqrt()) / rms(value_RN))
+    return Point(terms=terms, relative=relative, bits=math.log2(one_bit / relative) if relative else math.inf,
+                 resolved=resolved, ratio=float((residual_RN.abs() / bound_RN).max()),
+                 z=rms(residual_RN / variance_RN.sqrt()), share=share, flips=flips, flips_expected=expected,
+                 one_bit=one_bit, predicted=rms(variance_RN.sqrt()) / rms(value_RN))
 
 
 def signed_share(error_RN: torch.Tensor, value_RN: torch.Tensor) -> float:

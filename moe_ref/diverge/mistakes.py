@@ -29,7 +29,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Region:
-    """Rows and columns with errors far above rounding. whole: hardly any is free of them; filled: share of bad elements."""
+    """Rows and columns with errors far above rounding. whole: hardly any is free of them; filled: share of bad ones."""
 
     rows: torch.Tensor
     columns: torch.Tensor
@@ -48,7 +48,7 @@ class Mistake:
 
 
 def regress(residual: torch.Tensor, wanted: torch.Tensor, noise: float = 0.0) -> Fit:
-    """residual = beta * wanted + rest; noise: sum of squares that stores are known to add; rho2 is 0 where either is 0."""
+    """residual = beta * wanted + rest. noise: sum of squares that stores are known to add. rho2 is 0 for zeros."""
     product, square = float((residual * wanted).sum()), float(wanted.square().sum())
     total = float(residual.square().sum()) - noise
     return Fit(min(1.0, product**2 / (square * total)), product / square) if square and total > 0 else Fit(0.0, 0.0)
@@ -113,7 +113,8 @@ class _Search:
 
     def product(self, terms: slice = slice(None), shift: int = 0) -> torch.Tensor:
         """Sums over some terms, with the weights of the expert `shift` places on."""
-        return torch.cat([self.x_RK[rows, terms] @ self.w_ENK[(e + shift) % len(self.w_ENK)][self.region.columns, terms].T
+        shifted_ENK = self.w_ENK.roll(-shift, 0) if shift else self.w_ENK
+        return torch.cat([self.x_RK[rows, terms] @ shifted_ENK[e][self.region.columns, terms].T
                           for e, rows in self.parts])
 
     def scale(self) -> tuple[str, Fit]:

@@ -2,10 +2,18 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 import torch
 
-from moe_ref.contract.errors import UsageValueError, kind_faults, number_faults, positive_faults, raise_faults, size_faults
+from moe_ref.contract.errors import (
+    UsageValueError,
+    kind_faults,
+    number_faults,
+    positive_faults,
+    raise_faults,
+    size_faults,
+)
 from moe_ref.contract.vocabulary import Dtype, Format
 from moe_ref.diverge.conversion import Conversion
 from moe_ref.inputs.build import OUTLIER_EVERY, OUTLIER_FACTOR, TOKEN_AMPLITUDE, WEIGHT_AMPLITUDE, inverse_root
@@ -16,7 +24,7 @@ DTYPES = (Format.FP32, Format.FP16, Format.BF16, Format.E4M3)
 
 
 class GrowthData(StrEnum):
-    """`unit`: symmetric; `positive`: the absolute values of those, so that every partial sum has one sign; `outlier`: one
+    """`unit`: symmetric; `positive`: the absolute values of those, so that partial sums have one sign; `outlier`: one
     channel of x in 64 is scaled by 64.
     """
 
@@ -44,7 +52,8 @@ class GroupedProblem:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        faults = positive_faults(terms=self.terms, rows=self.rows, columns=self.columns, experts=self.experts, tp=self.tp)
+        faults = positive_faults(terms=self.terms, rows=self.rows, columns=self.columns, experts=self.experts,
+                                 tp=self.tp)
         faults += size_faults(0, seed=self.seed) + number_faults("skew", self.skew, least=0.0)
         faults += [] if self.dtype in DTYPES else [f"dtype={self.dtype!r}, but should be one of {', '.join(DTYPES)}"]
         faults += kind_faults("data", self.data, GrowthData, "a GrowthData")
@@ -125,6 +134,6 @@ def ladder(text: str) -> tuple[int, ...]:
             lengths = [int(part) for part in text.split(",")]
     except ValueError as error:
         raise UsageValueError(f"lengths {text!r}, but should be as 64:16384 or 256,2048,14336") from error
-    if lengths[0] < 1 or any(next_one <= one for one, next_one in zip(lengths, lengths[1:], strict=False)):
+    if lengths[0] < 1 or any(longer <= one for one, longer in pairwise(lengths)):
         raise UsageValueError(f"lengths {text!r}, but should be integers of at least 1 that rise")
     return tuple(lengths)

@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import combinations
 
+import msgspec
 import torch
 
-from moe_ref.contract.errors import UsageError
+from moe_ref.contract.errors import UsageError, positive_faults, raise_faults
 from moe_ref.diverge.attribution import Finding, attribute
 from moe_ref.diverge.bands import AcceptedCurve, band_faults, curve_key, drift, find_band
+from moe_ref.diverge.conversion import AS_THEY_ARE
 from moe_ref.diverge.grouped import NotRun
 from moe_ref.diverge.growth import Growth, growth
 from moe_ref.diverge.measure import Point, measure, rms
@@ -31,6 +33,7 @@ from moe_ref.records.growth import (
 )
 from moe_ref.records.schema import EndLine, Number, to_number
 from moe_ref.tolerances.load import load_tolerances
+from moe_ref.tolerances.schema import GrowthBand
 
 EXIT_MISMATCH, EXIT_FEW = 1, 4
 
@@ -42,15 +45,23 @@ class GrowthPlan:
     subjects: tuple[str, ...]
     lengths: tuple[int, ...]
     problem: GroupedProblem
-    data: tuple[GrowthData, ...] = (GrowthData.UNIT, GrowthData.POSITIVE)
+    data: tuple[str, ...] = (GrowthData.UNIT, GrowthData.POSITIVE)
     seeds: int = 1
     place: Place = field(default_factory=Place)
     accepted: dict[str, AcceptedCurve] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        unknown = [data for data in self.data if data not in list(GrowthData)]
+        faults = [f"data {data!r}, but should be one of {', '.join(GrowthData)}" for data in unknown]
+        faults += positive_faults(seeds=self.seeds)
+        faults += [f"tp={self.problem.tp}, but should be at most the shortest length, {self.lengths[0]}"
+                   ] * (self.problem.tp > self.lengths[0])
+        raise_faults("diverge", faults)
+
 
 @dataclass
 class Curve:
-    """One subject's points by data class, its law and finding; failed: why it did not run, crashed: or that it broke."""
+    """One subject's points by data class, its law and finding. failed: why it did not run; crashed: that it broke."""
 
     subject: Subject
     points: dict[GrowthData, list[Point]] = field(default_factory=dict)
@@ -110,7 +121,7 @@ def _header(plan: GrowthPlan, run: str, environment: dict[str, str]) -> DivergeL
     sizes: dict[str, Number] = {"rows": problem.rows, "columns": problem.columns, "experts": problem.experts,
                                 "skew": problem.skew, "tp": problem.tp}
     return DivergeLine(run=run, started=_now(), subjects=list(plan.subjects), lengths=list(plan.lengths), sizes=sizes,
-                       dtype=problem.dtype, data=[str(data) for data in plan.data], seeds=plan.seeds,
+                       dtype=problem.dtype, data=list(plan.data), seeds=plan.seeds,
                        device=plan.place.device, hardware=plan.place.hardware, environment=environment,
                        tolerances_digest=load_tolerances().digest)
 
@@ -118,7 +129,7 @@ def _header(plan: GrowthPlan, run: str, environment: dict[str, str]) -> DivergeL
 def _measure_all(plan: GrowthPlan, curves: list[Curve], tell: Tell) -> Bench | None:
     """Points of every curve; returns the first bench of the longest symmetric problem, whose results curves keep."""
     longest = None
-    for data in plan.data:
+    for data in map(GrowthData, plan.data):
         for terms in plan.lengths:
             benches = [Bench(replace(plan.problem, terms=terms, data=data, seed=plan.problem.seed + number))
                        for number in range(plan.seeds)]
@@ -149,9 +160,9 @@ def _measure_one(curve: Curve, benches: list[Bench], data: GrowthData, kept: boo
     if not bool(torch.isfinite(y_RN).all()):
         curve.failed, curve.crashed = f"{int((~torch.isfinite(y_RN)).sum())} outputs are not finite", True
         return
-    curve.points.setdefault(data, []).append(measure(
-        y_RN, joined([bench.truth() for bench in benches]), joined([bench.truth(subject.conversion) for bench in benches]),
-        subject.declared, stored))
+    truth, declared_truth = (joined([bench.truth(conversion) for bench in benches])
+                             for conversion in (AS_THEY_ARE, subject.conversion))
+    curve.points.setdefault(data, []).append(measure(y_RN, truth, declared_truth, subject.declared, stored))
     curve.stored = stored
     if kept:
         curve.longest_RN = results[0][0]
@@ -165,7 +176,8 @@ def _growth_line(plan: GrowthPlan, run: str, curve: Curve) -> GrowthLine:
                           faults=[curve.failed] * curve.crashed)
     band = find_band(subject.name, plan.problem.dtype, hardware) if plan.problem.tp == 1 else None
     worst = max((point.ratio for points in curve.points.values() for point in points), default=0.0)
-    faults = [f"the largest error is {worst:.2g} times the bound of what is declared: {subject.declared.words}"] * (worst > 1)
+    faults = [f"the largest error is {worst:.2g} times the bound of what is declared, {subject.declared.words}"
+              ] * (worst > 1)
     faults += band_faults(law, band) if band else []
     faults += [curve.finding.words] if curve.finding and curve.finding.is_mistake else []
     accepted = plan.accepted.get(curve_key(subject.name, plan.problem.dtype, hardware))
@@ -176,14 +188,18 @@ def _growth_line(plan: GrowthPlan, run: str, curve: Curve) -> GrowthLine:
         curves={str(data): [_point(point) for point in points] for data, points in curve.points.items()},
         exponent=to_number(law.exponent), positive_exponent=to_number(law.positive_exponent),
         bits=(to_number(law.bits[0]), to_number(law.bits[1])), growth_class=law.growth_class, evidence=law.evidence,
-        band=BandResult(exponent=band.exponent, bits=band.bits) if band else None,
+        band=_band(band) if band else None,
         finding=_finding(curve.finding, plan.lengths[-1]) if curve.finding else None, faults=faults,
         seconds=round(curve.seconds, 3))
 
 
 def _point(point: Point) -> PointResult:
-    return PointResult(**{name: to_number(value) if isinstance(value, float) else value
-                          for name, value in asdict(point).items()})
+    return msgspec.convert({name: to_number(value) if isinstance(value, float) else value
+                            for name, value in asdict(point).items()}, PointResult)
+
+
+def _band(band: GrowthBand) -> BandResult:
+    return BandResult(exponent=(band.exponent.low, band.exponent.high), bits=(band.bits.low, band.bits.high))
 
 
 def _finding(found: Finding, terms: int) -> FindingResult:
@@ -194,8 +210,15 @@ def _finding(found: Finding, terms: int) -> FindingResult:
 
 
 def _difference(run: str, one: Curve, other: Curve, bench: Bench) -> DifferenceLine:
-    assert one.finding and other.finding and one.longest_RN is not None and other.longest_RN is not None
+    assert one.finding is not None
+    assert other.finding is not None
+    assert one.longest_RN is not None
+    assert other.longest_RN is not None
     relative = rms(one.longest_RN - other.longest_RN) / rms(bench.truth().value_RN)
-    found = verdict(one.subject.name, one.finding, other.subject.name, other.finding, relative, bench.problem.terms)
+    found = verdict(_named(one), one.finding, _named(other), other.finding, relative, bench.problem.terms)
     return DifferenceLine(run=run, first=one.subject.name, second=other.subject.name, terms=bench.problem.terms,
                           relative=to_number(relative), answer=found.answer, verdict=found.words)
+
+
+def _named(curve: Curve) -> str:
+    return curve.subject.name + " (PREDICTED)" * curve.subject.predicted

@@ -1,7 +1,8 @@
 """Subjects of `moe-ref diverge` by name: what computes a grouped product, and what is declared of it.
 
-torch:loop, torch:grouped and module:attr run here. moe_fast:* runs on CUDA where it has a kernel; on a CPU tl.dot is NumPy's,
-so the declared accumulator of a hardware class takes its place and the curve is PREDICTED, as that of model:ACCUMULATOR:OPERANDS.
+torch:loop, torch:grouped and module:attr run here. moe_fast:* runs on CUDA where it has a kernel; on a CPU tl.dot is
+NumPy's, so the declared accumulator of a hardware class takes its place and the curve is PREDICTED, as that of
+model:ACCUMULATOR:OPERANDS.
 """
 
 import importlib
@@ -17,7 +18,6 @@ from moe_ref.diverge.accumulators import Accumulator, Declared, accumulator, har
 from moe_ref.diverge.conversion import AS_THEY_ARE, Conversion
 from moe_ref.diverge.grouped import fast_grouped, torch_grouped, torch_loop
 from moe_ref.diverge.problem import GroupedProblem, Operands
-from moe_ref.numerics import summation
 from moe_ref.numerics.formats import Mode, round_to
 from moe_ref.tolerances.load import load_tolerances
 
@@ -55,6 +55,11 @@ class Place:
     device: str = "cpu"
     hardware: str = "sm90"
 
+    def __post_init__(self) -> None:
+        known = [name for name, one in load_tolerances().file.hardware.items() if one.truncates]
+        if self.hardware not in known:
+            raise UsageValueError(f"hardware {self.hardware!r}, but should be one of {', '.join(known)}")
+
     @property
     def measured(self) -> str:
         """The class of the device itself; an unknown CUDA device is the worst of all."""
@@ -70,7 +75,8 @@ def find_subject(name: str, dtype: Format, place: Place) -> Subject:
     if family == "moe_fast" and rest in FAST:
         return _fast(name, rest, place)
     if family == "torch" and rest.partition(":")[0] in ("loop", "grouped"):
-        return _torch(name, *rest.partition(":")[::2], dtype, place)
+        kind, _, named = rest.partition(":")
+        return _torch(name, kind, named, dtype, place)
     if family == "model" and rest.count(":") == 1:
         return _model(name, *rest.split(":"))
     if family in ("moe_fast", "torch", "model") or not rest:
@@ -98,7 +104,8 @@ def _torch(name: str, kind: str, dtype_name: str, dtype: Format, place: Place) -
 
 def _model(name: str, summed: str, operands: str) -> Subject:
     found, conversion = _accumulates(summed, operands)
-    return Subject(name, True, conversion, found.declared, _simulated(conversion, found, Format.FP32), found.declared.words)
+    return Subject(name, True, conversion, found.declared, _simulated(conversion, found, Format.FP32),
+                   found.declared.words)
 
 
 def _accumulates(summed: str, operands: str) -> tuple[Accumulator, Conversion]:
@@ -112,7 +119,7 @@ def _accumulates(summed: str, operands: str) -> tuple[Accumulator, Conversion]:
                                      else "nearest")
     if base == "tf32x3":
         if summed not in known or not known[summed].truncates:
-            raise UsageValueError(f"tf32x3 with accumulator {summed!r}, but should be a hardware class with tensor cores")
+            raise UsageValueError(f"tf32x3 with accumulator {summed!r}, but should be a class with tensor cores")
         return three_products(summed, mode), AS_THEY_ARE
     stored = FAST[base]
     conversion = AS_THEY_ARE if base == "ieee" else Conversion(stored, mode if base == "tf32" else "nearest",
@@ -144,7 +151,8 @@ def _measured(name: str, call: Call, operands: Format, place: Place) -> Subject:
         total_RN: torch.Tensor | None = None
         for first, last in problem.cuts:
             part = handed.rank_part(first, last)
-            y_RN = call(part.x_RK.to(place.device, dtype), part.w_ENK.to(place.device, dtype), part.ends_E.to(place.device))
+            y_RN = call(part.x_RK.to(place.device, dtype), part.w_ENK.to(place.device, dtype),
+                        part.ends_E.to(place.device))
             _check_result(name, y_RN, (problem.rows, problem.columns))
             total_RN = y_RN if total_RN is None else total_RN + y_RN
         assert total_RN is not None

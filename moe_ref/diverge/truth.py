@@ -7,7 +7,7 @@ import torch
 
 from moe_ref.contract.vocabulary import Format
 from moe_ref.diverge.conversion import AS_THEY_ARE, Conversion
-from moe_ref.diverge.problem import GroupedProblem, Operands, build_operands
+from moe_ref.diverge.problem import GroupedProblem, build_operands
 from moe_ref.numerics.accumulation import Accumulation
 from moe_ref.numerics.formats import unit_in_last_place
 from moe_ref.numerics.gauges import Gauges, gauges, nonnegative_product
@@ -18,8 +18,8 @@ FP32_NEAREST = Accumulation(unit=2.0**-24)
 
 @dataclass(frozen=True)
 class Truth:
-    """value = x @ w^T of converted operands, (R, N) fp64; gauges: see Gauges; absolute: sum of absolute products; partials:
-    the values of the ranks' terms.
+    """value = x @ w^T of converted operands, (R, N) fp64; gauges: see Gauges; absolute: sum of absolute products;
+    partials: the values of the ranks' terms.
     """
 
     gauges: Gauges

@@ -29,12 +29,14 @@ class Verdict:
 
 def verdict(first: str, one: Finding, second: str, other: Finding, relative: float, terms: int) -> Verdict:
     """Why two subjects differ by `relative` (rms, of the result), from what each one's own error is made of."""
-    (worse, bad), (better, good) = sorted(((first, one), (second, other)), key=lambda pair: -_badness(pair[1]))
+    (_, good), (worse, bad) = sorted(((first, one), (second, other)), key=lambda pair: _badness(pair[1]))
     answer = "yes" if bad.is_mistake else "loss" if Cause.LOW_PRECISION in bad.causes else "no"
     opening = {"yes": f"Is it a bug? Yes, in {worse}: ", "no": "Is it a bug? No: ",
                "loss": f"Is it a bug? No mistake, but a loss: {worse} breaks a promise of fp32 accumulation: "}[answer]
     if answer == "no" and bad.relative > _DOMINATES * good.relative:
         opening += f"the difference is {worse}'s error, {_why(bad)}. "
+    elif answer == "no" and relative == 0:
+        opening += "they agree to the bit. "
     elif answer == "no":
         opening += "both are about as far from the truth, each with errors of its own. "
     else:

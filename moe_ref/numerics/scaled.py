@@ -20,8 +20,8 @@ from moe_ref.numerics.tensor_core import TensorCore, matmul
 class ScaleRule:
     """One scale for each block of rows x columns, None standing for all of them; codes in an 8-bit format.
 
-    power_of_two: whether scales are rounded up to one, which loses no bit in scaling. UsageValueError on empty blocks and
-    other formats.
+    power_of_two: whether scales are rounded up to one, which loses no bit in scaling. UsageValueError on empty blocks
+    and other formats.
     """
 
     rows: int | None = None
@@ -33,7 +33,8 @@ class ScaleRule:
         sizes = {"rows": self.rows, "columns": self.columns}
         faults = positive_faults(**{name: size for name, size in sizes.items() if size is not None})
         faults += flag_faults(power_of_two=self.power_of_two)
-        faults += [] if self.stored in (Format.E4M3, Format.E5M2) else [f"stored={self.stored}, but should be e4m3 or e5m2"]
+        if self.stored not in (Format.E4M3, Format.E5M2):
+            faults.append(f"stored={self.stored}, but should be e4m3 or e5m2")
         raise_faults("scale rule", faults)
 
 
@@ -53,15 +54,15 @@ class ProductError(NamedTuple):
 def quantise(values_RK: torch.Tensor, rule: ScaleRule) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (R, K), numbers of the 8-bit format, and the scales of the blocks, both in fp64; values: finite, fp64.
 
-    Values over their scale are rounded to nearest, once, and saturate; a block of zeros has scale 1. UsageValueError on
-    other dtypes and shapes, and on what is not finite.
+    Values over their scale are rounded to fp32, then to the code's format, and saturate; a block of zeros,
+    or of values so small that fp32 has no normal scale for them, has scale 1 and codes of zero.
+    UsageValueError on other dtypes, on shapes that are not two sizes above zero, and on what is not finite.
     """
-    if values_RK.dtype != torch.float64 or values_RK.dim() != 2 or not bool(values_RK.isfinite().all()):
-        raise UsageValueError(f"quantise: {values_RK.dtype} of shape {tuple(values_RK.shape)}, "
-                              f"{int((~values_RK.isfinite()).sum())} not finite, but should be finite fp64 of (R, K)")
+    _check(values_RK)
     scales = _scales(values_RK, rule)
     limit = entry(rule.stored).max
-    codes_RK = round_to(values_RK / _spread(scales, values_RK, rule), rule.stored).clamp(-limit, limit)
+    quotient_RK = round_to(values_RK / _spread(scales, values_RK, rule), Format.FP32)
+    codes_RK = round_to(quotient_RK, rule.stored).clamp(-limit, limit)
     return codes_RK, scales
 
 
@@ -73,9 +74,12 @@ def decode(codes_RK: torch.Tensor, scales: torch.Tensor, rule: ScaleRule) -> tor
 def product_error(a_MK: torch.Tensor, w_NK: torch.Tensor, rule_a: ScaleRule, rule_w: ScaleRule) -> ProductError:
     """What a @ w.T loses by quantising both operands: expected square, and a bound for every element.
 
-    A value lies anywhere in its code's cell of width q: variance q^2 / 12, at most q / 2 off. Products of an error and a
-    value, and of two errors, add up: independent for the variance, all of one sign for the bound.
+    A value lies anywhere in its code's cell of width q: variance q^2 / 12, at most q / 2 off. Products of an error
+    and a value, and of two errors, add up: independent for the variance, all of one sign for the bound.
+    UsageValueError as in `quantise`.
     """
+    _check(a_MK)
+    _check(w_NK)
     width_a, width_w = _cell_width(a_MK, rule_a), _cell_width(w_NK, rule_w)
     square_a, square_w = width_a.square() / 12, width_w.square() / 12
     variance = a_MK.square() @ square_w.T + square_a @ w_NK.square().T + square_a @ square_w.T
@@ -91,10 +95,11 @@ def scaled_matmul(a_MK: torch.Tensor, w_NK: torch.Tensor, rule_a: ScaleRule, rul
     step rounded to nearest, as DeepGEMM does. UsageValueError where the blocks of both along K differ.
     """
     if rule_a.columns != rule_w.columns:
-        raise UsageValueError(f"scaled_matmul: blocks of {rule_a.columns} and {rule_w.columns} columns, but should agree")
+        raise UsageValueError(f"scaled_matmul: blocks of {rule_a.columns} and {rule_w.columns} columns, "
+                              "but should agree")
     (code_a, scale_a), (code_w, scale_w) = quantise(a_MK, rule_a), quantise(w_NK, rule_w)
     scale_a, scale_w = _rows(scale_a, len(a_MK), rule_a), _rows(scale_w, len(w_NK), rule_w)
-    size = rule_a.columns or max(1, a_MK.shape[1])
+    size = rule_a.columns or a_MK.shape[1]
     total_MN = torch.zeros(len(a_MK), len(w_NK))
     for block, (part_a, part_w) in enumerate(zip(code_a.split(size, 1), code_w.split(size, 1), strict=True)):
         scale_MN = scale_a[:, block, None].float() * scale_w[:, block].float()
@@ -102,9 +107,16 @@ def scaled_matmul(a_MK: torch.Tensor, w_NK: torch.Tensor, rule_a: ScaleRule, rul
     return total_MN.double()
 
 
+def _check(values_RK: torch.Tensor) -> None:
+    wrong = int((~values_RK.isfinite()).sum())
+    if values_RK.dtype != torch.float64 or values_RK.dim() != 2 or not values_RK.numel() or wrong:
+        raise UsageValueError(f"scaled operand: {values_RK.dtype}, shape {tuple(values_RK.shape)}, {wrong} not finite, "
+                              "but should be finite torch.float64 of shape (R, K)")
+
+
 def _scales(values_RK: torch.Tensor, rule: ScaleRule) -> torch.Tensor:
     """One per block, (row blocks, column blocks)."""
-    rows, columns = rule.rows or max(1, len(values_RK)), rule.columns or max(1, values_RK.shape[1])
+    rows, columns = rule.rows or len(values_RK), rule.columns or values_RK.shape[1]
     missing = (0, -values_RK.shape[1] % columns, 0, -len(values_RK) % rows)
     blocks = torch.nn.functional.pad(values_RK.abs(), missing).unflatten(1, (-1, columns)).unflatten(0, (-1, rows))
     exact = blocks.amax((1, 3)) / entry(rule.stored).max
@@ -113,24 +125,23 @@ def _scales(values_RK: torch.Tensor, rule: ScaleRule) -> torch.Tensor:
         scales = torch.ldexp(torch.ones_like(exact), exponent - (mantissa == 0.5).int())
     else:
         scales = round_to(exact, Format.FP32)
-    # A block below what fp32 holds has a scale of zero, and one of zeros would divide by it.
-    return torch.where(scales == 0, 1.0, scales)
+    # A subnormal scale has too few bits to keep codes in range, and one of zero would divide by it.
+    return torch.where(scales < 2.0 ** entry(Format.FP32).min_exponent, 1.0, scales)
 
 
 def _rows(scales: torch.Tensor, count: int, rule: ScaleRule) -> torch.Tensor:
-    return scales.repeat_interleave(rule.rows or max(1, count), 0)[:count]
+    return scales.repeat_interleave(rule.rows or count, 0)[:count]
 
 
 def _spread(scales: torch.Tensor, like_RK: torch.Tensor, rule: ScaleRule) -> torch.Tensor:
     """The scale of every element, (R, K)."""
     count = like_RK.shape[1]
-    return _rows(scales, len(like_RK), rule).repeat_interleave(rule.columns or max(1, count), 1)[:, :count]
+    return _rows(scales, len(like_RK), rule).repeat_interleave(rule.columns or count, 1)[:, :count]
 
 
 def _cell_width(values_RK: torch.Tensor, rule: ScaleRule) -> torch.Tensor:
     """Width of the cell around every value's code, 0 for a value of zero."""
-    codes_RK, scales = quantise(values_RK, rule)
-    scale_RK = _spread(scales, values_RK, rule)
-    # Of a value just below a power of two the code lies above: its cell is that of the value.
-    width_RK = unit_in_last_place(values_RK / scale_RK, rule.stored) * scale_RK
+    scale_RK = _spread(_scales(values_RK, rule), values_RK, rule)
+    # The quotient is below 16 widths, and rounded to fp32 first: that adds 2^-20 of a width to its half.
+    width_RK = unit_in_last_place(values_RK / scale_RK, rule.stored) * scale_RK * (1 + 2.0**-19)
     return torch.where(values_RK == 0, 0.0, width_RK)

@@ -1,5 +1,5 @@
-"""A run of `moe-ref diverge` as typed JSON lines: a `diverge` line, a `growth` line per subject, a `difference` line per
-pair, an `end` line. Imports no torch.
+"""A run of `moe-ref diverge` as typed JSON lines: a `diverge` line, a `growth` line per subject, a `difference` line
+per pair, an `end` line. Imports no torch.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from moe_ref.records.store import FILE_NAME
 
 
 class DivergeLine(msgspec.Struct, frozen=True, kw_only=True, tag="diverge", tag_field="type"):
-    """First line: the problems, the subjects asked for, where they ran and what is predicted of which hardware class."""
+    """First line: the problems, the subjects asked for, where they ran, and the hardware class that is predicted."""
 
     schema: int = SCHEMA
     run: str

@@ -84,6 +84,11 @@ class StageResult(msgspec.Struct, frozen=True, kw_only=True):
     scale: Number = 1.0
     note: str = ""
 
+    @property
+    def is_probe(self) -> bool:
+        """Whether elements, not ids, had to be right to the bit."""
+        return self.exact and self.worst is not None and self.worst.column is not None
+
 
 class Implementation(msgspec.Struct, frozen=True, kw_only=True):
     """Who was judged: the name it was asked for by, its version, and the digest of its source files."""

@@ -40,15 +40,18 @@ class HardwareEntry(Entry, frozen=True):
             raise ValueError(f"factor {self.factor:g}, but products_per_step, kept_bits and significand_bits need "
                              f"at least {least:g}")
 
+    def step_of(self, operands: Format) -> tuple[int, int, int]:
+        """Products per step, kept bits and significand bits for operands of a format."""
+        if operands in (Format.E4M3, Format.E5M2):
+            return self.fp8_products_per_step, self.fp8_kept_bits, self.fp8_significand_bits
+        products = self.tf32_products_per_step if operands is Format.TF32 else self.products_per_step
+        return products, self.kept_bits, self.significand_bits
+
     def factor_of(self, operands: Format) -> float:
         """What multiplies n 2^-24 in the bound of a sum of n products: docs/bounds.md, "The device factor"."""
         if not self.truncates or operands in (Format.FP32, Format.FP64):
             return 1.0
-        products, kept, significand = self.products_per_step, self.kept_bits, self.significand_bits
-        if operands is Format.TF32:
-            products = self.tf32_products_per_step
-        elif operands in (Format.E4M3, Format.E5M2):
-            products, kept, significand = self.fp8_products_per_step, self.fp8_kept_bits, self.fp8_significand_bits
+        products, kept, significand = self.step_of(operands)
         whole_steps = 2.0**24 / products * (2.0 ** (1 - significand) + (products + 1) * 2.0**-kept)
         # A sum of two products may lose two units in its one cut.
         return max(1.0, whole_steps)

@@ -63,7 +63,7 @@ def _where(stage: StageResult, case: Case, output: StageResult | None) -> list[s
                      f"allowed {worst.allowed}")
     if words := likely(stage, case, output):
         lines.append(f"  likely  looks like {words}")
-    if stage.exact and worst is not None and worst.column is not None:
+    if stage.is_probe:
         lines.append("  bound   none: sums are exact in any order, so right results agree to the bit")
         return lines
     lines.append(f"  bound   tolerances.yaml, rounding model {_model(stage.stage, case)}")

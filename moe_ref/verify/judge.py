@@ -156,7 +156,7 @@ _STATISTIC_WORDS = {
 def describe(stage: StageResult) -> str:
     """One line: stage, how far over the bound, and where in the words of the layer."""
     worst = stage.worst
-    if stage.exact and worst is not None and worst.column is not None:
+    if stage.is_probe and worst is not None:
         return (f"{stage.stage}: exact probe, {stage.num_bad} of {stage.num_checked} elements differ, "
                 f"first at {place(worst)}")
     if stage.exact:

@@ -15,7 +15,7 @@ _UNRELATED = 0.2
 
 def likely(stage: StageResult, case: Case, output: StageResult | None = None) -> str:
     """Words for it; empty where numbers fit no known mistake. output: how the whole layer compares."""
-    if stage.exact or not stage.num_bad:
+    if (stage.exact and not stage.is_probe) or not stage.num_bad:
         return ""
     if output is not None and stage.stage in _SHOWN_ONLY and from_number(output.ratio) <= 1:
         return ("a stage shown or declared otherwise than it is computed, if the output, within its wider bound, is "

@@ -8,7 +8,7 @@ import torch
 from moe_ref.contract.vocabulary import Stage
 from moe_ref.numerics.formats import half_cell
 from moe_ref.records.schema import StageResult, Statistic, Worst, to_number
-from moe_ref.verify.bounds.rows import Rows
+from moe_ref.verify.bounds.rows import Rows, exact
 
 TILE = 64
 """Columns per localisation tile."""
@@ -68,6 +68,7 @@ class StageMeter:
         Where want + allowed passes the largest finite value of the stored format, an infinity of the right
         sign is right. Where the wanted value itself is not finite (a fault upstream), nothing is said.
         """
+        want = exact(want.value) if self.exact else want
         got, value = got.double(), want.value
         if got.numel() == 0:
             return
@@ -78,8 +79,8 @@ class StageMeter:
             lost = torch.where(torch.isfinite(got) & ~torch.isfinite(value), math.inf, 0.0)
             ratio = torch.where(self.tainted_T[place.token_R][:, None], lost, ratio)
         self.num_checked += ratio.numel()
-        finite = torch.isfinite(got) & torch.isfinite(value) & torch.isfinite(allowed) & (allowed > 0)
-        signed = torch.where(finite, (got - value) * value.sign() / allowed.clamp(min=1e-300), 0.0)
+        finite = torch.isfinite(got) & torch.isfinite(value) & torch.isfinite(allowed) & ((allowed > 0) | self.exact)
+        signed = torch.where(finite & (allowed > 0), (got - value) * value.sign() / allowed.clamp(min=1e-300), 0.0)
         self.bias_sum += float(signed.sum())
         self.got_want += float(torch.where(finite, got * value, 0.0).sum())
         self.want_want += float(torch.where(finite, value * value, 0.0).sum())
