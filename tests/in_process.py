@@ -33,10 +33,11 @@ class _InProcess:
         return Answer(reply, unpack_runs(payload, len(reply.ranks)))
 
 
-def judged(subject: Any, case_id: str, runs: int = 2, **others: Any) -> CaseLine:
+def judged(subject: Any, case_id: str, runs: int = 2, other_batches: bool = False, **others: Any) -> CaseLine:
     """The record line of one case; `subject` has `moe` and `CAPABILITIES`; others: of the run's settings."""
     implementation = Implementation(name=type(subject).__name__, version="1")
     settings = RunSettings(run="test", implementation=implementation, capabilities=subject.CAPABILITIES, device="cpu",
                            runs=runs, **{"tolerances": load_tolerances(), **others})
     pool: Any = _InProcess(SimpleNamespace(moe=subject.moe, CAPABILITIES=subject.CAPABILITIES))
-    return run_case(PlannedCase(case=parse_case(case_id), purpose="test"), settings, pool)
+    planned = PlannedCase(case=parse_case(case_id), purpose="test", other_batches=other_batches)
+    return run_case(planned, settings, pool)

@@ -29,6 +29,7 @@ from moe_ref.tolerances.load import load_tolerances
 from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.measure.stages import measure
 from tests.in_process import judged
+from tests.test_imports import forbidden
 
 BF16_ROWS = usual_numerics(Dtype.BF16)
 CONTRACTS: dict[str, Numerics] = {
@@ -38,6 +39,7 @@ CONTRACTS: dict[str, Numerics] = {
     "every step rounded": replace(BF16_ROWS, activation=Format.BF16, merge=Format.BF16, weight_at="merge"),
     "weights at the merge": replace(BF16_ROWS, weight_at="merge"),
     "weights at the activation": replace(BF16_ROWS, weight_at="act"),
+    "every step rounded, weights at the activation": replace(BF16_ROWS, activation=Format.BF16, weight_at="act"),
     "router in bf16": replace(BF16_ROWS, storage={**BF16_ROWS.storage, Stage.LOGITS: Format.BF16,
                                                   Stage.WEIGHTS: Format.BF16}),
     "fp32 between ranks": replace(BF16_ROWS, reduce=Format.FP32,
@@ -175,6 +177,18 @@ def test_orders_between_ranks_by_hand() -> None:
     above = 1 + 4 * small
     assert in_turn("ring").tolist() == [[above, above, 1.0, 1.0]]
     assert in_turn("ring", rotation=3).tolist() == [[1.0, above, above, 1.0]]
+
+
+@pytest.mark.parametrize("name", ["sequential", "pairwise", "split_k", "hopper"])
+def test_a_rank_may_have_no_columns(name: str) -> None:
+    """Its sums have no terms, and are zero."""
+    line = judged(getattr(subjects, name), "v1-T5.H32.I24.E4.K2-bf16-norm-tp2-split0.1")
+    assert line.verdict == Verdict.PASS, line.message
+
+
+def test_a_subject_needs_no_answers() -> None:
+    """Subjects run where the oracle and the judge must not be imported."""
+    assert forbidden(("moe_ref/simulated", "moe_ref/numerics"), ("moe_ref.oracle", "moe_ref.verify")) == []
 
 
 def test_an_unknown_reduction_is_named() -> None:

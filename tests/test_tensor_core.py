@@ -99,6 +99,17 @@ def adversarial(shape: tuple[int, int], operand: Format, seed: int) -> torch.Ten
     return value
 
 
+def opposed(operand: Format, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors from subnormal to large that meet their opposites, so that no product is large; a quarter are zeros."""
+    drawn, reach = torch.Generator().manual_seed(seed), min(100, -entry(operand).min_exponent - 2)
+    power = torch.randint(-reach, reach + 1, (64,), generator=drawn).double()
+    pair = []
+    for rows, exponent in ((5, power), (4, -power)):
+        value = torch.randn(rows, 64, generator=drawn, dtype=torch.float64) * torch.exp2(exponent - reach // 2)
+        pair.append(round_to(value * (torch.rand(rows, 64, generator=drawn) < 0.75), operand))
+    return pair[0], pair[1].T.contiguous()
+
+
 @pytest.mark.parametrize("name", CORES)
 @pytest.mark.parametrize("seed", range(3))
 def test_the_rule_in_fractions_gives_the_same_bits(name: str, seed: int) -> None:
@@ -108,6 +119,7 @@ def test_the_rule_in_fractions_gives_the_same_bits(name: str, seed: int) -> None
         (random((5, 75), core.operand, seed), random((75, 4), core.operand, seed + 10)),
         (random((5, 64), core.operand, seed, spread=4.0), random((64, 4), core.operand, seed + 10, spread=4.0)),
         (adversarial((5, 64), core.operand, seed), adversarial((4, 64), core.operand, seed + 10).T.contiguous()),
+        opposed(core.operand, seed),
     ]:
         if core.accumulator is Format.FP16:
             a_MK = round_to(a_MK.clamp(-8, 8), core.operand)
@@ -216,10 +228,14 @@ def test_three_tf32_products_are_far_nearer_than_one(operands: str) -> None:
 
 
 def test_small_tf32_products_come_first() -> None:
-    """One instruction by hand: (1 + 2^-12)^2 has its small parts added before 1, none of them lost."""
+    """By hand: two parts of 2^-24, one of either side, would both be lost if 1 came before them."""
     value = torch.tensor([[1 + 2.0**-12]], dtype=torch.float64)
     assert tf32x3_matmul(value, value, CORES["sm90-tf32"], "truncate").item() == 1 + 2.0**-11
     assert tf32_matmul(value, value, CORES["sm90-tf32"], "truncate").item() == 1
+    apart = 2.0**-12 * (1 + 2.0**-12)
+    a_1K = torch.tensor([[1.0, apart, 1.0]], dtype=torch.float64)
+    b_K1 = torch.tensor([[1.0], [1.0], [apart]], dtype=torch.float64)
+    assert tf32x3_matmul(a_1K, b_K1, CORES["sm90-tf32"], "truncate").item() == 1 + 2.0**-11 + 2.0**-23
 
 
 @pytest.mark.parametrize(("left", "right", "wanted"), [
@@ -253,6 +269,21 @@ def test_subnormal_sums_are_kept() -> None:
     for power, wanted in ((-133, 2.0**-149), (-126, 2.0**-142)):
         assert matmul(one * 2.0**power, one * 2.0**-16, core).item() == wanted
     assert matmul(one * 2.0**-133, one * 2.0**-17, core).item() == 0.0
+
+
+def test_nothing_is_aligned_below_the_exponent_of_an_empty_sum() -> None:
+    """Eight times 2^-152 would be the smallest fp32 number; a sum of zero counts as 2^-126 and cuts each at 2^-151."""
+    tiny = torch.full((1, 8), 2.0**-76, dtype=torch.float64)
+    assert matmul(tiny, tiny.T.contiguous(), CORES["sm90-bf16"]).item() == 0.0
+    assert matmul(2 * tiny, tiny.T.contiguous(), CORES["sm90-bf16"]).item() == 2.0**-148
+
+
+def test_a_subnormal_fp16_sum_counts_as_the_smallest_normal_number() -> None:
+    """2^-23 and 2^-25 are a tie for fp16, rounded to even; 2^-40 would decide it, but is cut at 2^-38."""
+    a_1K, b_K1 = torch.zeros(1, 16, dtype=torch.float64), torch.zeros(16, 1, dtype=torch.float64)
+    for place, left, right in ((0, -12, -11), (8, -14, -11), (9, -20, -20)):
+        a_1K[0, place], b_K1[place, 0] = 2.0**left, 2.0**right
+    assert matmul(a_1K, b_K1, with_fp16_accumulator(CORES["sm80-fp16"])).item() == 2.0**-23
 
 
 @pytest.mark.parametrize(("change", "words"), [

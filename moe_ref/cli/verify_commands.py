@@ -162,7 +162,7 @@ def _summary(plan: Plan, result: RunResult) -> str:
             idle[f"{line.verdict}: {line.reason}"] = idle.get(f"{line.verdict}: {line.reason}", 0) + 1
     lines += [f"{count} cases {reason}" for reason, count in sorted(idle.items())]
     lines += [f"declared, but in no case that ran: {', '.join(result.untried)}"] * bool(plan.tier and result.untried)
-    lines += _closest(result.lines)
+    lines += result.batches + _closest(result.lines)
     if plan.pairs[1]:
         lines.append(f"axis pairs covered: {plan.pairs[0]} of {plan.pairs[1]}")
     if plan.record:

@@ -29,6 +29,8 @@ class Numerics:
     storage: stage -> format its rows are rounded to (nearest, even) when stored; a stage left out is kept
     in registers and belongs to the group that ends at the next stored stage.
     `permute` are the rows that the first product takes, where the routing weight is on the input.
+    products: what long products of a layer in fp32 multiply: "exact", operands as they are; "tf32", rounded or cut to
+    tf32 as the hardware does; "tf32x3", three products of tf32 parts.
     accumulate: format of every long sum, in any order. reduce: format of partial sums between ranks.
     weight_at: "down": the routing weight multiplies in the down product's accumulator, before the store;
     "merge": down rows are stored without it and weighted when they are summed; "act": it multiplies the
@@ -39,6 +41,7 @@ class Numerics:
     """
 
     storage: dict[Stage, Format]
+    products: Literal["exact", "tf32", "tf32x3"] = "exact"
     accumulate: Format = Format.FP32
     reduce: Format = Format.FP32
     weight_at: Literal["down", "merge", "act"] = "down"

@@ -36,7 +36,7 @@ class GrowthBaseline(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 def find_band(subject: str, dtype: Format, hardware: str) -> GrowthBand | None:
     """The band of tolerances.yaml for a subject with data of a format on a hardware class; None: it has none."""
     return next((band for band in load_tolerances().file.growth.bands
-                 if (band.subject, band.dtype, band.hardware) == (subject, dtype, hardware)), None)
+                 if (band.subject, band.dtype) == (subject, dtype) and hardware in band.hardware), None)
 
 
 def band_faults(found: Growth, band: GrowthBand) -> list[str]:

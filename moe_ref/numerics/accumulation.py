@@ -37,7 +37,9 @@ class Accumulation:
         one more; so do products that are flushed.
         """
         per_addition = ROUNDING * self.unit**2
-        spread = per_addition * (max(1, terms) * gauges.path + gauges.squares) + (terms * FLUSH) ** 2
+        # The mean over whole steps, whose last is the value, is larger than that over the path by half a value.
+        path = max(1, terms) * gauges.path + gauges.value.square() / 2
+        spread = per_addition * (path + gauges.squares) + (terms * FLUSH) ** 2
         if not self.truncates:
             return spread
         steps = -(-terms // self.products_per_step)
@@ -54,8 +56,10 @@ class Accumulation:
             return torch.zeros_like(gauges.path)
         largest = gauges.path + gauges.squares / self.products_per_step
         cut = 2.0**-self.kept_bits
-        # With as much of the sum as its root of squares could not make, signs agree.
-        agreement = (gauges.value.square() / (terms * gauges.squares).clamp(min=1e-300)).clamp(max=1.0)
+        # As far as products have one sign; all of them, where their absolute sum is not known.
+        agreement = torch.ones_like(gauges.path)
+        if gauges.absolute is not None:
+            agreement = (gauges.value / gauges.absolute.clamp(min=1e-300)).square()
         return ((LOST * cut * terms) ** 2 * agreement + ROUNDING * cut**2 * terms) * largest
 
 

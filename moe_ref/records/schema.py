@@ -90,6 +90,13 @@ class StageResult(msgspec.Struct, frozen=True, kw_only=True):
         return self.exact and self.worst is not None and self.worst.column is not None
 
 
+class MutantLine(msgspec.Struct, frozen=True, kw_only=True):
+    """By what factor a mistake would exceed what is allowed, and the stage or statistic that would see it."""
+
+    factor: Number
+    where: str
+
+
 class Implementation(msgspec.Struct, frozen=True, kw_only=True):
     """Who was judged: the name it was asked for by, its version, and the digest of its source files."""
 
@@ -133,7 +140,8 @@ class CaseLine(msgspec.Struct, frozen=True, kw_only=True, tag="case", tag_field=
     reason: one line in words. first_stage: the first failing stage in data order. guard: what protected
     the run, e.g. {"poison": "nan, large", "inputs": "unchanged", "process": "child"}. numerics: the
     declared rounding contract. batches: how rows in other batches of the same tokens compare, by name, or why they were
-    left out. message: the whole failure message, at most ten lines.
+    left out. mutants: mistakes that the case must be able to see, by name. signal: root mean square of the output over
+    that of what its elements may be off. message: the whole failure message, at most ten lines.
     """
 
     schema: int = SCHEMA
@@ -154,6 +162,8 @@ class CaseLine(msgspec.Struct, frozen=True, kw_only=True, tag="case", tag_field=
     batches: dict[str, str] = {}
     numerics: dict[str, str] = {}
     power: Number = 0.0
+    mutants: dict[str, MutantLine] = {}
+    signal: Number = 0.0
     inputs_digest: str = ""
     subject_seconds: float = 0.0
     oracle_seconds: float = 0.0

@@ -183,9 +183,10 @@ class SimulatedLayer:
         inner = self.numerics.activation
         factor_RI = self.fault.factor(activated_gate(gate_up_RGI[:, 0], spec.experts, inner), self._format(Stage.ACT))
         act_RI = factor_RI * gate_up_RGI[:, 1]
-        if inner is not None:
-            act_RI = round_to(act_RI, inner)
-        return act_RI * weight_R1 if self.numerics.weight_at == "act" else act_RI
+        act_RI = act_RI if inner is None else round_to(act_RI, inner)
+        if self.numerics.weight_at != "act":
+            return act_RI
+        return act_RI * weight_R1 if inner is None else round_to(act_RI * weight_R1, inner)
 
     def _down(self, act_RI: torch.Tensor, expert: ExpertWeights, columns: Range, weight_R1: torch.Tensor,
               of: Product) -> torch.Tensor:

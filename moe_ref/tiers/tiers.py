@@ -53,6 +53,7 @@ what one of tensor parallelism alone can."""
 SMOKE_SPREADS = {"ep": Dtype.FP32, "sequence": Dtype.BF16, "whole-shared": Dtype.FP16, "dispatch-uneven": Dtype.BF16}
 SMOKE_GRADIENTS = ("v1-T12.H40.I36.E6.K3-fp32-norm-sh19-shgate-res-tp2-bwd",
                    "v1-T12.H40.I36.E6.K3-bf16-norm-sh19-shgate-res-tp2-reducescatter-tokenstp-bwd")
+EXACT_OVER_GLOO = "v1-T33.H96.I160.E8.K2-bf16-norm-res-exact-s1-tp4"
 OTHER_BATCHES = ("v1-T33.H96.I160.E8.K2-fp32-norm", "v1-T33.H96.I160.E8.K2-bf16-norm-tp2")
 """Run in other batches whatever is declared, so that a record says what holds."""
 BIASED = "v1-T21.H48.I40.E8.K2-fp32-norm-mlpbias-sh26-shgate-shmlpbias-outbias-res-tp2"
@@ -103,8 +104,10 @@ def _gloo_cases() -> list[PlannedCase]:
     rows += [PLAIN | {"tp": 4, "router": "sigmoid-groups", "shared": "shared-gate", "residual": True,
                       "dtype": Dtype.BF16}]
     cases = [row_case(row) for row in rows]
-    return [PlannedCase(case=replace(case, problem=replace(case.problem, seed=1)), ranks=Ranks.GLOO,
-                        purpose="gloo process ranks") for case in cases if case]
+    planned = [PlannedCase(case=replace(case, problem=replace(case.problem, seed=1)), ranks=Ranks.GLOO,
+                           purpose="gloo process ranks") for case in cases if case]
+    return [*planned, PlannedCase(case=parse_case(EXACT_OVER_GLOO), ranks=Ranks.GLOO,
+                                  purpose="exact in any order: that of gloo")]
 
 
 SPREAD_DEGREES = {1: (2, 3, 4, 8), 2: (1, 2, 4), 3: (1, 2)}

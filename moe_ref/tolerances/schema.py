@@ -159,11 +159,14 @@ class GrowthDrift(Entry, frozen=True):
 
 
 class GrowthBand(Entry, frozen=True):
-    """Where the curve of one subject has to stay."""
+    """Where the curve of one subject has to stay, on symmetric data in a format, on any of these hardware classes.
+
+    exponent: of the relative error over rules.long and more terms; bits: effective bits at every such length.
+    """
 
     subject: Text
     dtype: Format
-    hardware: HardwareName
+    hardware: Annotated[tuple[HardwareName, ...], msgspec.Meta(min_length=1)]
     exponent: Range
     bits: Range
 

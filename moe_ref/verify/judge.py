@@ -1,7 +1,8 @@
 """From numbers to a verdict: a pure function, no tensors, no clock, no environment."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from moe_ref.contract.vocabulary import Stage, Verdict
 from moe_ref.records.schema import StageResult, Statistic, Worst, from_number
@@ -39,6 +40,14 @@ class RunFacts:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """What a case must be able to see besides zeros: least signal, and least factor of each mutant that it has."""
+
+    signal: float = 0.0
+    mutants: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Judgement:
     """The verdict, one line that says why, and the first failing stage in data order."""
 
@@ -64,7 +73,8 @@ def excessive(stage: StageResult) -> list[Statistic]:
     return sorted(over, key=lambda one: -from_number(one.value) / from_number(one.allowed))
 
 
-def judge(measurement: Measurement, facts: RunFacts, ratio_limit: float, power_limit: float) -> Judgement:
+def judge(measurement: Measurement, facts: RunFacts, ratio_limit: float, power_limit: float,
+          guard: Guard = Guard()) -> Judgement:
     """Structure first, then numbers, then promises; a pass without power says nothing and counts as not run."""
     if measurement.struct_faults:
         return Judgement(Verdict.STRUCT, "\n".join(measurement.struct_faults))
@@ -92,7 +102,30 @@ def judge(measurement: Measurement, facts: RunFacts, ratio_limit: float, power_l
         return Judgement(Verdict.NOT_RUN, "no power under the declared rounding: an all-zero result would be off by "
                                           f"{measurement.power:.3g} times the bound, should be {power_limit:g}; "
                                           "recording act, down and merged, or a narrower case, gives it")
+    if unseen := _unseen(measurement, guard):
+        return Judgement(Verdict.NOT_RUN, f"no power under the declared rounding: {unseen}")
     return Judgement(Verdict.PASS)
+
+
+_MUTANT_WORDS = {
+    "k_tile": "64 products missing from 64 columns of one expert",
+    "w_1ulp": "one routing weight off by one unit of bf16",
+    "tp_partial": "one expert's rows missing from one rank's sum",
+    "store_rz": "stores that cut off",
+}
+
+
+def _unseen(measurement: Measurement, guard: Guard) -> str:
+    """The first mistake that would pass, in words; empty where all would be seen."""
+    for name, needed in guard.mutants.items():
+        mutant = measurement.mutants.get(name)
+        if mutant is not None and mutant.factor < needed:
+            return (f"the case's own mutant {name} ({_MUTANT_WORDS[name]}) would pass, at {mutant.factor:.3g} of the "
+                    f"threshold of {mutant.where}, should be at least {needed:g}")
+    if measurement.signal < guard.signal:
+        return (f"the output is {measurement.signal:.3g} times what it may be off by (root mean squares), should be at "
+                f"least {guard.signal:g}")
+    return ""
 
 
 def _calls_note(facts: RunFacts) -> str:

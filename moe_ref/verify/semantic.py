@@ -49,7 +49,7 @@ class Semantic:
 
 
 def semantic(case: Case, inputs: Inputs, ranks: list[RankTensors], numerics: Numerics) -> Semantic:
-    """Compare what every rank showed with two layers of the same contract in different orders of summation.
+    """Compare what every rank showed, of the right shapes, with two layers of the same contract in different orders.
 
     Siblings take the subject's ids and weights where both are shown, so that another choice of experts is no
     difference; otherwise a flipped choice counts.

@@ -158,13 +158,13 @@ class RouterBackward:
                   for one in (weights, columns)]
         errors = self._gauge(*stored)
         gauges = self._gauge(weights.gauge, columns.gauge)
-        likely_T1 = self._likely_relative()
-        variances = self._variances(*(one.variance + back.stores(one.squares, back.weights_in, stores)
-                                      for one in (weights, columns)))
+        likely = self._factor_variances(weights, columns)
+        variances = [one + other for one, other in zip(likely, self._variances(
+            *(one.variance + back.stores(one.squares, back.weights_in, stores) for one in (weights, columns))),
+            strict=True)]
         logits, shared = (self._parts(torch.stack([one[number] for one in mapped]), errors[number], gauges[number],
-                                      variances[number] + likely_T1 * gauges[number].square()) for number in (0, 1))
-        return LogitGradients(logits, shared, self._scale(
-            mapped, errors[2], gauges[2], variances[2] + likely_T1 * gauges[2].square()))
+                                      variances[number]) for number in (0, 1))
+        return LogitGradients(logits, shared, self._scale(mapped, errors[2], gauges[2], variances[2]))
 
     def _parts(self, value: torch.Tensor, error: torch.Tensor, gauge: torch.Tensor, variance: torch.Tensor) -> Parts:
         back = self.back
@@ -182,8 +182,7 @@ class RouterBackward:
             of_logits, of_shared, _ = self._mapped(one[:, :num_slots], one[:, num_slots:])
             logits_TE = logits_TE + of_logits.square() * slots[:, slot, None]
             shared_TS = shared_TS + of_shared.square() * slots[:, slot, None]
-        shares = self._gauge(self.kept_TK.double(), torch.ones_like(columns_TS))[2]
-        return logits_TE, shared_TS, slots * shares.square()
+        return logits_TE, shared_TS, self._gauge(weights_TK, columns_TS, 2)[2]
 
     def _mapped(self, grad_TK: torch.Tensor, grad_TS: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """J g by the oracle's formulas: of logits, of the further columns' logits, of the learned scale."""
@@ -217,45 +216,54 @@ class RouterBackward:
             result = torch.where(near_T1, 2.0, result)
         return torch.where(relative_T1 < 1, result, torch.inf)
 
-    def _likely_relative(self) -> torch.Tensor:
-        """Mean square of what the factors of one term are off together, (T, 1): of scores and of as many roundings."""
-        scores, router, model = self.scores, self.router, self.back.steps.model
+    def _factor_variances(self, weights: Parts, columns: Parts) -> tuple[torch.Tensor, ...]:
+        """Variances of J g from those of the factors of J, as `_gauge` has them: each term has errors of its own.
+
+        Scores are the same in all parts of a gradient, roundings of products with them are not.
+        """
+        scores, router, unit = self.scores, self.router, self.back.steps.model.evaluation_unit
         spread_TN = scores.spread_TE
         if scores.shared_spread_TS is not None:
             spread_TN = torch.cat([spread_TN, scores.shared_spread_TS], 1)
         largest_T1 = spread_TN.amax(-1, keepdim=True)
         terms = spread_TN.shape[1] + 2 * self.kept_TK.shape[1] + 40
-        result = _SCORE_FACTORS * largest_T1 + terms * ROUNDING * model.evaluation_unit**2
+        of_scores_T1 = _SCORE_FACTORS * largest_T1
         if router.logit_softcap:
             slope = LARGEST_TANH_CURVATURE * router.logit_scale / router.logit_softcap
             moved_T1 = spread(scores.logits).amax(-1, keepdim=True)
-            result = result + (4 * model.evaluation_unit) ** 2 + slope**2 * moved_T1
+            of_scores_T1 = of_scores_T1 + (4 * unit) ** 2 + slope**2 * moved_T1
         if router.renormalize and router.epsilon_rule == "clamp":
             sum_T1 = self.score_TE.gather(1, self.whole_TK).sum(-1, keepdim=True) + self.shared_TS.sum(-1, keepdim=True)
-            reach_T1 = _BEYOND * (largest_T1 + terms * model.evaluation_unit**2).sqrt() * sum_T1
-            result = torch.where((sum_T1 - router.renormalize_epsilon).abs() <= reach_T1, 4.0, result)
-        return result
+            reach_T1 = _BEYOND * (largest_T1 + terms * unit**2).sqrt() * sum_T1
+            of_scores_T1 = torch.where((sum_T1 - router.renormalize_epsilon).abs() <= reach_T1, 4.0, of_scores_T1)
+        of_roundings = terms * ROUNDING * unit**2
+        return self._gauge(*(of_scores_T1 * one.total.square() + of_roundings * one.squares
+                             for one in (weights, columns)), 2)
 
-    def _gauge(self, size_TK: torch.Tensor, size_TS: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """abs(J) times sizes: of logits, of the further columns' logits, and of every slot's part of the scale."""
+    def _gauge(self, size_TK: torch.Tensor, size_TS: torch.Tensor, power: int = 1) -> tuple[torch.Tensor, ...]:
+        """abs(J) times sizes: of logits, of the further columns' logits, and of every slot's part of the scale.
+
+        power 2: of squares, the sums of the squares of all terms.
+        """
         router, score_TK = self.plain, self.score_TE.gather(1, self.whole_TK)
         sum_T1 = score_TK.sum(-1, keepdim=True) + self.shared_TS.sum(-1, keepdim=True)
         divisor_T1 = divisor(sum_T1, router)
         divisor_T1 = torch.where(divisor_T1 > 0, divisor_T1, 1.0)
-        share_TK, share_TS = score_TK / divisor_T1, self.shared_TS / divisor_T1
-        size_TK, size_TS = size_TK * self.kept_TK * router.scaling_factor, size_TS * router.scaling_factor
+        share_TK, share_TS = ((one / divisor_T1) ** power for one in (score_TK, self.shared_TS))
+        scaling, divisor_T1 = router.scaling_factor**power, divisor_T1**power
+        size_TK, size_TS = size_TK * self.kept_TK * scaling, size_TS * scaling
         slots, scale_E = torch.cat([size_TK * share_TK, size_TS * share_TS], 1), self.scores.scale_E
         if scale_E is not None:
-            of_layer = router.learned_scale == "layer"
-            size_TK = size_TK * scale_E.double().abs() if of_layer else size_TK * scale_E.double().abs()[self.whole_TK]
-            size_TS = size_TS * scale_E.double().abs() if of_layer else size_TS
+            scale_E, of_layer = scale_E.double().abs() ** power, router.learned_scale == "layer"
+            size_TK = size_TK * (scale_E if of_layer else scale_E[self.whole_TK])
+            size_TS = size_TS * scale_E if of_layer else size_TS
         spread_T1 = ((size_TK * share_TK).sum(-1, keepdim=True) + (size_TS * share_TS).sum(-1, keepdim=True))
         spread_T1 = spread_T1 / divisor_T1 * float(router.renormalize)
         size_TE = torch.zeros_like(self.score_TE).scatter_add(1, self.whole_TK, size_TK / divisor_T1 + spread_T1)
         columns_TS = size_TS / divisor_T1 + spread_T1
         if self.shared_logits is not None:
-            columns_TS = score_gauge(columns_TS, self.shared_logits, router)
-        return score_gauge(size_TE, self.scores.logits.value, router), columns_TS, slots
+            columns_TS = score_gauge(columns_TS, self.shared_logits, router, power)
+        return score_gauge(size_TE, self.scores.logits.value, router, power), columns_TS, slots
 
     def _scale(self, mapped: list[tuple[torch.Tensor, ...]], error_TN: torch.Tensor, gauge_TN: torch.Tensor,
                variance_TN: torch.Tensor) -> Rows | None:
@@ -280,17 +288,18 @@ class RouterBackward:
         return Rows(value, over_slots(error_TN) + stored, variance)
 
 
-def score_gauge(size_TE: torch.Tensor, logits_TE: torch.Tensor, router: Router) -> torch.Tensor:
-    """abs of the score's derivative times sizes.
+def score_gauge(size_TE: torch.Tensor, logits_TE: torch.Tensor, router: Router, power: int = 1) -> torch.Tensor:
+    """abs of the score's derivative times sizes, or of its squares times squares.
 
     Differences from 1 may cancel, so that the slope of a sigmoid counts as s, and that of a cap as 1.
     """
     score_TE = formula.score(logits_TE, router)
     if router.score == "softmax":
+        score_TE = score_TE**power
         result = score_TE * (size_TE + (score_TE * size_TE).sum(-1, keepdim=True))
     elif router.score == "sigmoid":
-        result = score_TE * size_TE
+        result = score_TE**power * size_TE
     else:
         slope_TE = formula.sigmoid(formula.capped(logits_TE, router)) / (2 * score_TE)
-        result = torch.where(score_TE > 0, slope_TE, 0.0) * size_TE
-    return result * router.logit_scale
+        result = torch.where(score_TE > 0, slope_TE, 0.0) ** power * size_TE
+    return result * router.logit_scale**power

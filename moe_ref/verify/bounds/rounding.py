@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_ref.contract.capabilities import Numerics
 from moe_ref.contract.spec import Router
-from moe_ref.contract.vocabulary import Format
-from moe_ref.numerics.accumulation import ROUNDING, Accumulation, running_sum, sorted_sum
+from moe_ref.contract.vocabulary import Dtype, Format
+from moe_ref.numerics.accumulation import LOST, ROUNDING, Accumulation, running_sum, sorted_sum
 from moe_ref.numerics.formats import unit_in_last_place
 from moe_ref.numerics.gauges import Gauges
 from moe_ref.oracle.router import capped, softplus
@@ -26,36 +27,84 @@ FP32_UNIT = 2.0**-24
 FLUSH = 2.0**-126
 """Smallest normal fp32 number: what flushing subnormals to zero can cost one operation."""
 
+_SMALL_PARTS = 2.0**-20
+"""Relative error of a product of two numbers of two tf32 parts each: small times small, at most 2^-22 or with cut operands
+2^-20, and the rounding of both small parts, 2^-22.
+"""
+
+
 @dataclass(frozen=True)
 class RoundingModel:
-    """Bounds for one hardware class of tolerances.yaml ("cpu", "cuda", "sm90") and one accumulation format."""
+    """Bounds for one hardware class of tolerances.yaml ("cpu", "cuda", "sm90") and one accumulation format.
+
+    operands: the format of what long products multiply, which decides the accumulator that hardware has for it: fp32 operands
+    are multiplied and added one by one, others in steps. three_products: fp32 operands made of two tf32 numbers each.
+    """
 
     tolerances: Tolerances
     device: str
     accumulate: Format
+    operands: Format = Format.BF16
+    three_products: bool = False
+
+    @classmethod
+    def of(cls, tolerances: Tolerances, hardware: str, numerics: Numerics, dtype: Dtype) -> "RoundingModel":
+        """The model of a contract: what is multiplied has the dtype of the case, or tf32 if that is narrower."""
+        if dtype is not Dtype.FP32 or numerics.products == "exact":
+            return cls(tolerances, hardware, numerics.accumulate, Format(dtype.value))
+        return cls(tolerances, hardware, numerics.accumulate, Format.TF32, numerics.products == "tf32x3")
 
     @property
     def unit(self) -> float:
         """Unit roundoff of a long sum, with the device's factor."""
         entry = self.tolerances.file.formats[self.accumulate]
-        return self.tolerances.file.hardware[self.device].factor * 2.0**-entry.significand_bits
+        return self.tolerances.file.hardware[self.device].factor_of(self.operands) * 2.0**-entry.significand_bits
 
     def summed(self, gauge: torch.Tensor, terms: int) -> torch.Tensor:
         """Error of a sum of `terms` products with sum of absolute products `gauge`, in any order."""
-        return (gamma(terms, self.unit) + gamma(terms, ORACLE_UNIT)) * gauge + terms * FLUSH
+        terms_added = 3 * terms if self.three_products else terms
+        lost = gamma(terms_added, self.unit) * (1 + self.operand_error) + self.operand_error
+        return (lost + gamma(terms, ORACLE_UNIT)) * gauge + terms * FLUSH
 
     @property
     def accumulation(self) -> Accumulation:
         """How the errors of a long sum are expected to be."""
         unit = 2.0**-self.tolerances.file.formats[self.accumulate].significand_bits
         hardware = self.tolerances.file.hardware[self.device]
-        if self.accumulate is not Format.FP32:
+        if self.accumulate is not Format.FP32 or self.operands is Format.FP32:
             return Accumulation(unit)
-        return Accumulation(unit, hardware.truncates, hardware.products_per_step, hardware.kept_bits)
+        products, kept, bits = hardware.step_of(self.operands)
+        return Accumulation(max(unit, 2.0**-bits), hardware.truncates, products, kept)
+
+    @property
+    def operand_error(self) -> float:
+        """What one product may be off by, relative to it, since its operands are made tf32; 0 where they are not."""
+        if self.operands is not Format.TF32:
+            return 0.0
+        if self.three_products:
+            # The product of the small parts is left out, and each small part is rounded once.
+            return _SMALL_PARTS
+        one = 2.0**-11 if self.tolerances.file.hardware[self.device].tf32_operands == "nearest" else 2.0**-10
+        return 2 * one + one**2
+
+    def operand_variance(self, sums: Gauges) -> torch.Tensor | float:
+        """Expected square of what making operands tf32 costs a sum of products."""
+        if self.operands is not Format.TF32:
+            return 0.0
+        if self.three_products:
+            # Cut parts lose half of that on average, all in one direction.
+            return (_SMALL_PARTS / 2 * sums.value).square() + self.evaluated(_SMALL_PARTS * sums.squares.sqrt())
+        unit = 2.0**-11
+        rounded = 2 * ROUNDING * unit**2 * sums.squares
+        if self.tolerances.file.hardware[self.device].tf32_operands == "nearest":
+            return rounded
+        # Both operands lose LOST 2 u of themselves on average, so the sum loses twice that of its value.
+        return rounded + (2 * LOST * 2 * unit * sums.value).square()
 
     def summed_variance(self, sums: Gauges, terms: int) -> torch.Tensor:
         """Expected square of the error of a sum of `terms` products, the oracle's own included."""
-        return self.accumulation.variance(sums, terms) + ROUNDING * ORACLE_UNIT**2 * max(1, terms) * sums.path
+        added = self.accumulation.variance(sums, 3 * terms if self.three_products else terms)
+        return added + self.operand_variance(sums) + ROUNDING * ORACLE_UNIT**2 * max(1, terms) * sums.path
 
     def stored_variance(self, value: torch.Tensor, stored: Format | None) -> torch.Tensor:
         """Expected square of the error of one store: uniform over a unit in the last place; 0 if kept in registers."""

@@ -67,7 +67,7 @@ class Steps:
 
     def linear(self, rows: Rows, w_NK: torch.Tensor, bias: Rows | None, stage: Stage) -> Rows:
         """rows @ w^T + bias before the store of `stage`; a bias may be added to the product once stored."""
-        terms, sums = max(1, w_NK.shape[1]), gauges(rows.value, w_NK)
+        terms, sums = max(1, w_NK.shape[1]), gauges(rows.value, w_NK, self.model.accumulation.truncates)
         lost = float(self.model.summed(torch.ones((), dtype=torch.float64), terms + (bias is not None)))
         bound = nonnegative_product(rows.bound + lost * rows.largest, w_NK, 1) + (terms + 1) * FLUSH
         variance = self.model.summed_variance(sums, terms)

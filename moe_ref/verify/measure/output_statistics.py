@@ -92,10 +92,14 @@ class OutputStatistics:
         v_RH = part_RH / self.scale_TH[token_R].square()
         return v_RH / v_RH.abs().amax(-1, keepdim=True).clamp(min=1e-300)
 
-    def finish(self, output: Rows, intermediate: int) -> list[Statistic]:
-        """All statistics of the tokens whose variance is known; intermediate: activations that a token passes."""
+    def finish(self, output: Rows, intermediate: int, error_TH: torch.Tensor | None = None) -> list[Statistic]:
+        """All statistics of the tokens whose variance is known; intermediate: activations that a token passes.
+
+        error_TH: to be looked at in place of the subject's.
+        """
         assert output.variance is not None
-        error_TH, variance_TH = self.y_TH - output.value, output.variance
+        error_TH = self.y_TH - output.value if error_TH is None else error_TH
+        variance_TH = output.variance
         known_TH = torch.isfinite(variance_TH) & torch.isfinite(error_TH) & (variance_TH > 0)
         error_TH = torch.where(known_TH, error_TH, 0.0)
         variance_TH = torch.where(known_TH, variance_TH, 0.0)

@@ -35,10 +35,11 @@ class FollowedRouting:
 
 @dataclass(frozen=True)
 class RoutingMeasure:
-    """Stage results and the routing to go on with."""
+    """Stage results, the routing to go on with, and what the weights of the first rank were compared with."""
 
     stages: list[StageResult]
     followed: FollowedRouting
+    weights: Rows | None = None
 
 
 def tainted_tokens(inputs: Inputs) -> torch.Tensor:
@@ -90,13 +91,15 @@ def measure_routing(inputs: Inputs, ranks: list[RankTensors], own: list[Range], 
     if Stage.IDS not in ranks[0]:
         return RoutingMeasure(stages, _follow(router, router.truth.ids(), router.truth.choice.unambiguous_T))
     stages.append(_measure_ids(router, capabilities))
+    weights = None
     if Stage.WEIGHTS in ranks[0]:
-        stages.append(_measure_weights(router, sigmas_allowed))
+        result, weights = _measure_weights(router, sigmas_allowed)
+        stages.append(result)
     # Whatever was chosen for a token without finite logits, it must not vanish.
     ids_TK = ranks[0][Stage.IDS].long()
     in_range_TK = (ids_TK >= 0) & (ids_TK < spec.num_choices)
     ids_TK = torch.where(own_logits_T[:, None] & ~in_range_TK, router.truth.ids(), ids_TK)
-    return RoutingMeasure(stages, _follow(router, ids_TK, torch.ones(num_tokens, dtype=torch.bool)))
+    return RoutingMeasure(stages, _follow(router, ids_TK, torch.ones(num_tokens, dtype=torch.bool)), weights)
 
 
 def _add_own(meter: StageMeter, got: torch.Tensor, want: Rows, rank: int, tokens: Range) -> None:
@@ -194,10 +197,12 @@ def _ids_result(router: Router, bad: dict[int, torch.Tensor], notes: set[str]) -
                        note="; ".join(sorted(notes)))
 
 
-def _measure_weights(router: Router, sigmas_allowed: float) -> StageResult:
+def _measure_weights(router: Router, sigmas_allowed: float) -> tuple[StageResult, Rows]:
+    """Every rank's weights, and what those of the first are compared with."""
     meter = StageMeter(Stage.WEIGHTS, router.truth.router.top_k, tainted_T=router.tainted_weights_T,
                        sigmas_allowed=sigmas_allowed)
-    for rank, tensors in enumerate(router.ranks):
-        want = router.own_scores(tensors).weights(tensors[Stage.IDS]).routed
-        _add_own(meter, tensors[Stage.WEIGHTS], router.steps.stored(want, Stage.WEIGHTS), rank, router.own[rank])
-    return meter.result()
+    wanted = [router.steps.stored(router.own_scores(tensors).weights(tensors[Stage.IDS]).routed, Stage.WEIGHTS)
+              for tensors in router.ranks]
+    for rank, (tensors, want) in enumerate(zip(router.ranks, wanted, strict=True)):
+        _add_own(meter, tensors[Stage.WEIGHTS], want, rank, router.own[rank])
+    return meter.result(), wanted[0]

@@ -59,6 +59,7 @@ class StageMeter:
     bias_sum: float = 0.0
     got_want: float = 0.0
     want_want: float = 0.0
+    allowed_allowed: float = 0.0
     notes: list[str] = field(default_factory=list)
     statistics: list[Statistic] = field(default_factory=list)
 
@@ -84,6 +85,7 @@ class StageMeter:
         self.bias_sum += float(signed.sum())
         self.got_want += float(torch.where(finite, got * value, 0.0).sum())
         self.want_want += float(torch.where(finite, value * value, 0.0).sum())
+        self.allowed_allowed += float(torch.where(finite, allowed * allowed, 0.0).sum())
         wanted = torch.where(torch.isfinite(value) & (value != 0), value.abs() / allowed, 0.0)
         self.power = max(self.power, float(wanted.max()))
         top = float(ratio.max())
@@ -138,6 +140,11 @@ class StageMeter:
         self.ranks.add(place.rank)
         if place.expert is not None:
             self.experts.add(place.expert)
+
+    @property
+    def signal(self) -> float:
+        """Root mean square of what is wanted over that of what is allowed; infinite where nothing is."""
+        return math.sqrt(self.want_want / self.allowed_allowed) if self.allowed_allowed else math.inf
 
     def result(self) -> StageResult:
         """The numbers of the stage."""

@@ -19,15 +19,16 @@ from moe_ref.contract.vocabulary import Data, SharedPlacement, Stage
 from moe_ref.contract.weights import ExpertWeights
 from moe_ref.inputs.build import Inputs
 from moe_ref.records.schema import from_number
+from moe_ref.verify.bounds.limits import Limits, likely_limits
 from moe_ref.verify.bounds.output_chain import ExpertRows, OutputChain, down_part
 from moe_ref.verify.bounds.rounding import RoundingModel
-from moe_ref.verify.bounds.limits import Limits, likely_limits
 from moe_ref.verify.bounds.rows import DownRows, Partials, Rows, exact, joined_columns
 from moe_ref.verify.bounds.steps import Steps
 from moe_ref.verify.bounds.summing import Summing
 from moe_ref.verify.measure.measurement import Measurement
 from moe_ref.verify.measure.output_statistics import OutputStatistics
 from moe_ref.verify.measure.placing import RankTensors, over_all_tokens, row_positions, servers, whole_output
+from moe_ref.verify.measure.power import Mutants, zeros
 from moe_ref.verify.measure.routing import FollowedRouting, measure_routing, tainted_tokens
 from moe_ref.verify.measure.stage_meter import Place, StageMeter
 from moe_ref.verify.measure.structure import struct_faults
@@ -79,6 +80,7 @@ class Comparison:
                                          limits.output if stage is Stage.OUTPUT else limits.stage,
                                          whole_layer=stage is Stage.OUTPUT,
                                          exact=inputs.problem.data is Data.EXACT) for stage in Stage}
+        self.mutants = Mutants(inputs, self.steps, self.shares, followed, self.meters, ranks[0])
 
     @property
     def routed_rows(self) -> int:
@@ -106,6 +108,8 @@ class Comparison:
 
     def _routed(self, chosen: Chosen, expert: ExpertWeights, weight: Rows) -> None:
         real = self.chain.routed(chosen.token_R, expert, weight, chosen.server_R)
+        if chosen.expert == self.mutants.expert:
+            self.mutants.block_lost(chosen.token_R, expert, real, weight)
         for ep_rank in range(self.case.parallel.ep):
             index_R = (chosen.server_R == ep_rank).nonzero().flatten()
             if len(index_R):
@@ -127,6 +131,10 @@ class Comparison:
             want = self.steps.down(act, down_part(expert, columns, share.outputs), own_weight,
                                    self.fed.by_output or share.tp_rank == 0)
             parts.append(self._judge_down(share, chosen, want, own_weight))
+        if chosen.expert == self.mutants.expert and tp > 1:
+            sum_R = torch.zeros_like(chosen.token_R) if self.fed.reduces_rows else tp * self.fed.home_ep(
+                chosen.token_R, chosen.server_R)
+            self.mutants.part_lost(chosen.token_R, sum_R, parts[0])
         self.fed.add_routed(parts, chosen.token_R, chosen.server_R)
 
     def _fed_columns(self, share: RankShare, chosen: Chosen, expert: ExpertWeights, real: ExpertRows,
@@ -151,7 +159,7 @@ class Comparison:
         there_R = position_R >= 0
         got = want.value.clone()
         got[there_R] = self.ranks[share.rank][stage][position_R[there_R]].double()
-        self.meters[stage].add(got[there_R], want.rows(there_R), chosen.of(there_R).place(share.rank, column))
+        self._judge(stage, got[there_R], want.rows(there_R), chosen.of(there_R).place(share.rank, column))
         return exact(got)
 
     def _own_weight(self, rank: int, chosen: Chosen, weight: Rows) -> Rows:
@@ -178,9 +186,13 @@ class Comparison:
         got = want.value[:, g].clone()
         got[there_R] = self.ranks[share.rank][Stage.GATE_UP][position_R[there_R], g].double()
         column = g * self.spec.intermediate_size + share.columns[0]
-        self.meters[Stage.GATE_UP].add(got[there_R], want.mapped(lambda one: one[there_R, g]),
-                                       chosen.of(there_R).place(share.rank, column))
+        self._judge(Stage.GATE_UP, got[there_R], want.mapped(lambda one: one[there_R, g]),
+                    chosen.of(there_R).place(share.rank, column))
         return got
+
+    def _judge(self, stage: Stage, got: torch.Tensor, want: Rows, place: Place) -> None:
+        self.meters[stage].add(got, want, place)
+        self.mutants.stored(stage, want, place)
 
     def _fed_act(self, gate_up: Rows, real: Rows, weight: Rows) -> Rows:
         """What act should be: from the subject's gate_up and weights where they are shown."""
@@ -240,6 +252,7 @@ class Comparison:
 
     def _merged(self) -> None:
         sums = self.fed.partials = self.fed.merged(self.inputs.weights.output_bias_H)
+        self.mutants.merged(sums)
         if not self.shows(Stage.MERGED):
             return
         got, bound, variance = sums.value.clone(), sums.bound.clone(), sums.variance.clone()
@@ -248,7 +261,7 @@ class Comparison:
             at = (row, slice(*share.merged_tokens), slice(*share.outputs))
             want = sums.rows(at).masked(~self.followed.judged_T[at[1], None])
             place = Place(share.rank, torch.arange(*share.merged_tokens), column=share.outputs[0])
-            self.meters[Stage.MERGED].add(tensors[Stage.MERGED], want, place)
+            self._judge(Stage.MERGED, tensors[Stage.MERGED], want, place)
             got[at], bound[at], variance[at] = tensors[Stage.MERGED].double(), 0.0, 0.0
         self.fed.partials = Partials.of(Rows(got, bound, variance))
 
@@ -262,8 +275,9 @@ class Comparison:
                 at, place = slice(*share.tokens), Place(share.rank, torch.arange(*share.tokens))
                 self.meters[stage].add(tensors[Stage.REDUCED], judged.rows(at), place)
         width = self.spec.top_k * self.spec.intermediate_size
-        self.meters[Stage.OUTPUT].statistics = self.statistics.finish(
-            output.masked((~self.followed.judged_T | self.tainted_T)[:, None]), width)
+        known = output.masked((~self.followed.judged_T | self.tainted_T)[:, None])
+        self.meters[Stage.OUTPUT].statistics = self.statistics.finish(known, width)
+        self.mutants.output(known, self.statistics, width)
         first: dict[Range, torch.Tensor] = {}
         for share, tensors in zip(self.shares, self.ranks, strict=True):
             mine = bits(tensors[Stage.REDUCED])
@@ -277,14 +291,6 @@ class Comparison:
             routed = int((self.server_TK[slice(*share.merged_tokens)] >= 0).sum())
             moved.append((routed, int((self.server_TK == share.ep_rank).sum())))
         return tuple(moved)
-
-    def power(self) -> float:
-        """How far an all-zero result would miss its bound; see Measurement."""
-        if not self.chain.truth_TH.numel():
-            return torch.inf
-        chain = [self.meters[stage].power for stage in (Stage.ACT, Stage.DOWN, Stage.MERGED) if self.shows(stage)]
-        shown = min([*chain, self.meters[Stage.REDUCED].power]) if len(chain) == 3 else 0.0
-        return max(shown, self.meters[Stage.OUTPUT].power)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -312,5 +318,8 @@ def measure(case: Case, inputs: Inputs, ranks: list[RankTensors], capabilities: 
     shown = [meter.result() for meter in comparison.meters.values() if meter.num_checked]
     stages = (*routing.stages, *shown)
     assert all(from_number(stage.ratio) >= 0 for stage in stages)
-    return Measurement(stages, power=comparison.power(), unjudged_tokens=unjudged,
+    if routing.weights is not None:
+        comparison.mutants.weights(routing.weights)
+    return Measurement(stages, power=zeros(comparison.meters, ranks[0]), unjudged_tokens=unjudged,
+                       mutants=comparison.mutants.found, signal=comparison.meters[Stage.OUTPUT].signal,
                        differing_ranks=tuple(comparison.differing_ranks), rows_moved=comparison.rows_moved())

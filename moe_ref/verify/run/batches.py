@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from moe_ref.contract.capabilities import Capabilities
-from moe_ref.contract.vocabulary import Direction, Ranks, Tokens
+from moe_ref.contract.vocabulary import EXECUTED_VERDICTS, Direction, Ranks, Tokens
 from moe_ref.records.schema import CaseLine
 from moe_ref.tiers.tiers import PlannedCase
 
@@ -25,20 +25,19 @@ def left_out(planned: PlannedCase, capabilities: Capabilities) -> str:
     return next((words for applies, words in reasons if applies), "")
 
 
-def summary(capabilities_declare: bool, lines: Iterable[CaseLine]) -> list[str]:
-    """One line on what other batches did, and one that counts what was left out; none where no case was asked."""
+def batch_words(declared: bool, lines: Iterable[CaseLine]) -> list[str]:
+    """One line on what other batches did, if any were tried, and one that counts what was left out of a declaration."""
     asked, differ, omitted = 0, Counter[str](), Counter[str]()
-    for line in lines:
+    for line in (one for one in lines if one.verdict in EXECUTED_VERDICTS):
         if reason := line.batches.get(LEFT_OUT):
             omitted[reason] += 1
         elif line.batches:
             asked += 1
             differ.update(name for name, words in line.batches.items() if words != SAME)
-    if not asked:
-        return []
-    found = ", ".join(f"{count} where {name}" for name, count in differ.items()) or "none"
-    promise = "declared" if capabilities_declare else "not declared"
-    words = [f"batch invariance ({promise}): of {asked} cases asked, rows differ in {found}"]
-    if capabilities_declare and omitted:
-        words.append("left out: " + ", ".join(f"{count} ({reason})" for reason, count in omitted.items()))
+    words, promise = [], "batch invariance, " + ("declared" if declared else "not declared")
+    if asked:
+        found = ", ".join(f"{count} where {name}" for name, count in differ.items()) or "none"
+        words.append(f"{promise}: of {asked} cases in other batches rows differ in {found}")
+    if omitted:
+        words.append(f"{promise}: left out " + ", ".join(f"{count} ({reason})" for reason, count in omitted.items()))
     return words

@@ -16,17 +16,18 @@ import torch
 from moe_ref.contract.capabilities import Capabilities, Numerics
 from moe_ref.contract.case import Case
 from moe_ref.contract.shares import rank_shares
-from moe_ref.contract.vocabulary import Ranks, Verdict
+from moe_ref.contract.vocabulary import Dtype, Ranks, Verdict
 from moe_ref.contract.volume import transfers
 from moe_ref.inputs.build import build_inputs
-from moe_ref.records.schema import CaseLine, CollectiveCount, Implementation, to_number
+from moe_ref.records.schema import CaseLine, CollectiveCount, Implementation, MutantLine, to_number
 from moe_ref.tiers.tiers import PlannedCase
 from moe_ref.tolerances.load import Tolerances
+from moe_ref.tolerances.schema import PowerGuard
 from moe_ref.tolerances.waivers import find
 from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.child.messages import RankReport, Reply, Request
 from moe_ref.verify.explain import explain
-from moe_ref.verify.judge import Judgement, RunFacts, WantedCalls, judge
+from moe_ref.verify.judge import Guard, Judgement, RunFacts, WantedCalls, judge
 from moe_ref.verify.measure.gradients import measure_case
 from moe_ref.verify.measure.measurement import Measurement
 from moe_ref.verify.run.batches import LEFT_OUT, SAME, left_out
@@ -37,7 +38,7 @@ from moe_ref.verify.waived import speaks_for_all, waived
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """What is the same for all cases of a run."""
+    """What is the same for all cases of a run; hardware: the class found by measurement, "" where none was measured."""
 
     run: str
     implementation: Implementation
@@ -48,6 +49,7 @@ class RunSettings:
     time_limit: float = 300.0
     tell: Callable[[str, str], None] = lambda case_id, text: None
     replay_options: str = ""
+    hardware: str = ""
     num_started: int = 0
     today: date = date.min
     """Waivers that expired before do not count."""
@@ -150,7 +152,8 @@ def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> Case
     inputs = build_inputs(case.problem)
     if inputs.digest() != answer.reply.inputs_digest:
         raise RuntimeError(f"inputs digest {answer.reply.inputs_digest} in the child, {inputs.digest()} here")
-    model = RoundingModel(settings.tolerances, settings.device, capabilities.numerics[case.problem.dtype].accumulate)
+    model = RoundingModel.of(settings.tolerances, settings.hardware or settings.device,
+                             capabilities.numerics[case.problem.dtype], case.problem.dtype)
     file = settings.tolerances.file
     find_waiver = partial(find, file.waivers, planned.case_id, settings.implementation.name, today=settings.today)
     judged: list[Judgement] = []
@@ -159,12 +162,19 @@ def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> Case
         measurement = measure_case(case, inputs, ranks, capabilities, model,
                                    lambda text: settings.tell(planned.case_id, text))
         facts = _facts(case, settings, answer, measurement)
-        judgement = judge(measurement, facts, file.limits.ratio.max, file.power_guard.zeros.factor)
+        judgement = judge(measurement, facts, file.limits.ratio.max, file.power_guard.zeros.factor,
+                          needed(file.power_guard, case.problem.dtype))
         judged.append(waived(judgement, measurement.stages, file.limits.ratio.max, find_waiver))
         measured.append(measurement)
     # Runs that differ are all judged.
     index, judgement = speaks_for_all(judged, find_waiver)
     return _line(planned, settings, judgement, answer, measured[index], time.monotonic() - started)
+
+
+def needed(power_guard: PowerGuard, dtype: Dtype) -> Guard:
+    """What tolerances.yaml wants of a case of this dtype besides that zeros fail it."""
+    mutants = {name: getattr(power_guard, name).factor for name in ("k_tile", "w_1ulp", "tp_partial", "store_rz")}
+    return Guard(power_guard.floors[dtype].floor, mutants)
 
 
 def _facts(case: Case, settings: RunSettings, answer: Answer, measurement: Measurement) -> RunFacts:
@@ -204,6 +214,8 @@ def _line(planned: PlannedCase, settings: RunSettings, judgement: Judgement, ans
               f"--device {settings.device}{settings.replay_options}")
     numerics = settings.capabilities.numerics.get(planned.case.problem.dtype)
     reason = left_out(planned, settings.capabilities)
+    mutants = {name: MutantLine(factor=to_number(one.factor), where=one.where)
+               for name, one in measurement.mutants.items()} if measurement else {}
     line = CaseLine(
         run=settings.run, case=case_id, purpose=planned.purpose, implementation=settings.implementation,
         ranks=planned.ranks, device=settings.device, verdict=judgement.verdict, reason=judgement.reason,
@@ -211,7 +223,9 @@ def _line(planned: PlannedCase, settings: RunSettings, judgement: Judgement, ans
         collectives=_count(reply.ranks[0].calls) if reply.ranks else [], guard=reply.guard, runs=reply.runs,
         same_bits=reply.same_bits, batches={LEFT_OUT: reason} if reason and settings.capabilities.batch_invariant
         else reply.batches, numerics=numerics_words(numerics),
-        power=to_number(measurement.power) if measurement else 0.0, inputs_digest=reply.inputs_digest,
+        power=to_number(measurement.power) if measurement else 0.0,
+        mutants=mutants, signal=to_number(measurement.signal) if measurement else 0.0,
+        inputs_digest=reply.inputs_digest,
         subject_seconds=round(reply.seconds, 4), oracle_seconds=round(oracle_seconds, 4), replay=replay)
     return msgspec.structs.replace(line, message=explain(line, planned.case))
 
@@ -231,4 +245,4 @@ def numerics_words(numerics: Numerics | None) -> dict[str, str]:
     inner = {name: stored.value for name, stored in (("inside_activation", numerics.activation),
                                                      ("inside_merge", numerics.merge)) if stored is not None}
     return {**stored, "accumulate": numerics.accumulate.value, "between_ranks": numerics.reduce.value,
-            "weight_at": numerics.weight_at, **inner}
+            "weight_at": numerics.weight_at, "products": numerics.products, **inner}

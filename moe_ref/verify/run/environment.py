@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from moe_ref.verify.hardware import hardware_class
+
 
 def default_device() -> str:
     """cuda where there is one, cpu otherwise."""
@@ -31,7 +33,7 @@ def _commit() -> str:
 
 
 def environment(device: str) -> dict[str, str]:
-    """Versions, commit and device; `device` names the class that baselines are kept for."""
+    """Versions, commit and device, and how its matrix products round; `device` names what baselines are kept for."""
     facts = {"python": platform.python_version(), "torch": str(torch.__version__), "triton": _version("triton"),
              "numpy": _version("numpy"), "system": f"{platform.system()} {platform.machine()}",
              "cpu_count": str(os.cpu_count()), "commit": _commit(), "device": "cpu", "kernels": "Triton interpreter"}
@@ -40,4 +42,4 @@ def environment(device: str) -> dict[str, str]:
                   "capability": "sm_" + "".join(map(str, torch.cuda.get_device_capability(0))),
                   "cuda": str(torch.version.cuda), "kernels": "compiled",
                   "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
-    return facts
+    return facts | hardware_class(device).words()

@@ -23,6 +23,7 @@ from moe_ref.records.schema import CaseLine, EndLine, Implementation, RunLine
 from moe_ref.records.store import FILE_NAME, RecordWriter, holds_lines, read_run
 from moe_ref.tiers.tiers import PlannedCase
 from moe_ref.tolerances.load import load_tolerances
+from moe_ref.verify.run.batches import batch_words
 from moe_ref.verify.run.case_runner import USAGE_PREFIX, Pool, RunSettings, run_case, unrun_line
 from moe_ref.verify.run.children import Child, ChildPool
 from moe_ref.verify.run.environment import environment
@@ -61,12 +62,15 @@ DEADLINE_PREFIX = "the run's deadline"
 
 @dataclass(frozen=True)
 class RunResult:
-    """All lines in plan order, what the run ends with, and what is declared but was in no case that ran."""
+    """All lines in plan order, what the run ends with, what is declared but was in no case that ran, and what other
+    batches did to rows.
+    """
 
     header: RunLine
     lines: list[CaseLine]
     end: EndLine
     untried: list[str] = field(default_factory=list)
+    batches: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,8 @@ def run_with(plan: Plan, pool: Pool, capabilities: Capabilities, source_digest: 
         end = end_line(plan, header.run, list(lines.values()), time.monotonic() - started)
         append(end)
     ran = [one.case for one in plan.cases if lines[one.case_id].verdict in EXECUTED_VERDICTS]
-    return RunResult(header, [lines[one.case_id] for one in plan.cases], end, untried(capabilities, ran))
+    return RunResult(header, [lines[one.case_id] for one in plan.cases], end, untried(capabilities, ran),
+                     batch_words(capabilities.batch_invariant, lines.values()))
 
 
 def new_header(plan: Plan, capabilities: Capabilities, source_digest: str) -> RunLine:
@@ -133,7 +138,7 @@ def run_settings(plan: Plan, header: RunLine, capabilities: Capabilities) -> Run
     return RunSettings(run=header.run, implementation=header.implementation, capabilities=capabilities,
                        tolerances=load_tolerances(today=today), device=plan.device, runs=plan.runs,
                        time_limit=plan.time_limit, replay_options=_replay_options(plan), num_started=plan.num_started,
-                       today=today)
+                       hardware=header.environment["hardware"], today=today)
 
 
 def _replay_options(plan: Plan) -> str:
