@@ -196,7 +196,7 @@ def test_verdicts_on_pairs() -> None:
     assert verdict("a", order, "b", other, 1e-7, 14336).answer == "no"
     with_tf32 = verdict("a", order, "b", tf32, 7e-4, 14336)
     assert with_tf32.answer == "no"
-    assert "the difference is b's error, made by the operands that it multiplies" in with_tf32.words
+    assert "the difference is the error of b, made by the operands that it multiplies" in with_tf32.words
     assert verdict("a", narrow, "b", tf32, 2e-3, 14336).answer == "loss"
     accused = verdict("a", wrong, "b", narrow, 0.7, 14336)
     assert accused.answer == "yes"

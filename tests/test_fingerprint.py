@@ -105,6 +105,22 @@ def in_a_random_tree(a_MK: torch.Tensor, b_KN: torch.Tensor, seed: int) -> torch
     return sums[0].double()
 
 
+def test_a_device_without_fp8_is_named_by_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch may refuse 8-bit operands on a device that has them; any other refusal is no fingerprint but an error."""
+    def product(a_MK: torch.Tensor, b_KN: torch.Tensor, device: str, operand: Format) -> torch.Tensor:
+        if operand is refused:
+            raise RuntimeError("not compiled for this device")
+        return in_dtype(torch.float32)(a_MK, b_KN)
+    monkeypatch.setattr(hardware, "_on_device", product)
+    monkeypatch.setattr(hardware, "_formats", lambda device: (Format.BF16, Format.E4M3))
+    refused = Format.E4M3
+    found = hardware.hardware_class.__wrapped__("cpu")
+    assert (found.name, len(found.fingerprints)) == ("cpu", 1)
+    refused = Format.BF16
+    with pytest.raises(RuntimeError, match="not compiled"):
+        hardware.hardware_class.__wrapped__("cpu")
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_no_order_of_an_fp32_sum_is_taken_for_another_accumulator(seed: int) -> None:
     """Random trees of additions, one per seed."""

@@ -9,7 +9,8 @@ from moe_ref.contract.vocabulary import Dtype, Format
 from moe_ref.numerics import summation, tensor_core
 from moe_ref.numerics.accumulation import Accumulation, running_sum, sorted_sum
 from moe_ref.numerics.formats import cell_distance, half_cell, round_to, unit_in_last_place
-from moe_ref.numerics.gauges import gauges, nonnegative_product
+from moe_ref.numerics.gauges import gauges
+from moe_ref.numerics.magnitudes import nonnegative_product
 from moe_ref.tolerances.load import load_tolerances
 from moe_ref.tolerances.quantile import tau
 from moe_ref.verify.bounds.rounding import RoundingModel

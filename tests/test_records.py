@@ -52,7 +52,7 @@ GOLDEN = (
     b'"want":1.0,"allowed":0.25},"num_bad_tokens":1,"bad_tokens":[3],"bad_experts":[1],"bad_ranks":[0],'
     b'"bad_tiles":[2],"num_tiles":3,"bias":0.5,"scale":1.0,"note":"n"}],"collectives":[{"operation":"all_reduce",'
     b'"calls":1,"num_elements":4,"num_bytes":8}],"guard":{"poison":"nan"},"runs":2,"same_bits":true,'
-    b'"numerics":{"act":"bf16"},"power":12.5,"inputs_digest":"e","subject_seconds":0.5,"oracle_seconds":0.25,'
+    b'"batches":{},"numerics":{"act":"bf16"},"power":12.5,"inputs_digest":"e","subject_seconds":0.5,"oracle_seconds":0.25,'
     b'"message":"m","replay":"moe-ref replay v1-a"}')
 """A case line of schema 1, byte by byte. A change of a name or meaning here needs a new schema number."""
 

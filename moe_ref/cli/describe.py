@@ -10,7 +10,7 @@ from moe_ref.contract.features import features_of
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.shares import rank_shares
 from moe_ref.contract.spec import MoESpec
-from moe_ref.contract.vocabulary import Dtype, Schedule, Storage, Tokens
+from moe_ref.contract.vocabulary import Data, Dtype, Schedule, Storage, Tokens
 from moe_ref.contract.volume import Transfer, additions_between_ranks, transfers
 from moe_ref.models.registry import Model
 from moe_ref.models.words import mlp_formula, numerics_words, router_steps, shared_words
@@ -97,11 +97,16 @@ def describe_case(case: Case) -> Lines:
     lines = [("case", format_case(case))] + [("model", problem.model)] * bool(problem.model)
     lines += [*_mathematics(spec), ("tokens", str(tokens)), ("dtype", problem.dtype.value),
               ("inputs", f"pattern {problem.pattern}, data {problem.data}, seed {problem.seed}"
-                         + (", a residual added once" if problem.residual else ""))]
+                         + (", a residual added once" if problem.residual else "")
+                         + (", ids and weights injected, nothing allowed to be off" if _is_exact(case) else ""))]
     lines += _grid(case)
     lines += [("storage", f"{case.storage}: strided views of that order")] * (case.storage is not Storage.OUT_IN)
     lines.append(("placements", ", ".join(_placement_words(name, parallel) for name in _shapes(spec, parallel, 0))))
-    return lines + _communication(case) + _bounds(case)
+    return lines + _communication(case) + ([] if _is_exact(case) else _bounds(case))
+
+
+def _is_exact(case: Case) -> bool:
+    return case.problem.data is Data.EXACT
 
 
 def _grid(case: Case) -> Lines:

@@ -54,7 +54,7 @@ def diverge_command(subjects: tuple[str, ...], lengths: str, rows: int, columns:
                     tp: int, dtype: str, data: str, seed: int, seeds: int, hardware: str, device: str, ask: str | None,
                     record: Path | None, read_from: Path | None, plot: Path | None, baseline: Path | None,
                     accept: bool, as_json: bool) -> int:
-    """Error against the truth of every SUBJECT as K grows; classes of growth; why two subjects differ.
+    """Error against the truth of every SUBJECT as K grows; classes of growth; why others differ from the first.
 
     SUBJECT: moe_fast:{ieee,tf32,tf32x3,fp16,bf16,fp8}, torch:loop[:DTYPE], torch:grouped[:DTYPE],
     model:ACCUMULATOR:OPERANDS (as model:sm90:bf16 or model:pairwise-fp16:bf16), or module:attr, a callable

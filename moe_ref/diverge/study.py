@@ -1,4 +1,4 @@
-"""One run of `moe-ref diverge`: curves of every subject, their laws, what their errors are made of, and every pair."""
+"""One run of `moe-ref diverge`: curves of every subject, their laws, what their errors are made of, and why others differ from the first."""
 
 import time
 import uuid
@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from itertools import combinations
 
 import msgspec
 import torch
@@ -100,8 +99,8 @@ def run_growth(plan: GrowthPlan, environment: dict[str, str], keep: Callable[[Gr
             tell(f"what the error of {curve.subject.name} is made of")
             curve.finding = attribute(curve.longest_RN, longest, curve.law.growth_class)
     lines = [_growth_line(plan, run, curve) for curve in curves]
-    differences = [_difference(run, one, other, longest) for one, other in combinations(curves, 2)
-                   if longest and one.finding and other.finding]
+    differences = [_difference(run, curves[0], other, longest) for other in curves[1:]
+                   if longest and curves[0].finding and other.finding]
     for line in (*lines, *differences):
         keep(line)
     statuses = Counter(line.status for line in lines)
@@ -215,10 +214,9 @@ def _difference(run: str, one: Curve, other: Curve, bench: Bench) -> DifferenceL
     assert one.longest_RN is not None
     assert other.longest_RN is not None
     relative = rms(one.longest_RN - other.longest_RN) / rms(bench.truth().value_RN)
-    found = verdict(_named(one), one.finding, _named(other), other.finding, relative, bench.problem.terms)
+    predicted = frozenset(curve.subject.name for curve in (one, other) if curve.subject.predicted)
+    found = verdict(one.subject.name, one.finding, other.subject.name, other.finding, relative, bench.problem.terms,
+                    predicted)
     return DifferenceLine(run=run, first=one.subject.name, second=other.subject.name, terms=bench.problem.terms,
                           relative=to_number(relative), answer=found.answer, verdict=found.words)
 
-
-def _named(curve: Curve) -> str:
-    return curve.subject.name + " (PREDICTED)" * curve.subject.predicted

@@ -27,21 +27,25 @@ class Verdict:
     words: str
 
 
-def verdict(first: str, one: Finding, second: str, other: Finding, relative: float, terms: int) -> Verdict:
-    """Why two subjects differ by `relative` (rms, of the result), from what each one's own error is made of."""
+def verdict(first: str, one: Finding, second: str, other: Finding, relative: float, terms: int,
+            predicted: frozenset[str] = frozenset()) -> Verdict:
+    """Why two subjects differ by `relative` (rms, of the result), from what each one's own error is made of.
+
+    predicted: names of those in whose place a model was computed.
+    """
     (_, good), (worse, bad) = sorted(((first, one), (second, other)), key=lambda pair: _badness(pair[1]))
     answer = "yes" if bad.is_mistake else "loss" if Cause.LOW_PRECISION in bad.causes else "no"
-    opening = {"yes": f"Is it a bug? Yes, in {worse}: ", "no": "Is it a bug? No: ",
-               "loss": f"Is it a bug? No mistake, but a loss: {worse} breaks a promise of fp32 accumulation: "}[answer]
-    if answer == "no" and bad.relative > _DOMINATES * good.relative:
-        opening += f"the difference is {worse}'s error, {_why(bad)}. "
-    elif answer == "no" and relative == 0:
-        opening += "they agree to the bit. "
+    opening = {"yes": f"Yes, in {worse}: {bad.words}", "no": "No: ",
+               "loss": f"No mistake, but a loss: {worse} breaks a promise of fp32 accumulation: {bad.words}"}[answer]
+    if answer == "no" and relative == 0:
+        opening += "they agree to the bit"
+    elif answer == "no" and bad.relative > _DOMINATES * good.relative:
+        opening += f"the difference is the error of {worse}, {_why(bad)}"
     elif answer == "no":
-        opening += "both are about as far from the truth, each with errors of its own. "
-    else:
-        opening += f"{bad.words}. "
-    parts = [f"{first} and {second} differ by {relative:.2g} of the result (rms) at K = {terms}.", opening.rstrip()]
+        opening += "both are about as far from the truth, each with errors of its own"
+    names = [name + " (PREDICTED)" * (name in predicted) for name in (first, second)]
+    parts = [f"{names[0]} and {names[1]} differ by {relative:.2g} of the result (rms) at K = {terms}.",
+             f"Is it a bug? {opening}."]
     parts += [f"{name}: error {found.relative:.2g}, {found.words} ({found.evidence})."
               for name, found in ((first, one), (second, other))]
     return Verdict(answer, " ".join(parts))

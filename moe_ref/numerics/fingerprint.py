@@ -19,7 +19,7 @@ import torch
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import Format
 from moe_ref.numerics.formats import entry
-from moe_ref.tolerances.schema import HardwareEntry
+from moe_ref.tolerances.hardware import HardwareEntry
 
 Matmul = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """a (M, K) @ b (K, N) on fp64 tensors that hold numbers of the operands' format, with the result in fp64."""

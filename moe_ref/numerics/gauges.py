@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
+from moe_ref.numerics.magnitudes import KnownMagnitudes, nonnegative_product
+
 CHUNKS, CHUNK = 16, 64
 """Long sums are looked at every so many terms, in so many places at most."""
 FEW_CHUNKS, SHORT_CHUNK = 8, 4
 """The same of short ones, whose single paths differ more from the usual one."""
-
-_FP32_UNIT = 2.0**-24
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,16 @@ class Gauges:
     absolute: torch.Tensor | None = None
 
 
-def gauges(a_MK: torch.Tensor, w_NK: torch.Tensor, absolute: bool = False) -> Gauges:
+def gauges(a_MK: torch.Tensor, w_NK: torch.Tensor, absolute: bool = False,
+           known: KnownMagnitudes | None = None) -> Gauges:
     """Gauges of a @ w^T; any floating dtype.
 
     A random order has partial sums of mean square value^2 / 3 + squares / 6 (a bridge from 0 to the value); in the natural
     order they are followed in at most CHUNKS steps, linear within a step, and with the bridge's part of it.
     """
     a_MK, terms = a_MK.double(), a_MK.shape[1]
-    squares = nonnegative_product(a_MK * a_MK, w_NK, 2)
-    of_absolute = nonnegative_product(a_MK.abs(), w_NK, 1) if absolute else None
+    squares = nonnegative_product(a_MK * a_MK, w_NK, 2, known)
+    of_absolute = nonnegative_product(a_MK.abs(), w_NK, 1, known) if absolute else None
     w_NK = w_NK.double()
     steps = max(1, min(CHUNKS, terms // CHUNK), min(FEW_CHUNKS, terms // SHORT_CHUNK))
     cuts = [round(terms * step / steps) for step in range(steps + 1)]
@@ -53,32 +54,3 @@ def gauges(a_MK: torch.Tensor, w_NK: torch.Tensor, absolute: bool = False) -> Ga
     backwards = 3 * steps * square - 3 * value * (2 * ends + value) + natural
     path = torch.maximum(natural, backwards) / (3 * steps) + bridge / steps
     return Gauges(value, squares, torch.maximum(path, square / 3 + bridge), of_absolute)
-
-
-def nonnegative_product(a_MK: torch.Tensor, w_NK: torch.Tensor, power: int) -> torch.Tensor:
-    """An upper bound of a @ (|w|^power)^T for a without negative entries, (M, N) fp64, larger by about K 2^-22.
-
-    It is summed in fp32, at half the cost, with rows of a and the whole of w scaled by powers of two, so that nothing
-    overflows; what underflows is covered by adding the most that it can be.
-    """
-    terms = max(1, a_MK.shape[1])
-    # Scales stay within what the arithmetic with them can hold: fp64 for a, fp32 for w.
-    a_exponent, w_exponent = _exponents(a_MK.double(), -1).clamp(min=-1000), _exponents(w_NK.abs(), None).clamp(min=-100)
-    if not bool(torch.isfinite(a_exponent).all() & torch.isfinite(w_exponent).all()):
-        return a_MK.double() @ w_NK.double().abs().pow(power).T
-    wide_NK = w_NK if w_NK.dtype is torch.float64 else w_NK.float()
-    w_scaled = (wide_NK * 2.0 ** -float(w_exponent)).float()
-    w_scaled = w_scaled.square_() if power == 2 else w_scaled.abs_()
-    product = torch.ldexp(a_MK.double(), -a_exponent).float() @ w_scaled.T
-    # Rounding of both operands and of a square, of each product and each addition; and what underflowed.
-    widened = product.double() * (1 + (terms + 6) * 2 * _FP32_UNIT) + 4 * terms * 2.0**-149
-    return torch.ldexp(widened, a_exponent + power * w_exponent)
-
-
-def _exponents(magnitudes: torch.Tensor, dim: int | None) -> torch.Tensor:
-    """Exponent of the largest entry, of each row or of all, as whole fp64; NaN where an entry is not finite."""
-    if magnitudes.shape[-1] == 0 or len(magnitudes) == 0:
-        return torch.zeros((len(magnitudes), 1) if dim is not None else (), dtype=torch.float64)
-    largest = magnitudes.amax(dim, keepdim=True) if dim is not None else magnitudes.amax()
-    exponent = torch.frexp(largest.double()).exponent.double()
-    return torch.where(torch.isfinite(largest), exponent, torch.nan)

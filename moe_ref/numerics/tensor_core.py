@@ -17,7 +17,7 @@ import torch
 from moe_ref.contract.errors import UsageValueError, one_of_faults, positive_faults, raise_faults, size_faults
 from moe_ref.contract.vocabulary import Format
 from moe_ref.numerics.formats import Mode, entry, is_representable, round_to
-from moe_ref.tolerances.schema import HardwareEntry
+from moe_ref.tolerances.hardware import HardwareEntry
 
 OPERANDS = (Format.TF32, Format.FP16, Format.BF16, Format.E4M3, Format.E5M2)
 

@@ -1,5 +1,5 @@
 """A run of `moe-ref diverge` as typed JSON lines: a `diverge` line, a `growth` line per subject, a `difference` line
-per pair, an `end` line. Imports no torch.
+for every other than the first, an `end` line. Imports no torch.
 """
 
 from dataclasses import dataclass, field
@@ -94,7 +94,7 @@ class GrowthLine(msgspec.Struct, frozen=True, kw_only=True, tag="growth", tag_fi
 
 
 class DifferenceLine(msgspec.Struct, frozen=True, kw_only=True, tag="difference", tag_field="type"):
-    """Why two subjects differ. answer: no, yes or loss, to "is it a bug?"; relative: rms difference / rms truth."""
+    """Why a subject differs from the first. answer: no, yes or loss, to "is it a bug?"; relative: rms difference / rms truth."""
 
     schema: int = SCHEMA
     run: str

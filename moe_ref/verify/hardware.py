@@ -51,10 +51,15 @@ def hardware_class(device: str) -> Hardware:
     """
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise UsageValueError(f"device {device!r}, but should be {'cpu or cuda' if device != 'cuda' else 'there'}")
-    formats = [Format.FP32, Format.FP16, Format.BF16]
-    if device == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
-        formats.append(Format.E4M3)
-    return _classified(tuple(fingerprint(partial(_on_device, device=device, operand=one), one) for one in formats))
+    found = []
+    for operand in _formats(device):
+        try:
+            found.append(fingerprint(partial(_on_device, device=device, operand=operand), operand))
+        except RuntimeError:
+            # Not every build of torch multiplies 8-bit numbers on every device that could; the others always work.
+            if operand is not Format.E4M3:
+                raise
+    return _classified(tuple(found))
 
 
 @cache
@@ -68,6 +73,12 @@ def simulated_class(name: str) -> Hardware:
     if name not in simulated:
         raise UsageValueError(f"hardware class {name!r}, but should be one of {', '.join(simulated)}")
     return _classified(tuple(fingerprint(_simulated(name, one), one) for one in _SIMULATED))
+
+
+def _formats(device: str) -> tuple[Format, ...]:
+    """What the device multiplies; 8-bit operands came with compute capability 8.9."""
+    has_fp8 = device == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
+    return (Format.FP32, Format.FP16, Format.BF16) + (Format.E4M3,) * has_fp8
 
 
 def _simulated(name: str, operand: Format) -> Matmul:

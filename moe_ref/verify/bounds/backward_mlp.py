@@ -3,8 +3,8 @@
     values    as in moe_ref.oracle.backward.mlp
     orders    the routing weight may join the gradient of the rows before the product with w2, or after it; its own
               gradient may be a sum over the output, grad . row, or over the activation, act . grad_act: the wider
-    weights   the error of a routing weight is shared by a whole row: its variance does not go through products element by
-              element, but is put on what comes out of them
+    weights   the error of a routing weight is shared by a whole row: its variance does not go through products element
+              by element, but is put on what comes out of them
 """
 
 from dataclasses import dataclass, replace

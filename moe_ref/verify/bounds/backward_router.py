@@ -30,7 +30,7 @@ _BEYOND = 9.0
 
 @dataclass(frozen=True)
 class Parts:
-    """A gradient of every token as the ranks hold it before they add up: (ranks, T, N); of the sum a bound and a variance."""
+    """A gradient of every token as ranks hold it before they add up, (ranks, T, N); bound and variance of the sum."""
 
     value: torch.Tensor
     bound: torch.Tensor
@@ -173,7 +173,7 @@ class RouterBackward:
             error + back.rounded(gauge, back.logits_in, 3), variance + stored)))
 
     def _variances(self, weights_TK: torch.Tensor, columns_TS: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Of independent errors of each slot: the squares of J, column by column; and of every slot's part of the scale."""
+        """Of independent errors of each slot, with the squares of J, column by column; and of its part of the scale."""
         num_slots, slots = weights_TK.shape[1], torch.cat([weights_TK, columns_TS], 1)
         logits_TE, shared_TS = torch.zeros_like(self.score_TE), torch.zeros_like(columns_TS)
         for slot in range(slots.shape[1]):
@@ -182,7 +182,7 @@ class RouterBackward:
             of_logits, of_shared, _ = self._mapped(one[:, :num_slots], one[:, num_slots:])
             logits_TE = logits_TE + of_logits.square() * slots[:, slot, None]
             shared_TS = shared_TS + of_shared.square() * slots[:, slot, None]
-        return logits_TE, shared_TS, self._gauge(weights_TK, columns_TS, 2)[2]
+        return logits_TE, shared_TS, self._gauge(weights_TK, columns_TS, power=2)[2]
 
     def _mapped(self, grad_TK: torch.Tensor, grad_TS: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """J g by the oracle's formulas: of logits, of the further columns' logits, of the learned scale."""
@@ -238,9 +238,9 @@ class RouterBackward:
             of_scores_T1 = torch.where((sum_T1 - router.renormalize_epsilon).abs() <= reach_T1, 4.0, of_scores_T1)
         of_roundings = terms * ROUNDING * unit**2
         return self._gauge(*(of_scores_T1 * one.total.square() + of_roundings * one.squares
-                             for one in (weights, columns)), 2)
+                             for one in (weights, columns)), power=2)
 
-    def _gauge(self, size_TK: torch.Tensor, size_TS: torch.Tensor, power: int = 1) -> tuple[torch.Tensor, ...]:
+    def _gauge(self, size_TK: torch.Tensor, size_TS: torch.Tensor, *, power: int = 1) -> tuple[torch.Tensor, ...]:
         """abs(J) times sizes: of logits, of the further columns' logits, and of every slot's part of the scale.
 
         power 2: of squares, the sums of the squares of all terms.

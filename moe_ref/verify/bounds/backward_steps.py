@@ -2,7 +2,7 @@
 
 A rounding contract says where rows of the forward pass are stored, of the backward pass it says nothing: every row and
 every elementwise product of it may be rounded to the coarsest format in which the forward stores rows. What is
-kept wider is then right by a wider margin. The variance, too, has all of these roundings: each is uniform and independent.
+kept wider is then right by a wider margin. The variance has all of these roundings too, each uniform and independent.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,8 @@ import torch
 
 from moe_ref.contract.vocabulary import Format, Stage
 from moe_ref.numerics.accumulation import ROUNDING
-from moe_ref.numerics.gauges import Gauges, gauges, nonnegative_product
+from moe_ref.numerics.gauges import Gauges, gauges
+from moe_ref.numerics.magnitudes import nonnegative_product
 from moe_ref.verify.bounds.rounding import FLUSH
 from moe_ref.verify.bounds.rows import Rows
 from moe_ref.verify.bounds.steps import Steps
@@ -165,4 +166,5 @@ class BackwardSteps:
         bound = bound + model.rounded(rows.value.abs() + bound, leaf)
         variance = variance + model.stored_variance(rows.value, leaf)
         variance = torch.where(torch.isfinite(bound) & torch.isfinite(variance), variance, torch.inf)
-        return Rows(rows.value, *(torch.where(rows.largest == 0, 0.0, one) for one in (bound, variance)))
+        nothing = rows.largest == 0
+        return Rows(rows.value, bound.masked_fill(nothing, 0.0), variance.masked_fill(nothing, 0.0))

@@ -19,7 +19,7 @@ class Limits:
 
 
 def likely_limits(tolerances: Tolerances, case: Case) -> Limits:
-    """Multiples of the Gaussian quantile for the number of elements of the widest stage, a function of the case alone."""
+    """Multiples of the Gaussian quantile for the elements of the widest stage, a function of the case alone."""
     spec, checks = case.problem.spec, tolerances.file.checks
     widest = max(spec.experts.num_projections * spec.intermediate_size, case.parallel.tp * spec.hidden_size)
     outputs = max(1, case.problem.num_tokens * spec.hidden_size)

@@ -26,8 +26,8 @@ class ExpertRows:
 class RowObserver(Protocol):
     """Who looks at routed rows while they pass; see measure/output_statistics.py."""
 
-    def routed(self, token_R: torch.Tensor, w2_HI: torch.Tensor, act: Rows, weight: Rows, row_RH: torch.Tensor,
-               cuts: list[Range]) -> None: ...
+    def routed(self, token_R: torch.Tensor, w2_HI: torch.Tensor, act: Rows, weight: Rows, added_RH: torch.Tensor,
+               cuts: list[Range], weight_in_act: bool) -> None: ...
 
 
 class OutputChain:
@@ -45,22 +45,27 @@ class OutputChain:
         steps, spec = self.steps, self.steps.spec
         gate_up = steps.gate_up(steps.tokens(self.x_TH[token_R], weight), expert)
         act = steps.act(gate_up, spec.experts, steps.act_weight(weight))
-        down_RH = formula.down(formula.activate(gate_up.value, spec.experts), expert.w2_HI)
-        if expert.w2_bias_H is not None:
-            down_RH = down_RH + expert.w2_bias_H.double()
-        self.truth_TH.index_add_(0, token_R, down_RH if steps.on_input else weight.value * down_RH)
-        shares = self.shares[:self.parallel.tp]
-        if self.observer is not None and not steps.on_input:
-            cuts = [] if self.summing.by_output else [share.columns for share in shares]
-            self.observer.routed(token_R, expert.w2_HI, act, weight, down_RH, cuts)
-        parts = []
+        shares, parts = self.shares[:self.parallel.tp], []
         for share in shares:
             inner = (0, spec.intermediate_size) if self.summing.by_output else share.columns
             part = down_part(expert, inner, share.outputs)
             adds_bias = self.summing.by_output or share.tp_rank == 0
             parts.append(steps.down(act.columns(*inner), part, weight, adds_bias).addend)
+        added_RH = parts[0].value if len(parts) == 1 else self._whole(gate_up, expert, weight)
+        self.truth_TH.index_add_(0, token_R, added_RH)
+        if self.observer is not None and not steps.on_input:
+            cuts = [] if self.summing.by_output else [share.columns for share in shares]
+            self.observer.routed(token_R, expert.w2_HI, act, weight, added_RH, cuts,
+                                 steps.act_weight(weight) is not None)
         self.summing.add_routed(parts, token_R, server_R)
         return ExpertRows(gate_up, act)
+
+    def _whole(self, gate_up: Rows, expert: ExpertWeights, weight: Rows) -> torch.Tensor:
+        """What routed rows add to the truth, of the whole expert: cut on no rank."""
+        down_RH = formula.down(formula.activate(gate_up.value, self.steps.spec.experts), expert.w2_HI)
+        if expert.w2_bias_H is not None:
+            down_RH = down_RH + expert.w2_bias_H.double()
+        return down_RH if self.steps.on_input else weight.value * down_RH
 
     def identity(self, token_R: torch.Tensor, weight: Rows) -> None:
         """Add the rows of one identity expert."""

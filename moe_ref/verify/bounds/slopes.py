@@ -43,13 +43,7 @@ def curvature(mlp: MLP) -> float:
 def activation_slope(model: RoundingModel, gate: Rows, mlp: MLP, inner: Format | None) -> Rows:
     """Derivative of the limited activation with respect to the gate."""
     unit, floor = model.elementwise(inner)
-    inside, passed, near = gate.value, torch.ones_like(gate.value, dtype=torch.bool), None
-    if mlp.limit is not None:
-        reached = gate if mlp.limit_at == "before" else activation(model, gate, replace(
-            mlp, limit=None, limit_at="before"), inner)
-        passed = reached.value <= mlp.limit
-        near = (reached.value - mlp.limit).abs() <= reached.bound + _LIMIT_UNITS * unit * mlp.limit
-        inside = gate.value.clamp(max=mlp.limit) if mlp.limit_at == "before" else inside
+    inside = gate.value if mlp.limit is None or mlp.limit_at == "after" else gate.value.clamp(max=mlp.limit)
     free, evaluated = slope(inside, mlp), unit * _units(inside, mlp)
     error = curvature(mlp) * gate.bound + evaluated + floor * (1 + inside.abs())
     variance = total_variance(_moved(gate, inside, mlp), (unit * _likely_units(inside, mlp)).square(), floor**2)
@@ -57,15 +51,23 @@ def activation_slope(model: RoundingModel, gate: Rows, mlp: MLP, inner: Format |
         kink = gate.value.abs() <= gate.bound
         error = torch.where(kink, 1.0, 0.0)
         variance = total_variance(variance, (kink & _reaches(gate, gate.value.abs())).double())
-    if near is None:
-        return Rows(free, error, variance)
-    error = torch.where(passed, error, 0.0)
-    both = free.abs() + curvature(mlp) * gate.bound + evaluated
-    if mlp.activation == "relu":
-        both = torch.ones_like(both)
-    likely = near & _reaches(reached, (reached.value - mlp.limit).abs() - _LIMIT_UNITS * unit * mlp.limit)
-    variance = None if variance is None else torch.where(passed, variance, 0.0) + likely * free.square()
-    return Rows(torch.where(passed, free, 0.0), torch.where(near, error + both, error), variance)
+    result = Rows(free, error, variance)
+    return result if mlp.limit is None else _limited(model, gate, result, mlp, mlp.limit, inner)
+
+
+def _limited(model: RoundingModel, gate: Rows, free: Rows, mlp: MLP, limit: float, inner: Format | None) -> Rows:
+    """The slope below the limit and 0 beyond it; where that may be reached, either."""
+    reached = gate if mlp.limit_at == "before" else activation(model, gate, replace(
+        mlp, limit=None, limit_at="before"), inner)
+    passed, rounded = reached.value <= limit, _LIMIT_UNITS * model.elementwise(inner)[0] * limit
+    distance = (reached.value - limit).abs()
+    near = distance <= reached.bound + rounded
+    error, variance = torch.where(passed, free.bound, 0.0), free.variance
+    both = torch.ones_like(error) if mlp.activation == "relu" else free.largest
+    if variance is not None:
+        likely = near & _reaches(reached, distance - rounded)
+        variance = torch.where(passed, variance, 0.0) + likely * free.value.square()
+    return Rows(torch.where(passed, free.value, 0.0), torch.where(near, error + both, error), variance)
 
 
 def _moved(gate: Rows, inside: torch.Tensor, mlp: MLP) -> torch.Tensor | None:

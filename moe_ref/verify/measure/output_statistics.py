@@ -10,7 +10,7 @@ along a direction v has the variance  w^2 sum v_act (w2^T v)^2 + v_w (v . row)^2
 errors. The last is taken as the whole predicted variance: some is counted twice, on the safe side.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -57,7 +57,8 @@ class OutputStatistics:
     """
 
     def __init__(self, y_TH: torch.Tensor, check: OutputCheck, rows: int) -> None:
-        self.y_TH, self.check = torch.nan_to_num(y_TH.double(), posinf=0.0, neginf=0.0), check
+        self.finite_TH, self.check = torch.isfinite(y_TH), check
+        self.y_TH = torch.where(self.finite_TH, y_TH.double(), 0.0)
         size_TH = self.y_TH.abs()
         # Errors grow with the result where it is large, and with the rest of its token where it is small.
         self.scale_TH = (size_TH + size_TH.square().mean(-1, keepdim=True).sqrt()).clamp(min=1e-300)
@@ -67,26 +68,30 @@ class OutputStatistics:
         self.slots, self.ranks, self.left_out = Directions(), Directions(), 0
         self.keep = rows * y_TH.shape[1] <= LARGEST_KEPT
 
-    def routed(self, token_R: torch.Tensor, w2_HI: torch.Tensor, act: Rows, weight: Rows, row_RH: torch.Tensor,
-               cuts: list[Range]) -> None:
-        """Rows of one expert: activations (R, I), weights (R, 1), unweighted rows, and the columns of each tp rank."""
+    def routed(self, token_R: torch.Tensor, w2_HI: torch.Tensor, act: Rows, weight: Rows, added_RH: torch.Tensor,
+               cuts: list[Range], weight_in_act: bool) -> None:
+        """Rows of one expert: activations (R, I), weights (R, 1), what they add, and the columns of each tp rank.
+
+        weight_in_act: the activations hold the weight already.
+        """
         w2_HI = w2_HI.float()
+        if weight_in_act:
+            weight = replace(weight, value=torch.ones_like(weight.value), variance=_relative_variance(weight))
         sign_RH = self.sign_TH[token_R]
-        self.sign_shared_T.index_add_(0, token_R, _shared(sign_RH, w2_HI, act, weight, row_RH))
-        if weight.variance is not None:
-            self.by_weight_TH.index_add_(0, token_R, weight.variance * row_RH.square())
+        self.sign_shared_T.index_add_(0, token_R, _shared(sign_RH, w2_HI, act, weight, added_RH))
+        self.by_weight_TH.index_add_(0, token_R, _relative_variance(weight) * added_RH.square())
         if not self.keep:
             self.left_out += len(token_R)
             return
-        v_RH = self._direction(weight.value * row_RH, token_R)
-        self.slots.add(token_R, v_RH, _shared(v_RH, w2_HI, act, weight, row_RH))
+        v_RH = self._direction(added_RH, token_R)
+        self.slots.add(token_R, v_RH, _shared(v_RH, w2_HI, act, weight, added_RH))
         if len(cuts) > 1:
             some = slice(0, SAMPLED_ROWS)
             for start, stop in cuts:
                 part_RH = act.value[some, start:stop].float() @ w2_HI[:, start:stop].T
                 v_RH = self._direction(weight.value[some] * part_RH, token_R[some])
                 self.ranks.add(token_R[some], v_RH,
-                               _shared(v_RH, w2_HI, act.rows(some), weight.rows(some), row_RH[some]))
+                               _shared(v_RH, w2_HI, act.rows(some), weight.rows(some), added_RH[some]))
 
     def _direction(self, part_RH: torch.Tensor, token_R: torch.Tensor) -> torch.Tensor:
         v_RH = part_RH / self.scale_TH[token_R].square()
@@ -100,7 +105,8 @@ class OutputStatistics:
         assert output.variance is not None
         error_TH = self.y_TH - output.value if error_TH is None else error_TH
         variance_TH = output.variance
-        known_TH = torch.isfinite(variance_TH) & torch.isfinite(error_TH) & (variance_TH > 0)
+        known_TH = (self.finite_TH & torch.isfinite(error_TH) & torch.isfinite(output.bound)
+                    & torch.isfinite(variance_TH) & (variance_TH > 0))
         error_TH = torch.where(known_TH, error_TH, 0.0)
         variance_TH = torch.where(known_TH, variance_TH, 0.0)
         found = [self._rms(error_TH, variance_TH, known_TH, intermediate)]
@@ -133,11 +139,18 @@ class OutputStatistics:
         return Statistic(name="rms", value=to_number(value), allowed=to_number(allowed), number=number)
 
 
-def _shared(v_RH: torch.Tensor, w2_HI: torch.Tensor, act: Rows, weight: Rows, row_RH: torch.Tensor) -> torch.Tensor:
+def _relative_variance(weight: Rows) -> torch.Tensor:
+    """Variance of routing weights relative to their squares, (R, 1); a weight of exactly 0 adds nothing."""
+    if weight.variance is None:
+        return torch.full_like(weight.value, torch.inf)
+    return torch.where(weight.value == 0, 0.0, weight.variance / weight.value.square())
+
+
+def _shared(v_RH: torch.Tensor, w2_HI: torch.Tensor, act: Rows, weight: Rows, added_RH: torch.Tensor) -> torch.Tensor:
     """Variance along v of the errors that the columns of a row share, (R,)."""
-    if act.variance is None or weight.variance is None:
+    if act.variance is None:
         return torch.full((len(v_RH),), torch.inf, dtype=torch.float64)
     scale_R1 = v_RH.abs().amax(-1, keepdim=True).clamp(min=1e-300)
-    along_RI = (v_RH / scale_R1).float() @ w2_HI
-    of_act = (act.variance * along_RI.double().square()).sum(-1) * (weight.value * scale_R1).square()[:, 0]
-    return of_act + weight.variance[:, 0] * (v_RH * row_RH).sum(-1).square()
+    along_RI = ((v_RH / scale_R1).float() @ w2_HI).square_()
+    of_act = (act.variance * along_RI).sum(-1) * (weight.value * scale_R1).square()[:, 0]
+    return of_act + _relative_variance(weight)[:, 0] * (v_RH * added_RH).sum(-1).square()

@@ -31,8 +31,8 @@ from moe_ref.verify.measure.stage_meter import Place, StageMeter
 
 BLOCK = 64
 """Products that a sum loses, and columns that lose them."""
-SAMPLED_ROWS = 64
-"""Rows of partial sums whose stores are looked at."""
+SAMPLED_ROWS = 8
+"""Rows of each stage whose stores are looked at."""
 
 
 class Mutants:
@@ -89,18 +89,21 @@ class Mutants:
         self.lost_parts.append((token_R, sum_R, self._halved(part.value)))
 
     def stored(self, stage: Stage, want: Rows, place: Place) -> None:
-        """store_rz, and of rows that are stored with their weight w_1ulp, in rows of this expert or some sums."""
+        """store_rz in the first rows of each stage, and w_1ulp in rows that are stored with their weight."""
         if self.expert is None or place.expert not in (None, self.expert) or place.token_R is None:
             return
         if stage in self.cut_stages and want.stored is not None:
             some = slice(0, SAMPLED_ROWS)
             rows, at = want.rows(some), replace(place, token_R=place.token_R[some])
             cut = round_to(rows.value, want.stored, "truncate")
+            # Sums of nothing are no sample.
             if not torch.equal(cut, round_to(rows.value, want.stored)):
+                self.cut_stages.remove(stage)
                 self._rows_changed("store_rz", stage, cut, rows, at)
-        if stage is Stage.DOWN and self.weighs_rows:
+        if stage is Stage.DOWN and self.weighs_rows and bool((at_R := place.token_R == self.token).any()):
+            self.weighs_rows = False
             weight = self.followed.weights.value[self.token, self.slot]
-            factor, at_R = 1 + unit_in_last_place(weight, Format.BF16) / weight.abs(), place.token_R == self.token
+            factor = 1 + unit_in_last_place(weight, Format.BF16) / weight.abs()
             if bool(torch.isfinite(factor)):
                 rows, at = want.rows(at_R), replace(place, token_R=place.token_R[at_R])
                 self._rows_changed("w_1ulp", stage, factor * rows.value, rows, at)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from moe_ref.contract.vocabulary import Stage
-from moe_ref.numerics.formats import half_cell
+from moe_ref.numerics.formats import half_cell, unit_in_last_place
 from moe_ref.records.schema import StageResult, Statistic, Worst, to_number
 from moe_ref.verify.bounds.rows import Rows, exact
 
@@ -73,20 +73,19 @@ class StageMeter:
         got, value = got.double(), want.value
         if got.numel() == 0:
             return
-        allowed, beyond = self._allowed(got, want)
-        ratio = self._ratios(got, value, want.bound)
-        ratio = torch.where(torch.isfinite(got) & torch.isfinite(value), torch.maximum(ratio, beyond), ratio)
+        # One look at the sums: mostly all is finite, and what is said below of the rest can be left out.
+        variance = want.bound if want.variance is None else want.variance
+        clean = math.isfinite(float(got.sum() + value.sum() + want.bound.sum() + variance.sum()))
+        allowed, beyond = self._allowed(got, want, clean)
+        ratio = self._ratios(got, value, want.bound, clean)
+        regular = None if clean else torch.isfinite(got) & torch.isfinite(value)
+        ratio = torch.maximum(ratio, beyond if regular is None else torch.where(regular, beyond, 0.0))
         if self.tainted_T is not None and place.token_R is not None:
             lost = torch.where(torch.isfinite(got) & ~torch.isfinite(value), math.inf, 0.0)
             ratio = torch.where(self.tainted_T[place.token_R][:, None], lost, ratio)
         self.num_checked += ratio.numel()
-        finite = torch.isfinite(got) & torch.isfinite(value) & torch.isfinite(allowed) & ((allowed > 0) | self.exact)
-        signed = torch.where(finite & (allowed > 0), (got - value) * value.sign() / allowed.clamp(min=1e-300), 0.0)
-        self.bias_sum += float(signed.sum())
-        self.got_want += float(torch.where(finite, got * value, 0.0).sum())
-        self.want_want += float(torch.where(finite, value * value, 0.0).sum())
-        self.allowed_allowed += float(torch.where(finite, allowed * allowed, 0.0).sum())
-        wanted = torch.where(torch.isfinite(value) & (value != 0), value.abs() / allowed, 0.0)
+        self._add_sums(got, value, allowed, regular)
+        wanted = torch.where((value == 0) | ~torch.isfinite(value), 0.0, value.abs() / allowed)
         self.power = max(self.power, float(wanted.max()))
         top = float(ratio.max())
         if top > self.ratio or self.worst is None:
@@ -95,28 +94,50 @@ class StageMeter:
         if top > 1.0:
             self._locate(ratio > 1.0, place)
 
-    def _allowed(self, got: torch.Tensor, want: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    def _add_sums(self, got: torch.Tensor, value: torch.Tensor, allowed: torch.Tensor,
+                  regular: torch.Tensor | None) -> None:
+        """Sums over elements that are finite and of which something is said."""
+        finite = (allowed > 0) | self.exact
+        if regular is not None:
+            finite = finite & regular & torch.isfinite(allowed)
+        if not bool(finite.all()):
+            got, value = torch.where(finite, got, 0.0), torch.where(finite, value, 0.0)
+            allowed = torch.where(finite, allowed, 0.0)
+        self.bias_sum += float(((got - value) * value.sign() / allowed.clamp(min=1e-300)).masked_fill(
+            allowed == 0, 0.0).sum())
+        self.got_want += float((got * value).sum())
+        self.want_want += float((value * value).sum())
+        self.allowed_allowed += float((allowed * allowed).sum())
+
+    def _allowed(self, got: torch.Tensor, want: Rows, clean: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The smaller of the bound and of what is likely, and the error beyond the stored number's cell over the latter.
 
         Likely are so many standard deviations beyond the cell.
         """
         # An infinite bound times a zero weight is NaN: still no bound. Nothing is said of such elements.
-        bound = torch.nan_to_num(want.bound, nan=math.inf, posinf=math.inf)
+        bound = want.bound if clean else torch.nan_to_num(want.bound, nan=math.inf, posinf=math.inf)
         if want.variance is None or self.sigmas_allowed == math.inf:
             return bound, torch.zeros_like(bound)
-        variance, cell = want.variance, torch.zeros_like(bound)
+        variance, cell, own_cell = want.variance, torch.zeros_like(bound), torch.zeros_like(bound)
         if want.unrounded is not None and want.stored is not None and not self.whole_layer:
-            variance, cell = want.unrounded, half_cell(want.value, torch.nan_to_num(got), want.stored)
-        sigma = torch.nan_to_num(variance, nan=math.inf, posinf=math.inf).sqrt()
+            finite = got if clean else torch.nan_to_num(got)
+            variance, cell = want.unrounded, half_cell(want.value, finite, want.stored)
+            own_cell = unit_in_last_place(want.value if clean else torch.nan_to_num(want.value), want.stored) / 2
+        sigma = (variance if clean else torch.nan_to_num(variance, nan=math.inf, posinf=math.inf)).sqrt()
         off = ((got - want.value).abs() - cell).clamp(min=0.0)
         # No bound, no expectation: beyond the largest finite number an infinity is right.
-        beyond = torch.where((off == 0) | torch.isinf(bound), 0.0, off / sigma)
-        self.sigmas = max(self.sigmas, float(torch.nan_to_num(beyond, nan=0.0, posinf=0.0).max()))
-        return torch.minimum(bound, cell + self.sigmas_allowed * sigma), beyond / self.sigmas_allowed
+        beyond = torch.where((off == 0) | (bound == math.inf), 0.0, off / sigma)
+        largest = float(beyond.max())
+        if not math.isfinite(largest):
+            largest = float(torch.nan_to_num(beyond, nan=0.0, posinf=0.0).max())
+        self.sigmas = max(self.sigmas, largest)
+        return torch.minimum(bound, own_cell + self.sigmas_allowed * sigma), beyond / self.sigmas_allowed
 
-    def _ratios(self, got: torch.Tensor, want: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
-        allowed = torch.nan_to_num(bound, nan=math.inf, posinf=math.inf)
+    def _ratios(self, got: torch.Tensor, want: torch.Tensor, bound: torch.Tensor, clean: bool) -> torch.Tensor:
         error = (got - want).abs()
+        if clean:
+            return torch.where(error == 0, 0.0, error / bound)
+        allowed = torch.nan_to_num(bound, nan=math.inf, posinf=math.inf)
         ratio = torch.where(error == 0, 0.0, error / allowed)
         ratio = torch.where(torch.isfinite(got), ratio, math.inf)
         overflow = torch.isinf(got) & (got.sign() == want.sign()) & (want.abs() + allowed >= self.largest)
