@@ -22,7 +22,8 @@ SMALL = GroupedProblem(terms=256, rows=24, columns=16, experts=3)
 def plain(operands: Operands) -> torch.Tensor:
     """The product row by row, with each row's own expert."""
     expert_R = torch.searchsorted(operands.ends_E, torch.arange(len(operands.x_RK), dtype=torch.int32), right=True)
-    return torch.stack([operands.w_ENK[e].double() @ x_K.double() for e, x_K in zip(expert_R, operands.x_RK, strict=True)])
+    return torch.stack([operands.w_ENK[e].double() @ x_K.double()
+                        for e, x_K in zip(expert_R, operands.x_RK, strict=True)])
 
 
 def narrow_sum(x_RK: torch.Tensor, w_ENK: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
@@ -141,8 +142,9 @@ def test_flipped_stores_show_the_sum_behind_them() -> None:
 
 
 @pytest.mark.parametrize(("name", "words"), [
-    ("moe_fast:int8", "moe_fast:"), ("torch:bmm", "torch:loop"), ("torch:loop:fp8", "dtype 'fp8'"), ("model:sm90", "model:"),
-    ("model:sm91:bf16", "accumulator 'sm91'"), ("model:sm90:int4", "operands 'int4'"), ("model:pairwise:tf32x3", "tf32x3"),
+    ("moe_fast:int8", "moe_fast:"), ("torch:bmm", "torch:loop"), ("torch:loop:fp8", "dtype 'fp8'"),
+    ("model:sm90", "model:"), ("model:sm91:bf16", "accumulator 'sm91'"), ("model:sm90:int4", "operands 'int4'"),
+    ("model:pairwise:tf32x3", "tf32x3"),
     ("nothing", "module:attr"), ("no.such.module:attr", "cannot be found"), ("math:nothing", "cannot be found")])
 def test_subjects_that_are_none(name: str, words: str) -> None:
     """Each is refused with the names that there are."""

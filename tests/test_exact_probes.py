@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal, localcontext
 from itertools import cycle, product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from moe_ref.contract.spec import MLP, MoESpec, Router, SharedExpert
 from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Stage, Verdict
 from moe_ref.contract.weights import ExpertWeights
 from moe_ref.inputs.build import build_inputs
+from moe_ref.simulated import subjects as simulated
 from moe_ref.tiers.tiers import tier
 from tests.in_process import judged
 from tests.subjects import right, wrong
@@ -194,33 +196,28 @@ def test_no_part_of_an_axis_is_spare(hidden: int, intermediate: int) -> None:
             assert bool(w2_HI[:, start:start + columns].any())
 
 
-class Truncating(TorchMoE):
-    """Adds one product after the other in fp32 and cuts off what does not fit, as accumulators towards zero do."""
-
-    def gate_up(self, call: Call, x_RH: torch.Tensor, w13_GIH: torch.Tensor, expert: int) -> torch.Tensor:
-        return torch.stack([self._sum(x_RH, w13_GIH[half]) for half in (0, 1)], 1)
-
-    def down(self, call: Call, act_RI: torch.Tensor, w2_HI: torch.Tensor, expert: int) -> torch.Tensor:
-        return self._sum(act_RI, w2_HI)
-
-    def _sum(self, a_RK: torch.Tensor, w_NK: torch.Tensor) -> torch.Tensor:
-        total_RN = torch.zeros(len(a_RK), len(w_NK), dtype=torch.float64)
-        for k in range(a_RK.shape[1]):
-            exact_RN = total_RN + a_RK[:, k, None].double() * w_NK[:, k].double()
-            nearest_RN = exact_RN.float()
-            beyond_RN = nearest_RN.double().abs() > exact_RN.abs()
-            total_RN = torch.where(beyond_RN, torch.nextafter(nearest_RN, torch.zeros(())), nearest_RN).double()
-        return total_RN.float()
+MACHINES = ("sequential", "backwards", "blocked", "pairwise", "split_k", "shuffled", "hopper", "ampere")
+"""Simulated bit by bit: fp32 additions in an order, and tensor cores that truncate what they align."""
 
 
-LOCAL_RIGHT = (Truncating, right.GateUpStored, right.FP32Partials, right.BF16Weights, right.HiddenBF16Weights,
+@pytest.mark.parametrize(("machine", "dtype"), [(name, Dtype.BF16) for name in MACHINES]
+                         + [(name, Dtype.FP16) for name in ("hopper", "ampere")] + [("shuffled", Dtype.FP32)])
+def test_any_order_and_any_tensor_core_give_the_same_bits(machine: str, dtype: Dtype) -> None:
+    subject = getattr(simulated, machine)
+    takes_routing = SimpleNamespace(moe=subject.moe,
+                                    CAPABILITIES=replace(subject.CAPABILITIES, injected_routing=True))
+    line = judged(takes_routing, f"v1-T9.H96.I64.E4.K3-{dtype}-norm-res-exact-tp2", runs=1)
+    assert line.verdict == Verdict.PASS, line.message
+
+
+LOCAL_RIGHT = (right.GateUpStored, right.FP32Partials, right.BF16Weights, right.HiddenBF16Weights,
                right.TopkReversed, right.SplitK, right.Batched, right.BlackBox)
 
 
 @pytest.mark.parametrize("subject", LOCAL_RIGHT)
 @pytest.mark.parametrize("dtype", Dtype)
 def test_other_orders_and_contracts_give_the_same_bits(subject: type[TorchMoE], dtype: Dtype) -> None:
-    """Split sums, other orders, truncation, more or fewer stores: nothing is allowed, and nothing is off."""
+    """Split sums, other orders, more or fewer stores: nothing is allowed, and nothing is off."""
     line = judged(subject(), f"v1-T9.H48.I40.E4.K3-{dtype}-norm-sh24-res-exact-tp2")
     assert line.verdict == Verdict.PASS, line.message
     assert all(stage.exact and stage.ratio == 0 for stage in line.stages)

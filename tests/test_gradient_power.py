@@ -87,12 +87,12 @@ def cases(dtype: str, widths: tuple[int, ...], seeds: int) -> list[str]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_right_gradients_stay_well_inside(dtype: str) -> None:
-    """36 layers each, four ways to round: no error is near what is allowed, and predictions are not far too large."""
-    found = study(cases(dtype, (24, 64, 96, 128), 1), RIGHT[:4])
+    """27 layers each, four ways to round: no error is near what is allowed, and predictions are not far too large."""
+    found = study(cases(dtype, (24, 64, 96), 1), RIGHT[:4])
     assert set(found) == {Stage.GRAD_X, Stage.GRAD_W13, Stage.GRAD_W2, Stage.GRAD_ROUTER}
     for stage, spread in found.items():
         assert spread.ratio < WELL_INSIDE, f"{stage}: {spread}"
-        # The router's in fp32 is rounded less often than scores may be.
+        # Scores in fp32 are evaluated better than they may be.
         assert (0.1 if stage is Stage.GRAD_ROUTER else 0.3) < spread.rms < 1.1, f"{stage}: {spread.rms}"
 
 
@@ -213,10 +213,21 @@ def faulty(subject: Callable[[], rounded.Rounded], dtype: str, width: int) -> Ca
     return judged(subject(), f"v1-T24.H{width}.I{width}.E6.K2-{dtype}-norm-tp2-bwd", runs=1)
 
 
+CAUGHT = FAULTS[1:-1]
+
+
+@pytest.mark.parametrize(("subject", "dtype", "stage"), CAUGHT)
+def test_a_fault_is_caught_in_a_wide_layer(subject: Callable[[], rounded.Rounded], dtype: str, stage: Stage) -> None:
+    """512 wide the bound alone sees none of those in 16-bit rows; by far, so that no luck of a seed is in it."""
+    line = faulty(subject, dtype, 512)
+    assert line.verdict == Verdict.MISMATCH
+    assert next(from_number(one.ratio) for one in line.stages if one.stage == stage) > 10, line.message
+
+
 def print_study(seeds: int) -> None:
     """The tables of docs/bounds.md: right layers per dtype and gradient, and by how much each fault misses."""
     for dtype in DTYPES:
-        found = study(cases(dtype, (24, 64, 96, 128, 256, 512), seeds), RIGHT)
+        found = study(cases(dtype, (24, 48, 64, 96, 128, 256, 512), seeds), RIGHT)
         for stage, one in sorted(found.items()):
             print(f"| {stage} | {dtype} | {one.number} | {one.sigmas:.1f} | {one.ratio:.2f} | {one.rms:.2f} |")
     for subject, dtype, stage in FAULTS:

@@ -1,4 +1,4 @@
-"""Protects the classes of error growth, their bands and baselines, and `moe-ref diverge` from command to record to picture."""
+"""Protects classes of error growth, their bands and baselines, and `moe-ref diverge` from command to picture."""
 
 import importlib.util
 import json
@@ -52,13 +52,13 @@ def test_every_accumulator_is_told_by_its_errors(name: str, dtype: Format, kind:
     assert study().law(name, dtype, seed).growth_class is kind
 
 
-def points(level: float, slope: float, share: float = 0.0, resolved: bool = True) -> list[Point]:
-    """A curve of that many bits at K = 1024 and that exponent."""
+def points(level: float, slope: float, share: float = 0.0, resolved: bool = True, spread: float = 1.0) -> list[Point]:
+    """A curve of that many bits at K = 1024 and that exponent; spread: root of summed squares over value."""
     one_bit = {terms: terms**0.5 for terms in (64, 256, 1024, 4096, 16384)}
     errors = {terms: 32 * 2.0**-level * (terms / 1024) ** slope for terms in one_bit}
-    return [Point(terms=terms, relative=errors[terms], bits=math.log2(one_bit[terms] / errors[terms]), resolved=resolved,
-                  ratio=0.1, z=1.0, share=share, flips=0, flips_expected=0.0, one_bit=one_bit[terms],
-                  predicted=errors[terms]) for terms in one_bit]
+    return [Point(terms=terms, relative=errors[terms], bits=math.log2(one_bit[terms] / errors[terms]),
+                  resolved=resolved, ratio=0.1, z=1.0, share=share, flips=0, flips_expected=0.0, one_bit=one_bit[terms],
+                  predicted=errors[terms], spread=spread) for terms in one_bit]
 
 
 def test_exponents_are_least_squares() -> None:
@@ -72,11 +72,11 @@ def test_exponents_are_least_squares() -> None:
     (points(26, 0.16), points(26, 0.4), GrowthClass.NEAREST),
     (points(23, 1.0, -0.9), points(22, 1.1, -1.0), GrowthClass.TRUNCATING),
     (points(14, 0.6, -0.2), points(14, 1.1, -1.0), GrowthClass.TRUNCATING),
-    (points(15, 0.0), points(17, -0.5), GrowthClass.INPUT_LIMITED),
+    (points(15, 0.0), points(17, -0.5, spread=0.5), GrowthClass.INPUT_LIMITED),
     (points(14, 0.0, -0.9), points(14, 0.0, -1.0), GrowthClass.INPUT_LIMITED),
-    (points(13, 0.5), points(13, 0.5), GrowthClass.LOW_PRECISION),
-    (points(14, 0.0), points(14, 0.0), GrowthClass.LOW_PRECISION),
-    (points(20, 0.5), points(20, 0.5), GrowthClass.UNCLEAR)])
+    (points(13, 0.5), points(13, 0.5, spread=0.1), GrowthClass.LOW_PRECISION),
+    (points(14, 0.0), points(14, 0.0, spread=0.1), GrowthClass.LOW_PRECISION),
+    (points(20, 0.5), points(20, 0.5, spread=0.1), GrowthClass.UNCLEAR)])
 def test_exponents_alone_do_not_decide(symmetric: list[Point], positive: list[Point], kind: GrowthClass) -> None:
     """Equal exponents belong to several classes; level, signs and positive data decide."""
     assert growth(symmetric, positive).growth_class is kind
@@ -125,7 +125,7 @@ def broken(x_RK: torch.Tensor, w_ENK: torch.Tensor, ends_E: torch.Tensor) -> tor
 
 
 def test_a_run_from_command_to_record_to_picture(tmp_path: Path) -> None:
-    """Two subjects: tables and verdict on the terminal, the same document from the record alone, and a picture of it."""
+    """Two subjects: tables and verdict on the terminal, the same document from the record alone, a picture of it."""
     run = diverge("moe_fast:tf32", "torch:loop", *SHORT, "--record", str(tmp_path), "--json")
     assert run.return_value == 0, run.output
     document = json.loads(run.stdout)
@@ -148,13 +148,13 @@ def test_a_run_from_command_to_record_to_picture(tmp_path: Path) -> None:
 
 def test_faults_end_with_code_1() -> None:
     """A wrong product is named, whatever its curve; a broken one too; one that is not there is NOT RUN."""
-    run = diverge(f"{__name__}:scaled", f"{__name__}:broken", f"{__name__}:absent", "--k", "64,256", "--m", "16", "--n", "16",
-                  "--json")
+    subjects = [f"{__name__}:{name}" for name in ("scaled", "broken", "absent")]
+    run = diverge(*subjects, "--k", "64,256", "--m", "16", "--n", "16", "--json")
     assert run.return_value == 1
-    wrong, crashed, absent_line = json.loads(run.stdout)["subjects"]
+    wrong, crashed, missing = json.loads(run.stdout)["subjects"]
     assert any("the result is scaled by 1.01" in fault for fault in wrong["faults"])
     assert (crashed["status"], crashed["faults"]) == ("NOT RUN", ["RuntimeError: illegal memory access"])
-    assert (absent_line["status"], absent_line["reason"], absent_line["faults"]) == ("NOT RUN", "no such kernel here", [])
+    assert (missing["status"], missing["reason"], missing["faults"]) == ("NOT RUN", "no such kernel here", [])
     assert diverge(f"{__name__}:absent", "--k", "64", "--m", "4", "--n", "4").return_value == 4
 
 
@@ -174,7 +174,7 @@ def test_an_accepted_curve_is_held(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("question", "subject", "start"), [
     ("tf32", "moe_fast:tf32", "Does moe_fast:tf32 multiply tf32 operands? Yes"),
-    ("low-precision", "model:sequential-fp16:bf16", "Does model:sequential-fp16:bf16 accumulate in less than fp32? Yes"),
+    ("low-precision", "model:pairwise-fp16:bf16", "Does model:pairwise-fp16:bf16 accumulate in less than fp32? Yes"),
     ("low-precision", "torch:loop", "Does torch:loop accumulate in less than fp32? No: at least"),
     ("bug", "torch:loop", "Does torch:loop compute something else than the product at K = 2048? No")])
 def test_questions_have_answers(question: str, subject: str, start: str) -> None:
@@ -183,7 +183,8 @@ def test_questions_have_answers(question: str, subject: str, start: str) -> None
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    ((), "no subject"), (("torch:loop", "--data", "odd"), "data 'odd'"), (("torch:loop", "--hardware", "cpu"), "hardware"),
+    ((), "no subject"), (("torch:loop", "--data", "odd"), "data 'odd'"),
+    (("torch:loop", "--hardware", "cpu"), "hardware"),
     (("torch:loop", "--k", "64", "--tp", "65"), "tp=65"), (("torch:loop", "--k", "8:4"), "lengths"),
     (("torch:loop", "--baseline", "nowhere.json"), "no such file"), (("--read", "nowhere"), "no such record file")])
 def test_wrong_use(arguments: tuple[str, ...], words: str) -> None:

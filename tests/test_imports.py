@@ -95,6 +95,17 @@ def test_the_judge_needs_no_torch() -> None:
     assert forbidden(("moe_ref/verify/judge.py", "moe_ref/verify/explain.py"), ("torch", "numpy")) == []
 
 
+def test_tolerances_need_no_torch() -> None:
+    """A threshold is read where no tensor is."""
+    assert outside(("moe_ref/tolerances",), ("msgspec", "ruamel.yaml", "moe_ref.contract", "moe_ref.tolerances")) == []
+
+
+def test_arithmetic_and_simulated_layers_know_no_answers() -> None:
+    """Simulated layers run as subjects too, and formats and accumulators are under both sides."""
+    answers = ("moe_ref.oracle", "moe_ref.verify", "moe_ref.report")
+    assert forbidden(("moe_ref/simulated", "moe_ref/numerics"), answers) == []
+
+
 def test_the_child_knows_neither_oracle_nor_judge() -> None:
     """The process that runs the subject must not hold the answers."""
     answers = ("moe_ref.oracle", "moe_ref.verify.measure", "moe_ref.verify.bounds", "moe_ref.verify.judge")

@@ -5,11 +5,12 @@ import torch
 
 from moe_ref.contract.spec import MLP
 from moe_ref.contract.vocabulary import Format
+from moe_ref.oracle.backward.mlp import slope
 from moe_ref.oracle.expert import activation, up_factor
+from moe_ref.tolerances.load import load_tolerances
 from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.bounds.rows import Rows
 from moe_ref.verify.bounds.slopes import activation_slope, curvature, factor_slope
-from moe_ref.tolerances.load import load_tolerances
 from tests.subjects.whole import whole_spec
 
 MODEL = RoundingModel(load_tolerances(), "cpu", Format.FP32)
@@ -27,6 +28,14 @@ def gates(error: float) -> torch.Tensor:
     kinks = torch.tensor([0.0, 0.75, 1.0, 2.0, -1.0, 1.2061], dtype=torch.float64)
     grid = torch.linspace(-12, 12, 4001, dtype=torch.float64)
     return torch.cat([grid, kinks, kinks + error / 2, kinks - error / 2]).float().double()[:, None]
+
+
+def limited_activation(gate: torch.Tensor, mlp: MLP) -> torch.Tensor:
+    """The oracle's activation with its limit."""
+    if mlp.limit is None:
+        return activation(gate, mlp)
+    before = mlp.limit_at == "before"
+    return activation(gate.clamp(max=mlp.limit), mlp) if before else activation(gate, mlp).clamp(max=mlp.limit)
 
 
 @pytest.mark.parametrize("error", ERRORS)
@@ -52,16 +61,10 @@ def test_the_values_are_derivatives(name: str) -> None:
     mlp, gate_R1 = MLPS[name], torch.linspace(-6, 6, 997, dtype=torch.float64)[:, None]
     exact = Rows(gate_R1, torch.zeros_like(gate_R1))
 
-    def limited(gate: torch.Tensor) -> torch.Tensor:
-        if mlp.limit is None:
-            return activation(gate, mlp)
-        before = mlp.limit_at == "before"
-        return activation(gate.clamp(max=mlp.limit), mlp) if before else activation(gate, mlp).clamp(max=mlp.limit)
-
-    for found, function in ((activation_slope(MODEL, exact, mlp, None), limited),
-                            (factor_slope(MODEL, exact, mlp, None), lambda up: up_factor(up, mlp))):
+    for found, function in ((activation_slope(MODEL, exact, mlp, None), limited_activation),
+                            (factor_slope(MODEL, exact, mlp, None), up_factor)):
         leaf = gate_R1.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(function(leaf).sum(), leaf)
+        (slope,) = torch.autograd.grad(function(leaf, mlp).sum(), leaf)
         # Two ways to write the same function in fp64: some dozen roundings each, of terms of order 1 + |gate|.
         assert bool(((found.value - slope).abs() <= 64 * 2.0**-53 * (1 + gate_R1.abs())).all())
 
@@ -86,3 +89,33 @@ def test_a_wrong_derivative_is_outside() -> None:
     passing_R1 = (gate_R1 > 0).double()
     off_R1 = (passing_R1 - clamped.value).abs() > clamped.bound
     assert torch.equal(off_R1, gate_R1 - 1.0 > 2.0**-8 * (1 + 2.0**-14))
+
+
+@pytest.mark.parametrize("name", MLPS)
+@pytest.mark.parametrize("deviation", ERRORS[1:])
+def test_slopes_vary_as_predicted(name: str, deviation: float) -> None:
+    """Gates with Gaussian errors: squared errors of the slope average to the variance, at a kink to no more than it."""
+    mlp, gate_R1 = MLPS[name], gates(deviation)
+    rows = Rows(gate_R1, torch.full_like(gate_R1, 9 * deviation), torch.full_like(gate_R1, deviation**2))
+    moved_RN = gate_R1 + deviation * torch.randn(len(gate_R1), 400, generator=torch.Generator().manual_seed(1),
+                                                 dtype=torch.float64)
+    for bound, function in ((activation_slope(MODEL, rows, mlp, None), limited_activation),
+                            (factor_slope(MODEL, rows, mlp, None), up_factor)):
+        leaf = moved_RN.clone().requires_grad_()
+        (found,) = torch.autograd.grad(function(leaf, mlp).sum(), leaf, materialize_grads=True)
+        mean_R1 = (found - bound.value).square().mean(-1, keepdim=True)
+        assert bound.variance is not None
+        # A mean over 400 squares of a Gaussian is off by 7 %: seven times that, and a little for rounding in fp64.
+        assert bool((mean_R1 <= 1.5 * bound.variance + 2.0**-90).all())
+
+
+def test_a_variance_is_no_larger_than_slopes_vary() -> None:
+    """silu far from its flat places, with errors of a bf16 gate: the prediction is less than twice what is seen."""
+    mlp, deviation = MLPS["silu"], 2.0**-8
+    gate_R1 = torch.linspace(-1.5, 1.5, 61, dtype=torch.float64)[:, None]
+    rows = Rows(gate_R1, torch.full_like(gate_R1, 9 * deviation), torch.full_like(gate_R1, deviation**2))
+    found = activation_slope(MODEL, rows, mlp, None)
+    slope_RN = slope(gate_R1 + deviation * torch.randn(61, 400, generator=torch.Generator().manual_seed(1),
+                                                       dtype=torch.float64), mlp)
+    assert found.variance is not None
+    assert bool((found.variance <= 2 * (slope_RN - found.value).square().mean(-1, keepdim=True)).all())

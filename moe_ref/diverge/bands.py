@@ -8,7 +8,7 @@ import msgspec
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import Format
 from moe_ref.diverge.growth import Growth
-from moe_ref.records.growth import GrowthLine, GrowthRun
+from moe_ref.records.growth import DivergeLine, GrowthLine, GrowthRun
 from moe_ref.records.schema import Number, from_number, to_number
 from moe_ref.tolerances.load import load_tolerances
 from moe_ref.tolerances.schema import GrowthBand
@@ -18,12 +18,13 @@ _SCHEMA = 1
 
 
 class AcceptedCurve(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The law that a subject had when it was accepted, and at which lengths."""
+    """The law that a subject had when it was accepted, at which lengths and on which problem."""
 
     growth_class: str
     exponent: Number
     bits: tuple[Number, Number]
     lengths: list[int]
+    problem: dict[str, Number]
 
 
 class GrowthBaseline(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -56,9 +57,9 @@ def curve_key(subject: str, dtype: str, hardware: str) -> str:
     return f"{subject}, {dtype}, {hardware}"
 
 
-def drift(found: Growth, accepted: AcceptedCurve, lengths: list[int]) -> list[str]:
-    """How a curve moved from the accepted one, in words; curves over other lengths are not compared."""
-    if lengths != accepted.lengths:
+def drift(found: Growth, accepted: AcceptedCurve, lengths: list[int], problem: dict[str, Number]) -> list[str]:
+    """How a curve moved from the accepted one, in words; curves of other problems are not compared."""
+    if (lengths, problem) != (accepted.lengths, accepted.problem):
         return []
     limits, faults = load_tolerances().file.growth.drift, []
     if found.growth_class != accepted.growth_class:
@@ -88,7 +89,7 @@ def read_growth_baseline(path: Path) -> GrowthBaseline:
 def accept_curves(path: Path, run: GrowthRun) -> int:
     """Make a run's curves those of the baseline file, others are kept; returns how many changed."""
     kept = read_growth_baseline(path).curves
-    curves = {curve_key(line.subject, run.header.dtype, line.hardware): _accepted(line, run.header.lengths)
+    curves = {curve_key(line.subject, run.header.dtype, line.hardware): _accepted(line, run.header)
               for line in run.subjects.values() if line.growth_class}
     merged = GrowthBaseline(curves=dict(sorted({**kept, **curves}.items())))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +97,7 @@ def accept_curves(path: Path, run: GrowthRun) -> int:
     return sum(kept.get(key) != curve for key, curve in curves.items())
 
 
-def _accepted(line: GrowthLine, lengths: list[int]) -> AcceptedCurve:
+def _accepted(line: GrowthLine, header: DivergeLine) -> AcceptedCurve:
     low, high = (to_number(round(from_number(bits), 1)) for bits in line.bits)
     return AcceptedCurve(growth_class=line.growth_class, exponent=to_number(round(from_number(line.exponent), 2)),
-                         bits=(low, high), lengths=lengths)
+                         bits=(low, high), lengths=header.lengths, problem=header.sizes)

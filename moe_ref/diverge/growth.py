@@ -65,10 +65,24 @@ def _telling(points: Sequence[Point], least: int = 0, most: float = math.inf) ->
     return [one for one in points if least <= one.terms <= most and one.resolved and one.relative > 0]
 
 
+def _averaging(symmetric: Sequence[Point], positive: Sequence[Point], rules: GrowthRules) -> float:
+    """Error on positive over that on symmetric data, each in roots of summed squares, at the longest short sum.
+
+    Rounded operands make errors that are independent from product to product, so that it is 1; rounded additions follow
+    the sum, which is larger where nothing cancels. nan where no short sum tells.
+    """
+    of = [{one.terms: one.relative / one.spread for one in _telling(points, most=rules.short)}
+          for points in (symmetric, positive)]
+    both = sorted(set(of[0]) & set(of[1]))
+    return of[1][both[-1]] / of[0][both[-1]] if both else math.nan
+
+
 def _classify(symmetric: Sequence[Point], positive: Sequence[Point], slope: float, positive_slope: float,
               bits: float, rules: GrowthRules) -> tuple[GrowthClass, str]:
     """The rules in the order in which they exclude each other."""
-    everywhere, short = _telling(positive), _telling(positive, most=rules.short)
+    if not symmetric or not positive:
+        return GrowthClass.UNCLEAR, "needs both symmetric and positive data (--data unit,positive)"
+    everywhere = _telling(positive)
     highest_share = max((one.share for one in everywhere), default=math.nan)
     lowest = min([bits] + [one.bits for one in positive if one.terms >= rules.long])
     too_small = f"on positive data every sum is too small (signed share {highest_share:+.2f} at most)"
@@ -83,22 +97,22 @@ def _classify(symmetric: Sequence[Point], positive: Sequence[Point], slope: floa
         return GrowthClass.NEAREST, (
             f"at least {lowest:.1f} effective bits on symmetric and positive data, errors of both signs "
             f"(signed share up to {highest_share:+.2f}): fp32 additions rounded to nearest")
-    early = exponent(short)
-    if abs(slope) <= rules.flat and early <= rules.falling:
+    everywhere_slope, averaging = exponent(_telling(symmetric)), _averaging(symmetric, positive, rules)
+    if abs(everywhere_slope) <= rules.flat and averaging <= rules.averaging:
         later = f"; longer positive sums are too small, since what is added up is cut off (K^{positive_slope:.2f})"
         return GrowthClass.INPUT_LIMITED, (
-            f"the error does not grow (K^{slope:.2f}), and on positive data it averages out (K^{early:.2f} up to K = "
-            f"{rules.short}), as operands rounded to nearest do{later * (positive_slope > 0)}")
-    if bits <= rules.narrow_bits and not math.isnan(early):
+            f"the error does not grow (K^{everywhere_slope:.2f}), and on positive data it averages out "
+            f"({averaging:.2f} times what it is on symmetric data, in roots of summed squares), as that of rounded "
+            f"operands does{later * (positive_slope > 0)}")
+    if bits <= rules.narrow_bits and averaging > rules.averaging:
         return GrowthClass.LOW_PRECISION, (
             f"{bits:.1f} effective bits, where fp32 has 24; errors of short positive sums have both signs and do not "
-            f"average out (K^{early:.2f}), so it is the additions that are rounded, to nearest")
+            f"average out ({averaging:.1f} times those on symmetric data, in roots of summed squares), so it is the "
+            "additions that are rounded")
     return GrowthClass.UNCLEAR, _why_unclear(symmetric, positive, bits, rules)
 
 
 def _why_unclear(symmetric: Sequence[Point], positive: Sequence[Point], bits: float, rules: GrowthRules) -> str:
-    if not positive or not symmetric:
-        return "needs both symmetric and positive data (--data unit,positive)"
     if not any(one.terms <= rules.short for one in positive) or sum(one.terms >= rules.long for one in symmetric) < 2:
         return f"needs lengths up to {rules.short} and two from {rules.long} on (--k 64:16384)"
     hidden = sum(not one.resolved for one in (*symmetric, *positive))

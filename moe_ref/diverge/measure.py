@@ -29,7 +29,7 @@ class Point:
     largest error / deterministic bound of what is declared. z: rms of (distance to the rounding cell / predicted sigma)
     from the truth of the declared operands. share: sum of e sign(truth) / sum of |e|: -1 where everything is too small.
     flips, flips_expected: stores that differ from the truth's, found and predicted. one_bit: relative error at 0 bits;
-    predicted: relative error that the declared accumulator predicts.
+    predicted: relative error that the declared accumulator predicts. spread: root of summed squares / value, both rms.
     """
 
     terms: int
@@ -43,6 +43,7 @@ class Point:
     flips_expected: float
     one_bit: float
     predicted: float
+    spread: float
 
 
 def rms(values: torch.Tensor) -> float:
@@ -80,7 +81,8 @@ def measure(y_RN: torch.Tensor, truth: Truth, declared_truth: Truth, declared: D
     return Point(terms=terms, relative=relative, bits=math.log2(one_bit / relative) if relative else math.inf,
                  resolved=resolved, ratio=float((residual_RN.abs() / bound_RN).max()),
                  z=rms(residual_RN / variance_RN.sqrt()), share=share, flips=flips, flips_expected=expected,
-                 one_bit=one_bit, predicted=rms(variance_RN.sqrt()) / rms(value_RN))
+                 one_bit=one_bit, predicted=rms(variance_RN.sqrt()) / rms(value_RN),
+                 spread=rms(truth.gauges.squares.sqrt()) / rms(value_RN))
 
 
 def signed_share(error_RN: torch.Tensor, value_RN: torch.Tensor) -> float:

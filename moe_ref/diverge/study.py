@@ -1,4 +1,4 @@
-"""One run of `moe-ref diverge`: curves of every subject, their laws, what their errors are made of, and why others differ from the first."""
+"""One run of `moe-ref diverge`: every subject's curve, its law, what its error is made of, and why others differ."""
 
 import time
 import uuid
@@ -115,12 +115,15 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _header(plan: GrowthPlan, run: str, environment: dict[str, str]) -> DivergeLine:
+def _sizes(plan: GrowthPlan) -> dict[str, Number]:
     problem = plan.problem
-    sizes: dict[str, Number] = {"rows": problem.rows, "columns": problem.columns, "experts": problem.experts,
-                                "skew": problem.skew, "tp": problem.tp}
-    return DivergeLine(run=run, started=_now(), subjects=list(plan.subjects), lengths=list(plan.lengths), sizes=sizes,
-                       dtype=problem.dtype, data=list(plan.data), seeds=plan.seeds,
+    return {"rows": problem.rows, "columns": problem.columns, "experts": problem.experts, "skew": problem.skew,
+            "tp": problem.tp, "seed": problem.seed, "seeds": plan.seeds}
+
+
+def _header(plan: GrowthPlan, run: str, environment: dict[str, str]) -> DivergeLine:
+    return DivergeLine(run=run, started=_now(), subjects=list(plan.subjects), lengths=list(plan.lengths),
+                       sizes=_sizes(plan), dtype=plan.problem.dtype, data=list(plan.data),
                        device=plan.place.device, hardware=plan.place.hardware, environment=environment,
                        tolerances_digest=load_tolerances().digest)
 
@@ -180,7 +183,8 @@ def _growth_line(plan: GrowthPlan, run: str, curve: Curve) -> GrowthLine:
     faults += band_faults(law, band) if band else []
     faults += [curve.finding.words] if curve.finding and curve.finding.is_mistake else []
     accepted = plan.accepted.get(curve_key(subject.name, plan.problem.dtype, hardware))
-    faults += [f"drift: {words}" for words in drift(law, accepted, list(plan.lengths))] if accepted else []
+    if accepted:
+        faults += [f"drift: {words}" for words in drift(law, accepted, list(plan.lengths), _sizes(plan))]
     return GrowthLine(
         run=run, subject=subject.name, status=curve.status, reason=subject.note, hardware=hardware,
         declared=subject.declared.words, stored=curve.stored,

@@ -25,7 +25,7 @@ def exponent(value: torch.Tensor) -> torch.Tensor:
 def unit_in_last_place(value: torch.Tensor, stored: Format) -> torch.Tensor:
     """Distance of the format's numbers in the binade of each fp64 value; that of subnormals below the smallest."""
     one = entry(stored)
-    return _power(_exponent(value, one) - (one.significand_bits - 1))
+    return power_of_two(_exponent(value, one) - (one.significand_bits - 1))
 
 
 def round_to(value: torch.Tensor, stored: Format, mode: Mode = "nearest") -> torch.Tensor:
@@ -36,9 +36,10 @@ def round_to(value: torch.Tensor, stored: Format, mode: Mode = "nearest") -> tor
     if stored is Format.FP64:
         return value
     one = entry(stored)
-    scaled = torch.ldexp(value, (one.significand_bits - 1) - _exponent(value, one))
+    unit = power_of_two(_exponent(value, one) - (one.significand_bits - 1))
+    scaled = value / unit
     whole = torch.round(scaled) if mode == "nearest" else torch.trunc(scaled)
-    rounded = torch.ldexp(whole, _exponent(value, one) - (one.significand_bits - 1))
+    rounded = whole * unit
     over = rounded.abs() > one.max
     saturates = mode == "truncate" or stored is Format.E4M3
     limit = torch.full_like(value, one.max if saturates else torch.inf) * value.sign()
@@ -81,5 +82,10 @@ def _exponent(value: torch.Tensor, one: FormatEntry) -> torch.Tensor:
     return torch.where(value == 0, one.min_exponent, exponent(value)).clamp(min=one.min_exponent)
 
 
-def _power(exponent_of_two: torch.Tensor) -> torch.Tensor:
-    return torch.ldexp(torch.ones(exponent_of_two.shape, dtype=torch.float64), exponent_of_two)
+def power_of_two(exponent_of_two: torch.Tensor) -> torch.Tensor:
+    """2^exponent in fp64 for whole exponents from -1022 to 1023, others are clamped.
+
+    torch.ldexp takes the power in fp32 for integer exponents in some versions: https://github.com/pytorch/pytorch/issues/133267.
+    """
+    bits = (exponent_of_two.long().clamp(-1022, 1023) + 1023) << 52
+    return bits.view(torch.float64)

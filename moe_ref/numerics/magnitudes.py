@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from moe_ref.numerics.formats import power_of_two
+
 _FP32_UNIT = 2.0**-24
 
 
@@ -61,7 +63,7 @@ def nonnegative_product(a_MK: torch.Tensor, w_NK: torch.Tensor, power: int,
         return a_MK @ w_NK.double().abs().pow(power).T
     # Scales stay within what fp64 can scale by.
     a_exponent = torch.frexp(largest_M1).exponent.clamp(min=-1000)
-    product = torch.ldexp(a_MK, -a_exponent).float() @ of_w.scaled_NK.T
+    product = (a_MK * power_of_two(-a_exponent)).float() @ of_w.scaled_NK.T
     # Rounding of both operands and of a square, of each product and each addition; and what underflowed.
     widened = product.double().mul_(1 + (terms + 6) * 2 * _FP32_UNIT).add_(4 * terms * 2.0**-149)
-    return torch.ldexp(widened, a_exponent + int(power * of_w.exponent))
+    return widened.mul_(power_of_two(a_exponent)).mul_(2.0 ** (power * of_w.exponent))

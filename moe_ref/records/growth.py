@@ -13,7 +13,10 @@ from moe_ref.records.store import FILE_NAME
 
 
 class DivergeLine(msgspec.Struct, frozen=True, kw_only=True, tag="diverge", tag_field="type"):
-    """First line: the problems, the subjects asked for, where they ran, and the hardware class that is predicted."""
+    """First line: the problems, the subjects asked for, where they ran, and the hardware class that is predicted.
+
+    sizes: rows, columns, experts, skew, tp, seed, and seeds, the number of draws that are measured as one.
+    """
 
     schema: int = SCHEMA
     run: str
@@ -23,7 +26,6 @@ class DivergeLine(msgspec.Struct, frozen=True, kw_only=True, tag="diverge", tag_
     sizes: dict[str, Number]
     dtype: str
     data: list[str]
-    seeds: int
     device: str
     hardware: str
     environment: dict[str, str]
@@ -44,6 +46,7 @@ class PointResult(msgspec.Struct, frozen=True, kw_only=True):
     flips_expected: Number
     one_bit: Number
     predicted: Number
+    spread: Number
 
 
 class BandResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,7 +97,7 @@ class GrowthLine(msgspec.Struct, frozen=True, kw_only=True, tag="growth", tag_fi
 
 
 class DifferenceLine(msgspec.Struct, frozen=True, kw_only=True, tag="difference", tag_field="type"):
-    """Why a subject differs from the first. answer: no, yes or loss, to "is it a bug?"; relative: rms difference / rms truth."""
+    """Why a subject differs from the first. answer: no, yes or loss, to "is it a bug?"; relative: rms, of the truth."""
 
     schema: int = SCHEMA
     run: str

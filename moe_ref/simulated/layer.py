@@ -36,7 +36,8 @@ STAGES = (Stage.LOGITS, Stage.IDS, Stage.WEIGHTS, Stage.GATE_UP, Stage.ACT, Stag
 
 def capabilities(name: str, numerics: dict[Dtype, Numerics]) -> Capabilities:
     """What a simulated layer can do: softmax or sigmoid routers, gated experts, tensor parallelism, one all-reduce."""
-    scope: dict[str, Any] = {"deterministic": True, "equal_ranks": True, "lower_id_ties": True}
+    scope: dict[str, Any] = {"deterministic": True, "equal_ranks": True, "lower_id_ties": True,
+                             "injected_routing": True}
     return Capabilities(name=name, version="1", numerics=numerics, stages=STAGES, devices=("cpu",),
                         activations=("silu", "gelu", "gelu_tanh"), scores=("softmax", "sigmoid"),
                         features=(Feature.DENSE, Feature.MLP_BIAS, Feature.EPSILON_CLAMP, Feature.RESIDUAL), max_tp=64,

@@ -138,7 +138,8 @@ class GrowthRules(Entry, frozen=True):
 
     long: exponents are fitted from this length on; short: up to this length positive sums do not stagnate. one_sided:
     signed share at which all errors have one sign. nearest_bits: least level of fp32; narrow_bits: largest level of a
-    narrow accumulator. flat, growing: largest and least exponents; falling: that of rounded operands on positive data.
+    narrow accumulator. flat, growing: largest and least exponents. averaging: how many times larger, in roots of summed
+    squares, errors of rounded operands may be on positive data than on symmetric data.
     """
 
     long: Count
@@ -147,7 +148,7 @@ class GrowthRules(Entry, frozen=True):
     nearest_bits: Positive
     narrow_bits: Positive
     flat: Slope
-    falling: Slope
+    averaging: Positive
     growing: Slope
 
 

@@ -25,7 +25,7 @@ def explain(line: CaseLine, case: Case) -> str:
         lines.append("  stages  " + " | ".join(_stage(stage, line.first_stage) for stage in line.stages))
     if culprit is not None:
         output = next((stage for stage in line.stages if stage.stage == Stage.OUTPUT), None)
-        lines += _where(culprit, case, output)
+        lines += _where(culprit, case, output, _differs(line, culprit))
     if line.same_bits is not None:
         lines.append(f"  again   {line.runs} runs, {'same bits' if line.same_bits else 'different bits'}")
     lines.append(f"  replay  {line.replay}")
@@ -42,7 +42,17 @@ def _stage(stage: StageResult, first_stage: str | None) -> str:
     return f"{stage.stage} {text}" + (" FAIL" if stage.stage == first_stage and not stage.exact else "")
 
 
-def _where(stage: StageResult, case: Case, output: StageResult | None) -> list[str]:
+def _differs(line: CaseLine, stage: StageResult) -> str:
+    """What check B says of a stage, in words."""
+    found = next((one for one in line.semantic if one.stage == stage.stage), None)
+    if found is None:
+        return ""
+    subject, siblings = from_number(found.subject_share), from_number(found.sibling_share)
+    return (f"{subject:.1%} of {stage.stage} differ from layers that round as declared, {siblings:.1%} of those from "
+            f"each other")
+
+
+def _where(stage: StageResult, case: Case, output: StageResult | None, differs: str) -> list[str]:
     spec, tokens = case.problem.spec, case.problem.num_tokens
     parts = []
     if stage.num_bad_tokens or stage.exact:
@@ -63,6 +73,8 @@ def _where(stage: StageResult, case: Case, output: StageResult | None) -> list[s
                      f"allowed {worst.allowed}")
     if words := likely(stage, case, output):
         lines.append(f"  likely  looks like {words}")
+    elif differs:
+        lines.append(f"  rounds  {differs}")
     if stage.is_probe:
         lines.append("  bound   none: sums are exact in any order, so right results agree to the bit")
         return lines

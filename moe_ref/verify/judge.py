@@ -199,7 +199,8 @@ def describe(stage: StageResult) -> str:
         one = over[0]
         return (f"{stage.stage}: {_STATISTIC_WORDS[one.name]} {from_number(one.value):.3g}, "
                 f"but should be at most {from_number(one.allowed):.3g}")
-    head = f"{stage.stage}: {f'{ratio:.3g}x' if math.isfinite(ratio) else 'infinitely'} over bound"
+    over_what = "bound" if from_number(stage.bound_ratio) > 1 else "what is likely"
+    head = f"{stage.stage}: {f'{ratio:.3g}x' if math.isfinite(ratio) else 'infinitely'} over {over_what}"
     experts = f", expert {_list_numbers(stage.bad_experts)}" if stage.bad_experts else ""
     ranks = f", rank {_list_numbers(stage.bad_ranks)}" if stage.bad_ranks else ""
     tokens = f", {stage.num_bad_tokens} token{'s' * (stage.num_bad_tokens != 1)}" if stage.num_bad_tokens else ""

@@ -9,6 +9,8 @@ _NEAR = 0.02
 """How far from a whole multiple a best-fit scale may be: roundings and a residual move it."""
 _ORDER_TOO = "; or parts of the ranks in another order beside a right residual"
 _SHOWN_ONLY = (Stage.GATE_UP, Stage.ACT, Stage.DOWN, Stage.SHARED, Stage.MERGED)
+_ROUNDINGS = 4.0
+"""What is off by a few times its rigorous bound is off by a few roundings; other mistakes are off by much more."""
 _UNRELATED = 0.2
 """Below this scale got and want have little in common; numbers of another rank have about 0."""
 
@@ -17,6 +19,8 @@ def likely(stage: StageResult, case: Case, output: StageResult | None = None) ->
     """Words for it; empty where numbers fit no known mistake. output: how the whole layer compares."""
     if (stage.exact and not stage.is_probe) or not stage.num_bad:
         return ""
+    if not stage.is_probe and from_number(stage.bound_ratio) <= _ROUNDINGS < from_number(stage.ratio):
+        return _arithmetic(stage)
     if output is not None and stage.stage in _SHOWN_ONLY and from_number(output.ratio) <= 1:
         return ("a stage shown or declared otherwise than it is computed, if the output, within its wider bound, is "
                 "right: rows in (token, slot) order? weight_at? a store left out?")
@@ -25,6 +29,12 @@ def likely(stage: StageResult, case: Case, output: StageResult | None = None) ->
     shares = rank_shares(case)
     return (_of_scale(stage, case) or _of_ranks(stage, case, shares) or _of_tokens(stage, case, shares)
             or _of_order(stage, case))
+
+
+def _arithmetic(stage: StageResult) -> str:
+    """Every element is near its rigorous bound or inside, but not as the declared arithmetic makes it."""
+    return (f"other arithmetic than declared, {from_number(stage.sigmas):.3g} sigmas off: fewer bits in a sum or in its "
+            "operands, a rounding more or less, or a store that truncates; a factor near 1")
 
 
 def _of_scale(stage: StageResult, case: Case) -> str:

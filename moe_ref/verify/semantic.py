@@ -22,6 +22,9 @@ from moe_ref.verify.measure.placing import RankTensors
 
 SIBLINGS: tuple[tuple[Order, Reduction], ...] = (("sequential", "rank_order"), ("pairwise", "ring"))
 
+LARGEST_CASE = 2**26
+"""Products of one projection of a case that siblings are made for after a mismatch."""
+
 COMPARED = (Stage.GATE_UP, Stage.ACT, Stage.DOWN, Stage.MERGED, Stage.REDUCED)
 
 
@@ -46,6 +49,12 @@ class Semantic:
 
     stages: tuple[SemanticStage, ...]
     reason: str = ""
+
+
+def small_enough(case: Case) -> bool:
+    """Whether siblings, whose additions are rounded one by one, take seconds and not minutes."""
+    spec = case.problem.spec
+    return case.problem.num_tokens * spec.top_k * spec.hidden_size * spec.intermediate_size <= LARGEST_CASE
 
 
 def semantic(case: Case, inputs: Inputs, ranks: list[RankTensors], numerics: Numerics) -> Semantic:

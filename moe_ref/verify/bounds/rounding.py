@@ -14,7 +14,7 @@ from moe_ref.contract.capabilities import Numerics
 from moe_ref.contract.spec import Router
 from moe_ref.contract.vocabulary import Dtype, Format
 from moe_ref.numerics.accumulation import LOST, ROUNDING, Accumulation, running_sum, sorted_sum
-from moe_ref.numerics.formats import unit_in_last_place
+from moe_ref.numerics.formats import power_of_two, unit_in_last_place
 from moe_ref.numerics.gauges import Gauges
 from moe_ref.oracle.router import capped, softplus
 from moe_ref.verify.bounds.rows import Rows, total_variance
@@ -136,7 +136,7 @@ class RoundingModel:
         # frexp has magnitude in [2^(e-1), 2^e), where one ulp is 2^(e-p); half of it is 2^(e-p-1). It says e = 0 for 0.
         floor = entry.min_exponent + 1
         exponent = torch.where(magnitude == 0, floor, torch.frexp(magnitude).exponent.clamp(min=floor))
-        half = torch.ldexp(torch.ones_like(magnitude), exponent - entry.significand_bits - 1) + FLUSH
+        half = power_of_two(exponent - entry.significand_bits - 1) + FLUSH
         # Beyond the largest finite value an infinity is right too, so nothing bounds the error.
         return torch.where(magnitude < entry.max, half, torch.inf)
 

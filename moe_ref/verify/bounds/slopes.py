@@ -76,9 +76,11 @@ def _moved(gate: Rows, inside: torch.Tensor, mlp: MLP) -> torch.Tensor | None:
         return None
     if mlp.activation == "relu":
         return torch.zeros_like(inside)
-    reach, free = _REACH * gate.variance.sqrt(), slope(inside, mlp)
+    # relu_squared is flat below 0: farther out nothing would be predicted of what is not 0.
+    deviations = _BEYOND if mlp.activation == "relu_squared" else _REACH
+    reach, free = deviations * gate.variance.sqrt(), slope(inside, mlp)
     change = torch.maximum((slope(inside + reach, mlp) - free).abs(), (slope(inside - reach, mlp) - free).abs())
-    return (change / _REACH).square()
+    return (change / deviations).square()
 
 
 def _reaches(rows: Rows, distance: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ Each is measured as the subject would be, with the wanted values changed as the 
 for all: that with the most rows. A mistake that a case cannot have, or that no shown stage is meant to see, is absent.
 """
 
+import math
 from collections.abc import Container, Mapping
 from dataclasses import replace
 
@@ -38,7 +39,8 @@ SAMPLED_ROWS = 8
 class Mutants:
     """Collects the factors of one case while its rows pass by; `found` has those that exist.
 
-    shown: stages that the subject shows. meters: of which the thresholds are taken, and nothing is changed.
+    shown: stages that the subject shows. meters: of which the thresholds are taken, and nothing is changed. signal: root
+    mean square of a token's output over that of what is allowed, the median of all tokens.
     """
 
     def __init__(self, inputs: Inputs, steps: Steps, shares: tuple[RankShare, ...], followed: FollowedRouting,
@@ -50,7 +52,8 @@ class Mutants:
                            if stage in shown and self._rounds_once(stage)]
         self.weighs_rows = (steps.numerics.weight_at == "down" and not steps.on_input and steps.spec.router is not None
                             and not self._hides_stores(Stage.DOWN))
-        self.lost_parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.signal, self.lost_parts = math.inf, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]()
+        self.widest = max(shares, key=lambda share: share.columns[1] - share.columns[0])
         self.at_output: dict[str, torch.Tensor] = {}
 
     def weights(self, want: Rows) -> None:
@@ -84,9 +87,13 @@ class Mutants:
         joined = steps.on_input or steps.act_weight(weight) is not None
         self._output_changed("k_tile", token_R, row_RH if joined else weight.value * row_RH)
 
-    def part_lost(self, token_R: torch.Tensor, sum_R: torch.Tensor, part: Rows) -> None:
-        """tp_partial: rows of this expert on the first of several tp ranks, and the partial sums that they join."""
-        self.lost_parts.append((token_R, sum_R, self._halved(part.value)))
+    def part_lost(self, token_R: torch.Tensor, first_R: torch.Tensor, parts: list[Rows], reduces_rows: bool) -> None:
+        """tp_partial: rows of this expert as each tp rank adds them; the sum that those of the first rank join.
+
+        The widest rank's are lost; reduces_rows: there is one sum for all.
+        """
+        lost = self.widest.tp_rank
+        self.lost_parts.append((token_R, first_R if reduces_rows else first_R + lost, self._halved(parts[lost].value)))
 
     def stored(self, stage: Stage, want: Rows, place: Place) -> None:
         """store_rz in the first rows of each stage, and w_1ulp in rows that are stored with their weight."""
@@ -112,22 +119,36 @@ class Mutants:
         """tp_partial where partial sums are shown; else it is left to the output."""
         for token_R, sum_R, part_RH in self.lost_parts:
             if Stage.MERGED not in self.shown:
-                self._output_changed("tp_partial", token_R, part_RH)
+                columns = range(*self.widest.outputs)
+                whole_RH = torch.zeros(len(token_R), sums.value.shape[-1], dtype=torch.float64)
+                whole_RH[:, columns.start:columns.stop] = part_RH
+                self._output_changed("tp_partial", token_R, whole_RH)
                 continue
-            columns = self.shares[0].outputs
             want = Rows(sums.value[sum_R, token_R], sums.bound[sum_R, token_R], sums.variance[sum_R, token_R],
                         None if sums.unrounded is None else sums.unrounded[sum_R, token_R], sums.stored)
-            want = want.masked(~self.followed.judged_T[token_R, None]).columns(*columns)
+            want = want.masked(~self.followed.judged_T[token_R, None]).columns(*self.widest.outputs)
             self._rows_changed("tp_partial", Stage.MERGED, want.value - part_RH, want, Place(0, token_R))
 
     def output(self, judged: Rows, statistics: OutputStatistics, intermediate: int) -> None:
         """What only the output shows: at its elements or by its statistics; see OutputStatistics.finish."""
+        self.signal = self._signal(judged)
         for name, error_TH in self.at_output.items():
             token_R = error_TH.any(-1).nonzero().flatten()
+            if not len(token_R):
+                continue
             self._rows_changed(name, Stage.OUTPUT, (judged.value + error_TH)[token_R], judged.rows(token_R),
                                Place(0, token_R))
             for one in statistics.finish(judged, intermediate, error_TH):
                 self._keep(name, from_number(one.value) / from_number(one.allowed), f"{Stage.OUTPUT} {one.name}")
+
+    def _signal(self, judged: Rows) -> float:
+        assert judged.variance is not None
+        allowed_TH = torch.minimum(judged.bound, self.meters[Stage.OUTPUT].sigmas_allowed * judged.variance.sqrt())
+        known_T = torch.isfinite(allowed_TH).all(-1) & (allowed_TH > 0).all(-1)
+        if self.expert is None or not bool(known_T.any()):
+            return math.inf
+        squares_T = (judged.value[known_T].square().sum(-1) / allowed_TH[known_T].square().sum(-1))
+        return float(squares_T.median().sqrt())
 
     def _rounds_once(self, stage: Stage) -> bool:
         """Whether a stage is stored in fewer bits than sums have, and nothing that it is made of is, and hidden."""
@@ -154,7 +175,7 @@ class Mutants:
 
     def _output_changed(self, name: str, token_R: torch.Tensor, change_RH: torch.Tensor) -> None:
         error_TH = self.at_output.setdefault(name, torch.zeros(self.inputs.x_TH.shape, dtype=torch.float64))
-        error_TH[token_R, slice(*self.shares[0].outputs)] += change_RH
+        error_TH[token_R] += change_RH
 
     def _rows_changed(self, name: str, stage: Stage, changed: torch.Tensor, want: Rows, place: Place) -> None:
         """A change of nothing is no mistake."""

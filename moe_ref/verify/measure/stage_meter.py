@@ -48,6 +48,7 @@ class StageMeter:
     exact: bool = False
     sigmas: float = 0.0
     ratio: float = 0.0
+    bound_ratio: float = 0.0
     power: float = 0.0
     worst: Worst | None = None
     num_checked: int = 0
@@ -59,7 +60,6 @@ class StageMeter:
     bias_sum: float = 0.0
     got_want: float = 0.0
     want_want: float = 0.0
-    allowed_allowed: float = 0.0
     notes: list[str] = field(default_factory=list)
     statistics: list[Statistic] = field(default_factory=list)
 
@@ -78,11 +78,14 @@ class StageMeter:
         clean = math.isfinite(float(got.sum() + value.sum() + want.bound.sum() + variance.sum()))
         allowed, beyond = self._allowed(got, want, clean)
         ratio = self._ratios(got, value, want.bound, clean)
+        bounded = ratio
         regular = None if clean else torch.isfinite(got) & torch.isfinite(value)
         ratio = torch.maximum(ratio, beyond if regular is None else torch.where(regular, beyond, 0.0))
         if self.tainted_T is not None and place.token_R is not None:
             lost = torch.where(torch.isfinite(got) & ~torch.isfinite(value), math.inf, 0.0)
-            ratio = torch.where(self.tainted_T[place.token_R][:, None], lost, ratio)
+            ratio, bounded = (torch.where(self.tainted_T[place.token_R][:, None], lost, one)
+                              for one in (ratio, bounded))
+        self.bound_ratio = max(self.bound_ratio, float(bounded.max()))
         self.num_checked += ratio.numel()
         self._add_sums(got, value, allowed, regular)
         wanted = torch.where((value == 0) | ~torch.isfinite(value), 0.0, value.abs() / allowed)
@@ -107,7 +110,6 @@ class StageMeter:
             allowed == 0, 0.0).sum())
         self.got_want += float((got * value).sum())
         self.want_want += float((value * value).sum())
-        self.allowed_allowed += float((allowed * allowed).sum())
 
     def _allowed(self, got: torch.Tensor, want: Rows, clean: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """The smaller of the bound and of what is likely, and the error beyond the stored number's cell over the latter.
@@ -162,16 +164,12 @@ class StageMeter:
         if place.expert is not None:
             self.experts.add(place.expert)
 
-    @property
-    def signal(self) -> float:
-        """Root mean square of what is wanted over that of what is allowed; infinite where nothing is."""
-        return math.sqrt(self.want_want / self.allowed_allowed) if self.allowed_allowed else math.inf
-
     def result(self) -> StageResult:
         """The numbers of the stage."""
         tiles = -(-self.num_columns // TILE)
         return StageResult(
-            stage=self.stage, ratio=to_number(self.ratio), exact=self.exact, num_checked=self.num_checked,
+            stage=self.stage, ratio=to_number(self.ratio), bound_ratio=to_number(self.bound_ratio),
+            exact=self.exact, num_checked=self.num_checked,
             num_bad=self.num_bad,
             worst=self.worst, num_bad_tokens=len(self.tokens), bad_tokens=sorted(self.tokens)[:NAMED_TOKENS],
             bad_experts=sorted(self.experts), bad_ranks=sorted(self.ranks), bad_tiles=sorted(self.tiles),

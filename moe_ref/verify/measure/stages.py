@@ -132,9 +132,9 @@ class Comparison:
                                    self.fed.by_output or share.tp_rank == 0)
             parts.append(self._judge_down(share, chosen, want, own_weight))
         if chosen.expert == self.mutants.expert and tp > 1:
-            sum_R = torch.zeros_like(chosen.token_R) if self.fed.reduces_rows else tp * self.fed.home_ep(
+            first_R = torch.zeros_like(chosen.token_R) if self.fed.reduces_rows else tp * self.fed.home_ep(
                 chosen.token_R, chosen.server_R)
-            self.mutants.part_lost(chosen.token_R, sum_R, parts[0])
+            self.mutants.part_lost(chosen.token_R, first_R, parts, self.fed.reduces_rows)
         self.fed.add_routed(parts, chosen.token_R, chosen.server_R)
 
     def _fed_columns(self, share: RankShare, chosen: Chosen, expert: ExpertWeights, real: ExpertRows,
@@ -321,5 +321,5 @@ def measure(case: Case, inputs: Inputs, ranks: list[RankTensors], capabilities: 
     if routing.weights is not None:
         comparison.mutants.weights(routing.weights)
     return Measurement(stages, power=zeros(comparison.meters, ranks[0]), unjudged_tokens=unjudged,
-                       mutants=comparison.mutants.found, signal=comparison.meters[Stage.OUTPUT].signal,
+                       mutants=comparison.mutants.found, signal=comparison.mutants.signal,
                        differing_ranks=tuple(comparison.differing_ranks), rows_moved=comparison.rows_moved())

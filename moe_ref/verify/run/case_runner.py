@@ -19,7 +19,7 @@ from moe_ref.contract.shares import rank_shares
 from moe_ref.contract.vocabulary import Dtype, Ranks, Verdict
 from moe_ref.contract.volume import transfers
 from moe_ref.inputs.build import build_inputs
-from moe_ref.records.schema import CaseLine, CollectiveCount, Implementation, MutantLine, to_number
+from moe_ref.records.schema import CaseLine, CollectiveCount, Implementation, MutantLine, SemanticLine, to_number
 from moe_ref.tiers.tiers import PlannedCase
 from moe_ref.tolerances.load import Tolerances
 from moe_ref.tolerances.schema import PowerGuard
@@ -33,6 +33,7 @@ from moe_ref.verify.measure.measurement import Measurement
 from moe_ref.verify.run.batches import LEFT_OUT, SAME, left_out
 from moe_ref.verify.run.children import Answer, ChildDied, ChildHung
 from moe_ref.verify.run.last_words import cut_lines
+from moe_ref.verify.semantic import Semantic, semantic, small_enough
 from moe_ref.verify.waived import speaks_for_all, waived
 
 
@@ -168,7 +169,16 @@ def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> Case
         measured.append(measurement)
     # Runs that differ are all judged.
     index, judgement = speaks_for_all(judged, find_waiver)
-    return _line(planned, settings, judgement, answer, measured[index], time.monotonic() - started)
+    compared = []
+    if judgement.verdict is Verdict.MISMATCH and small_enough(case):
+        compared = _semantic_lines(semantic(case, inputs, answer.runs[index], capabilities.numerics[case.problem.dtype]))
+    return _line(planned, settings, judgement, answer, measured[index], time.monotonic() - started, compared)
+
+
+def _semantic_lines(found: Semantic) -> list[SemanticLine]:
+    return [SemanticLine(stage=one.stage, subject_share=to_number(one.subject_share),
+                         sibling_share=to_number(one.sibling_share), ratio=to_number(one.ratio))
+            for one in found.stages]
 
 
 def needed(power_guard: PowerGuard, dtype: Dtype) -> Guard:
@@ -205,7 +215,8 @@ def wanted_calls(case: Case, measurement: Measurement) -> tuple[WantedCalls, ...
 
 
 def _line(planned: PlannedCase, settings: RunSettings, judgement: Judgement, answer: Answer | None = None,
-          measurement: Measurement | None = None, oracle_seconds: float = 0.0) -> CaseLine:
+          measurement: Measurement | None = None, oracle_seconds: float = 0.0,
+          compared: list[SemanticLine] | None = None) -> CaseLine:
     reply, case_id = answer.reply if answer else Reply(ranks=[]), planned.case_id
     command = "moe-ref"
     if planned.ranks is Ranks.TORCHRUN:
@@ -225,7 +236,7 @@ def _line(planned: PlannedCase, settings: RunSettings, judgement: Judgement, ans
         else reply.batches, numerics=numerics_words(numerics),
         power=to_number(measurement.power) if measurement else 0.0,
         mutants=mutants, signal=to_number(measurement.signal) if measurement else 0.0,
-        inputs_digest=reply.inputs_digest,
+        semantic=compared or [], inputs_digest=reply.inputs_digest,
         subject_seconds=round(reply.seconds, 4), oracle_seconds=round(oracle_seconds, 4), replay=replay)
     return msgspec.structs.replace(line, message=explain(line, planned.case))
 
