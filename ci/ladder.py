@@ -34,8 +34,8 @@ from moe_ref.inputs.build import Inputs, build_inputs, build_shards, cut_tokens
 from moe_ref.oracle import expert as formula
 from moe_ref.oracle.router import route
 from moe_ref.records.schema import from_number
-from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.tolerances.load import load_tolerances
+from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.measure.stages import measure
 
 CASE = "v1-T48.H256.I2048.E8.K2-bf16-norm"

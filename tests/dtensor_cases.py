@@ -12,9 +12,9 @@ import moe_ref
 from moe_ref import MLP, MoESpec, MoEWeights, Router, SharedExpert
 from moe_ref.contract.vocabulary import Dtype, Format
 from moe_ref.oracle.backward.layer import moe_backward
+from moe_ref.tolerances.load import load_tolerances
 from moe_ref.verify.bounds.output import output_bound
 from moe_ref.verify.bounds.rounding import RoundingModel
-from moe_ref.tolerances.load import load_tolerances
 from tests.backward_bound import Named, bounds, excess, named, num_roundings
 from tests.backward_cases import Inputs, draw
 

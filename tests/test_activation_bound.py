@@ -14,10 +14,10 @@ from moe_ref.contract.dtypes import TORCH_DTYPES
 from moe_ref.contract.spec import MLP
 from moe_ref.contract.vocabulary import Format
 from moe_ref.oracle import expert as formula
+from moe_ref.tolerances.load import load_tolerances
 from moe_ref.verify.bounds.activation import activated
 from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.bounds.rows import Rows, exact
-from moe_ref.tolerances.load import load_tolerances
 
 MODEL = RoundingModel(load_tolerances(), "cpu", Format.FP32)
 

@@ -22,10 +22,10 @@ from moe_ref.contract.weights import ExpertWeights
 from moe_ref.inputs.build import GeneratedWeights, Inputs, build_inputs
 from moe_ref.oracle import expert as formula
 from moe_ref.records.schema import from_number
+from moe_ref.tolerances.load import load_tolerances
 from moe_ref.verify.bounds.activation import SLOPE, activated
 from moe_ref.verify.bounds.rounding import FLUSH, RoundingModel, gamma
 from moe_ref.verify.bounds.rows import exact
-from moe_ref.tolerances.load import load_tolerances
 from moe_ref.verify.measure.stages import measure
 
 SHOWN = (Stage.LOGITS, Stage.IDS, Stage.WEIGHTS, Stage.ACT, Stage.DOWN, Stage.MERGED, Stage.REDUCED)

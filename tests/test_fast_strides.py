@@ -8,9 +8,9 @@ import moe_ref
 from moe_ref.contract.spec import MoESpec, Router, SharedExpert
 from moe_ref.contract.vocabulary import Dtype, Format
 from moe_ref.contract.weights import MoEWeights, parameter_shapes
+from moe_ref.tolerances.load import load_tolerances
 from moe_ref.verify.bounds.output import output_bound
 from moe_ref.verify.bounds.rounding import RoundingModel
-from moe_ref.tolerances.load import load_tolerances
 
 SPEC = MoESpec(hidden_size=24, intermediate_size=20, router=Router(num_experts=4, top_k=2),
                shared=SharedExpert(intermediate_size=12, gate="sigmoid"))

@@ -13,8 +13,8 @@ from moe_ref.contract.vocabulary import Stage, Verdict, gradient_stage
 from moe_ref.contract.weights import EXPERT_PARAMETERS, SHARED_PARAMETERS, WHOLE_PARAMETERS, MoEWeights
 from moe_ref.inputs.build import GeneratedWeights, build_inputs, output_gradient
 from moe_ref.records.schema import from_number
-from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.tolerances.load import load_tolerances
+from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.measure.gradients import measure_case
 from tests.in_process import judged
 from tests.subjects import gradients as rounded

@@ -19,8 +19,8 @@ from moe_ref.inputs.build import Inputs, build_inputs
 from moe_ref.oracle import expert as formula
 from moe_ref.oracle.router import route
 from moe_ref.records.schema import StageResult, from_number
-from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.tolerances.load import load_tolerances
+from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.bounds.rows import Rows
 from moe_ref.verify.judge import failing
 from moe_ref.verify.measure.measurement import Measurement

@@ -18,9 +18,9 @@ from moe_ref.contract.vocabulary import Data, Dtype, Format, Stage
 from moe_ref.inputs.build import Inputs, build_inputs, build_shards
 from moe_ref.oracle.layer import experts
 from moe_ref.tiers.tiers import tier
+from moe_ref.tolerances.load import load_tolerances
 from moe_ref.verify.bounds.output import output_bound
 from moe_ref.verify.bounds.rounding import RoundingModel
-from moe_ref.tolerances.load import load_tolerances
 from tests.subjects.base import Call
 from tests.subjects.mistaken_experts import MeanAsSum, NoClamp, NoUpOffset, UpBiasDropped
 from tests.subjects.whole import WholeSpec

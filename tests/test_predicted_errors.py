@@ -1,4 +1,6 @@
-"""Predicted errors of long sums: of the size that simulated accumulators really make, in every order, on all data."""
+"""Predicted errors of long sums: of the size that simulated accumulators make, in every order, on all data."""
+
+from itertools import permutations
 
 import pytest
 import torch
@@ -47,7 +49,7 @@ def z(a_MK: torch.Tensor, w_NK: torch.Tensor, got: torch.Tensor, model: Accumula
 @pytest.mark.parametrize("stored", [Format.BF16, Format.FP32])
 @pytest.mark.parametrize("terms", [16, 256, 4096])
 def test_right_sums_stay_far_inside(terms: int, stored: Format, data: str, order: summation.Order) -> None:
-    """Every order of a right sum: below a third of what a stage is allowed, and as a whole hardly larger than predicted."""
+    """Every order of a right sum: below a third of what a stage is allowed, as a whole hardly more than predicted."""
     a_MK, w_NK = operands(data, terms, stored)
     off = z(a_MK, w_NK, summation.matmul(a_MK, w_NK.T, order), FP32)
     assert float(off.abs().max()) < CHECKS.stage.sigmas_factor * tau(off.numel(), CHECKS.stage.alpha) / 3
@@ -64,7 +66,7 @@ def test_the_natural_order_is_what_is_predicted(data: str, terms: int) -> None:
 
 
 def test_channels_that_are_sorted_by_sign_do_not_accuse() -> None:
-    """Partial sums a hundred times the result, in the natural order and from the end, are followed; a bridge misses them."""
+    """Partial sums a hundred times the result are followed, in the natural order and from the end; a bridge misses them."""
     a_MK, w_NK = operands("sorted", 4096, Format.BF16)
     sums = gauges(a_MK, w_NK)
     assert float((sums.path / (sums.value.square() / 3 + sums.squares / 6)).min()) > 50
@@ -77,7 +79,7 @@ def test_channels_that_are_sorted_by_sign_do_not_accuse() -> None:
 @pytest.mark.parametrize("data", ["unit", "positive", "outlier", "graded"])
 @pytest.mark.parametrize("terms", [64, 1024, 8192])
 def test_truncating_accumulators_stay_inside_their_class(terms: int, data: str, name: str) -> None:
-    """Tensor cores add up coherent losses; the class of the hardware says so, and is not a hundred times too generous."""
+    """Tensor cores add up coherent losses; the class of the hardware says so, and is not much too generous."""
     hardware = load_tolerances().file.hardware[name]
     a_MK, w_NK = operands(data, terms, Format.BF16)
     got = tensor_core.matmul(a_MK, w_NK.T, tensor_core.tensor_core(hardware, Format.BF16))
@@ -99,7 +101,7 @@ def test_a_truncating_accumulator_is_no_rounding_one() -> None:
 @pytest.mark.parametrize("name", ["sm80", "sm90"])
 @pytest.mark.parametrize("data", ["unit", "positive", "outlier"])
 def test_tf32_operands_are_expected_where_they_are_declared(data: str, name: str, products: str) -> None:
-    """Rounded or cut operands and three products: inside both the bound and the expectation, which exact products leave."""
+    """Rounded or cut operands, three products: inside bound and expectation; declared exact, they leave it."""
     hardware, tolerances = load_tolerances().file.hardware[name], load_tolerances()
     a_MK, w_NK = operands(data, 512, Format.FP32)
     core = tensor_core.tensor_core(hardware, Format.TF32)
@@ -132,7 +134,7 @@ def test_a_number_lies_in_the_cell_of_what_it_is_rounded_to(value: float, stored
 @pytest.mark.parametrize("power", [1, 2])
 @pytest.mark.parametrize("scale", [1e-120, 1e-30, 1.0, 1e30])
 def test_gauges_in_fp32_are_upper_bounds(scale: float, power: int) -> None:
-    """Sums of absolute and of squared products are taken in fp32; whatever the range of the data they must not be too small."""
+    """Sums of absolute and squared products are taken in fp32; whatever the range of the data, not too small."""
     drawn = torch.Generator().manual_seed(3)
     a_MK = torch.rand(9, 700, generator=drawn, dtype=torch.float64) * scale
     a_MK[0] *= 1e-25  # rows of very different size
@@ -146,7 +148,6 @@ def test_gauges_in_fp32_are_upper_bounds(scale: float, power: int) -> None:
 @pytest.mark.parametrize("addends", [2, 3, 5])
 def test_a_running_sum_averages_over_all_orders(addends: int) -> None:
     """Against every permutation; the largest first makes the largest partial sums."""
-    from itertools import permutations
     drawn = torch.randn(addends, 500, generator=torch.Generator().manual_seed(addends), dtype=torch.float64)
     orders = [drawn[list(order)].cumsum(0)[1:].square().sum(0) for order in permutations(range(addends))]
     total, squares = drawn.sum(0), drawn.square().sum(0)
@@ -156,7 +157,7 @@ def test_a_running_sum_averages_over_all_orders(addends: int) -> None:
 
 
 def test_the_model_of_a_contract() -> None:
-    """fp32 operands are added one by one on any device; 16-bit ones by what the hardware has; tf32 only where declared."""
+    """fp32 operands are added one by one on any device, 16-bit ones by what it has, tf32 only where declared."""
     tolerances, numerics = load_tolerances(), TorchMoE().CAPABILITIES.numerics[Dtype.FP32]
     assert RoundingModel.of(tolerances, "sm90", numerics, Dtype.FP32).accumulation == FP32
     assert RoundingModel.of(tolerances, "sm90", numerics, Dtype.BF16).accumulation.truncates

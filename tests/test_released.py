@@ -25,11 +25,11 @@ from moe_ref.inputs.build import Inputs
 from moe_ref.models.registry import models
 from moe_ref.oracle.released import moe_as_released, route_as_released
 from moe_ref.oracle.router import router_gated, router_logits
+from moe_ref.tolerances.load import load_tolerances
 from moe_ref.verify.bounds.released import released_bound
 from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.bounds.rows import Rows
 from moe_ref.verify.bounds.scores import Scores
-from moe_ref.tolerances.load import load_tolerances
 from tests.double.strategies import SEEDS, draw_arrays, specs
 
 MODEL = RoundingModel(load_tolerances(), "cpu", Format.FP32)

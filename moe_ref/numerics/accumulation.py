@@ -21,8 +21,8 @@ FLUSH = 2.0**-126
 class Accumulation:
     """An accumulator: unit roundoff, whether additions are cut towards zero, and what one instruction does.
 
-    products_per_step: products added at once, 1 for a scalar sum. kept_bits: fraction bits that addends keep when they are
-    aligned to the largest one, 0 where nothing is lost in that.
+    products_per_step: products added at once, 1 for a scalar sum. kept_bits: fraction bits that addends keep when they
+    are aligned to the largest one, 0 where nothing is lost in that.
     """
 
     unit: float
@@ -33,8 +33,8 @@ class Accumulation:
     def variance(self, gauges: Gauges, terms: int) -> torch.Tensor:
         """Expected square of the error of a sum of `terms` products, (M, N), one after the other in any usual order.
 
-        Blocked, pairwise and split sums have fewer roundings in sequence and stay below. A product that is rounded costs
-        one more; so do products that are flushed.
+        Blocked, pairwise and split sums have fewer roundings in sequence and stay below. A product that is rounded
+        costs one more; so do products that are flushed.
         """
         per_addition = ROUNDING * self.unit**2
         # The mean over whole steps, whose last is the value, is larger than that over the path by half a value.
@@ -66,8 +66,8 @@ class Accumulation:
 def running_sum(total: torch.Tensor, squares: torch.Tensor, addends: int) -> torch.Tensor:
     """Sum over the additions of `addends` numbers of the mean square of what each rounds, averaged over all orders.
 
-    The j-th partial sum of a random order has mean square S j (n - j) / (n (n - 1)) + t^2 j (j - 1) / (n (n - 1)), with t the
-    total and S the sum of squares.
+    The j-th partial sum of a random order has mean square S j (n - j) / (n (n - 1)) + t^2 j (j - 1) / (n (n - 1)), with
+    t the total and S the sum of squares.
     """
     n = addends
     if n < 2:

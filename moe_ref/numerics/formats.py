@@ -29,7 +29,7 @@ def unit_in_last_place(value: torch.Tensor, stored: Format) -> torch.Tensor:
 
 
 def round_to(value: torch.Tensor, stored: Format, mode: Mode = "nearest") -> torch.Tensor:
-    """The format's number that each fp64 value is rounded to, in fp64; beyond the largest: infinity, or truncated, that.
+    """The format's number that each fp64 value is rounded to, in fp64; beyond the largest: infinity, cut off: that.
 
     e4m3 has no infinity: it saturates, as conversions in quantisers do.
     """
@@ -65,8 +65,8 @@ def half_cell(target: torch.Tensor, stored_value: torch.Tensor, stored: Format) 
 def cell_distance(target: torch.Tensor, stored_value: torch.Tensor, stored: Format | None) -> torch.Tensor:
     """How far a target is from the reals that round to a stored value: at most the error before the rounding.
 
-    For every correctly rounded store y of t, t lies in the cell of y, so the distance never exceeds |t - target|; None: no
-    store, the plain distance.
+    For every correctly rounded store y of t, t lies in the cell of y, so the distance never exceeds |t - target|; None:
+    no store, the plain distance.
     """
     off = (stored_value - target).abs()
     if stored is None or stored is Format.FP64:

@@ -1,6 +1,7 @@
 """What a matrix product's rounding errors are measured with: its value, and how large its partial sums are."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -31,8 +32,8 @@ def gauges(a_MK: torch.Tensor, w_NK: torch.Tensor, absolute: bool = False,
            known: KnownMagnitudes | None = None) -> Gauges:
     """Gauges of a @ w^T; any floating dtype.
 
-    A random order has partial sums of mean square value^2 / 3 + squares / 6 (a bridge from 0 to the value); in the natural
-    order they are followed in at most CHUNKS steps, linear within a step, and with the bridge's part of it.
+    A random order has partial sums of mean square value^2 / 3 + squares / 6 (a bridge from 0 to the value); in the
+    natural order they are followed in at most CHUNKS steps, linear within a step, and with the bridge's part of it.
     """
     a_MK, terms = a_MK.double(), a_MK.shape[1]
     squares = nonnegative_product(a_MK * a_MK, w_NK, 2, known)
@@ -42,7 +43,7 @@ def gauges(a_MK: torch.Tensor, w_NK: torch.Tensor, absolute: bool = False,
     cuts = [round(terms * step / steps) for step in range(steps + 1)]
     value = torch.zeros(len(a_MK), len(w_NK), dtype=torch.float64, device=a_MK.device)
     natural, ends = torch.zeros_like(value), torch.zeros_like(value)
-    for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+    for start, stop in pairwise(cuts):
         after = torch.addmm(value, a_MK[:, start:stop], w_NK[:, start:stop].T)
         natural += (value * (value + after)).addcmul_(after, after)
         ends += value

@@ -60,11 +60,12 @@ class Statistic(msgspec.Struct, frozen=True, kw_only=True):
 class StageResult(msgspec.Struct, frozen=True, kw_only=True):
     """How one stage (group of fused stages, named by its last) compares with its own inputs' truth.
 
-    ratio: largest error / allowed over all elements and ranks; above 1 fails. bound_ratio: of it, error / rigorous bound;
-    what is above 1 in ratio alone is inside the bound, but farther off than declared arithmetic is likely to be. exact: ids and the like,
-    ratio is then 0 or inf. bad_*: which tokens, experts, ranks and 64-column tiles hold an element above
-    1 (tokens: at most 8 named). sigmas: largest distance in predicted standard deviations, beyond the cell of what is
-    stored. statistics: of the output as a whole. bias: mean of error * sign(want) / allowed. scale: best-fit factor got = scale * want.
+    ratio: largest error / allowed over all elements and ranks; above 1 fails. bound_ratio: of it, error / rigorous
+    bound; what is above 1 in ratio alone is inside the bound, but farther off than declared arithmetic is likely to be.
+    exact: ids and the like, ratio is then 0 or inf. bad_*: which tokens, experts, ranks and 64-column tiles hold an
+    element above 1 (tokens: at most 8 named). sigmas: largest distance in predicted standard deviations, beyond the
+    cell of what is stored. statistics: of the output as a whole. bias: mean of error * sign(want) / allowed. scale:
+    best-fit factor got = scale * want.
     """
 
     stage: str
@@ -139,8 +140,8 @@ class RunLine(msgspec.Struct, frozen=True, kw_only=True, tag="run", tag_field="t
 class SemanticLine(msgspec.Struct, frozen=True, kw_only=True):
     """How a stage differs from layers that round where the contract says: check B, which attributes and never decides.
 
-    subject_share, sibling_share: elements in which the subject differs from such layers, and they from each other. ratio:
-    of the mean squares of these differences.
+    subject_share, sibling_share: elements in which the subject differs from such layers, and they from each other.
+    ratio: of the mean squares of these differences.
     """
 
     stage: str
@@ -152,11 +153,11 @@ class SemanticLine(msgspec.Struct, frozen=True, kw_only=True):
 class CaseLine(msgspec.Struct, frozen=True, kw_only=True, tag="case", tag_field="type"):
     """One judged case.
 
-    reason: one line in words. first_stage: the first failing stage in data order. guard: what protected
-    the run, e.g. {"poison": "nan, large", "inputs": "unchanged", "process": "child"}. numerics: the
-    declared rounding contract. batches: how rows in other batches of the same tokens compare, by name, or why they were
-    left out. mutants: mistakes that the case must be able to see, by name. signal: root mean square of the output over
-    that of what its elements may be off. semantic: of a mismatch, what check B says. message: the whole failure message, at most ten lines.
+    reason: one line in words. first_stage: the first failing stage in data order. guard: what protected the run, e.g.
+    {"poison": "nan, large", "inputs": "unchanged", "process": "child"}. numerics: the declared rounding contract.
+    batches: how rows in other batches of the same tokens compare, by name, or why they were left out. mutants: mistakes
+    that the case must be able to see, by name. signal: root mean square of the output over that of what its elements
+    may be off. semantic: of a mismatch, what check B says. message: the whole failure message, at most ten lines.
     """
 
     schema: int = SCHEMA

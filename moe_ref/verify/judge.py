@@ -177,12 +177,12 @@ def _list_calls(calls: Calls) -> str:
     return ", ".join(f"{operation} of {elements} elements" for operation, elements in calls) or "none"
 
 
+_INSIDE = "each element is inside its bound, but errors"
 _STATISTIC_WORDS = {
-    "rms": "each element is inside its bound, but errors are too large as a whole: root mean square over predicted",
-    "sign": "each element is inside its bound, but errors follow the sign of the output (a store that truncates? a scale?): "
-            "sigmas",
-    "slots": "each element is inside its bound, but errors follow one routed row (its weight?): sigmas",
-    "ranks": "each element is inside its bound, but errors follow one rank's part of an expert: sigmas",
+    "rms": f"{_INSIDE} are too large as a whole: root mean square over predicted",
+    "sign": f"{_INSIDE} follow the sign of the output (a store that truncates? a scale?): sigmas",
+    "slots": f"{_INSIDE} follow one routed row (its weight?): sigmas",
+    "ranks": f"{_INSIDE} follow one rank's part of an expert: sigmas",
 }
 
 

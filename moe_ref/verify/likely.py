@@ -33,8 +33,9 @@ def likely(stage: StageResult, case: Case, output: StageResult | None = None) ->
 
 def _arithmetic(stage: StageResult) -> str:
     """Every element is near its rigorous bound or inside, but not as the declared arithmetic makes it."""
-    return (f"other arithmetic than declared, {from_number(stage.sigmas):.3g} sigmas off: fewer bits in a sum or in its "
-            "operands, a rounding more or less, or a store that truncates; a factor near 1")
+    sigmas = from_number(stage.sigmas)
+    return (f"other arithmetic than declared, {sigmas:.3g} sigmas off: fewer bits in a sum or in its operands, a "
+            "rounding more or less, or a store that truncates; a factor near 1")
 
 
 def _of_scale(stage: StageResult, case: Case) -> str:

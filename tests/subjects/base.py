@@ -70,7 +70,8 @@ class Call:
 class TorchMoE:
     """The layer, one expert at a time. stored and reduce: formats, MODEL for the dtype of the case.
 
-    steps_in_model: every step inside the activation and the merge is rounded to that dtype; merges_in_model: of the merge.
+    steps_in_model: every step inside the activation and the merge is rounded to that dtype; merges_in_model: of the
+    merge.
     """
 
     stored = ROUND_EACH_STAGE

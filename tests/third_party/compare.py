@@ -11,10 +11,10 @@ from moe_ref.contract.vocabulary import Format
 from moe_ref.contract.weights import MoEWeights
 from moe_ref.oracle.released import moe_as_released, route_as_released, scores_as_released
 from moe_ref.oracle.router import capped, router_logits, score, selection_score
+from moe_ref.tolerances.load import load_tolerances
 from moe_ref.verify.bounds.released import released_bound
 from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.bounds.rows import Rows
-from moe_ref.tolerances.load import load_tolerances
 from tests.third_party.blocks import Run
 from tests.third_party.family import Family
 

@@ -1,8 +1,8 @@
 """The rounding model: how far a right implementation may be from the real-arithmetic result, per element.
 
 The bound is deterministic and componentwise: whatever the order of summation, |computed - exact| <= the bound. The
-variance is the mean square of what is expected. Inputs are fp64 tensors of exact values and of gauges. docs/bounds.md and
-docs/numerics.md have the derivations.
+variance is the mean square of what is expected. Inputs are fp64 tensors of exact values and of gauges. docs/bounds.md
+and docs/numerics.md have the derivations.
 """
 
 import math
@@ -17,8 +17,8 @@ from moe_ref.numerics.accumulation import LOST, ROUNDING, Accumulation, running_
 from moe_ref.numerics.formats import power_of_two, unit_in_last_place
 from moe_ref.numerics.gauges import Gauges
 from moe_ref.oracle.router import capped, softplus
-from moe_ref.verify.bounds.rows import Rows, total_variance
 from moe_ref.tolerances.load import Tolerances
+from moe_ref.verify.bounds.rows import Rows, total_variance
 
 ORACLE_UNIT = 2.0**-53
 """The oracle's own sums are in fp64; their error is part of every bound."""
@@ -28,8 +28,9 @@ FLUSH = 2.0**-126
 """Smallest normal fp32 number: what flushing subnormals to zero can cost one operation."""
 
 _SMALL_PARTS = 2.0**-20
-"""Relative error of a product of two numbers of two tf32 parts each: small times small, at most 2^-22 or with cut operands
-2^-20, and the rounding of both small parts, 2^-22.
+"""Relative error of a product of two numbers of two tf32 parts each.
+
+Small times small is left out, at most 2^-22 or with cut operands 2^-20; both small parts are rounded, 2^-22.
 """
 
 
@@ -37,8 +38,9 @@ _SMALL_PARTS = 2.0**-20
 class RoundingModel:
     """Bounds for one hardware class of tolerances.yaml ("cpu", "cuda", "sm90") and one accumulation format.
 
-    operands: the format of what long products multiply, which decides the accumulator that hardware has for it: fp32 operands
-    are multiplied and added one by one, others in steps. three_products: fp32 operands made of two tf32 numbers each.
+    operands: the format of what long products multiply, which decides the accumulator that hardware has for it: fp32
+    operands are multiplied and added one by one, others in steps. three_products: fp32 operands made of two tf32
+    numbers each.
     """
 
     tolerances: Tolerances

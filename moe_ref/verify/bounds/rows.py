@@ -13,9 +13,9 @@ from moe_ref.contract.vocabulary import Format
 class Rows:
     """Values in fp64, how far a right implementation may be from each, and how far it is expected to be.
 
-    variance: mean square of the error, all stores included; None where nothing is predicted. unrounded: the same before the
-    last store, in the format `stored`, which a comparison takes out by the cell of numbers that round to what is stored;
-    None: no store.
+    variance: mean square of the error, all stores included; None where nothing is predicted. unrounded: the same before
+    the last store, in the format `stored`, which a comparison takes out by the cell of numbers that round to what is
+    stored; None: no store.
     """
 
     value: torch.Tensor
@@ -68,8 +68,9 @@ class DownRows:
 
 @dataclass
 class Partials:
-    """Per rank and token, (ranks, T, H) fp64: a partial sum's value, bound and sum of absolute addends with their errors;
-    its variance, before the last store too, and the sum of squares of its addends.
+    """Per rank and token, (ranks, T, H) fp64: a partial sum's value, bound and sum of absolute addends with errors.
+
+    variance: of the sum, unrounded: before its last store in the format `stored`; squares: sum of squared addends.
     """
 
     value: torch.Tensor
@@ -88,7 +89,9 @@ class Partials:
     @classmethod
     def zeros(cls, ranks: int, x_TH: torch.Tensor) -> "Partials":
         """Empty sums, one per rank in the shape of the tokens."""
-        return cls(*(torch.zeros(ranks, *x_TH.shape, dtype=torch.float64, device=x_TH.device) for _ in range(5)))
+        value, bound, gauge, variance, squares = torch.zeros(5, ranks, *x_TH.shape, dtype=torch.float64,
+                                                             device=x_TH.device).unbind()
+        return cls(value, bound, gauge, variance, squares)
 
     @classmethod
     def of(cls, rows: Rows) -> "Partials":

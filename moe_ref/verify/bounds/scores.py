@@ -115,14 +115,13 @@ class Scores:
                                                      self.shared_relative_TS)
         spread_TK, spread_TS = self._weight_spread(whole_TK)
         routed = self._bounded(weights_TK, units_TK, spread_TK).masked(unknown_T1)
-        assert routed.variance is not None
-        routed = Rows(*(torch.where(kept_TK, one, 0.0) for one in (routed.value, routed.bound, routed.variance)))
+        routed = routed.mapped(lambda one: torch.where(kept_TK, one, 0.0))
         if shared_TS is None or units_TS is None or spread_TS is None:
             return Weights(routed, None)
         return Weights(routed, self._bounded(shared_TS, units_TS, spread_TS).masked(unknown_T1))
 
     def _weight_spread(self, whole_TK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Mean square of the relative errors of weights: of the score, of the sum it is divided by, of both roundings."""
+        """Mean square of relative errors of weights: of the score, of the sum that divides it, of both roundings."""
         spread_TK, spread_TS = self.spread_TE.gather(1, whole_TK), self.shared_spread_TS
         both = spread_TK if spread_TS is None else torch.cat([spread_TK, spread_TS], -1)
         if self.router.renormalize:

@@ -199,7 +199,9 @@ class Steps:
 
     def additions(self, total: torch.Tensor, squares: torch.Tensor, num_addends: int) -> torch.Tensor:
         """Expected square of the roundings of a running sum, and of its first addend where it is stored too."""
-        if self.numerics.merge is None:
-            return self.model.additions_variance(total, squares, num_addends, self.numerics.accumulate, largest_first=True)
-        first = ROUNDING * 4.0**-self.model.tolerances.file.formats[self.numerics.merge].significand_bits * squares
-        return first + self.model.additions_variance(total, squares, num_addends, self.numerics.merge, largest_first=True)
+        model, merge = self.model, self.numerics.merge
+        added = model.additions_variance(total, squares, num_addends, merge or self.numerics.accumulate,
+                                         largest_first=True)
+        if merge is None:
+            return added
+        return added + ROUNDING * 4.0**-model.tolerances.file.formats[merge].significand_bits * squares

@@ -160,7 +160,7 @@ class Summing:
         stored_in, gauge = steps.stored_in(Stage.REDUCED), partials.gauge.sum(0) + bound
         if whole := self.whole_shared:
             value, bound, gauge = value + whole.value, bound + whole.bound, gauge + whole.largest
-            variance = total_variance(variance, torch.inf if whole.variance is None else whole.variance)
+            variance = variance + (torch.inf if whole.variance is None else whole.variance)
             squares, additions = squares + whole.value.square(), additions + 1
             if steps.spec.shared is not None and steps.spec.shared.merge == "mean":
                 value, gauge, bound = value / 2, gauge / 2, bound / 2 + model.summed(torch.zeros_like(bound), 1)

@@ -5,9 +5,9 @@
     slots    errors along one routed row's part of its token: a wrong weight, a wrong row
     ranks    errors along one tp rank's part of a routed row, in two rows of each expert: a partial sum lost
 
-Errors of a token are correlated between columns, since they share the errors of its activations and of its weights, so a sum
-along a direction v has the variance  w^2 sum v_act (w2^T v)^2 + v_w (v . row)^2  of each row, besides that of independent
-errors. The last is taken as the whole predicted variance: some is counted twice, on the safe side.
+Errors of a token are correlated between columns, since they share the errors of its activations and of its weights, so
+a sum along a direction v has the variance  w^2 sum v_act (w2^T v)^2 + v_w (v . row)^2  of each row, besides that of
+independent errors. The last is taken as the whole predicted variance: some is counted twice, on the safe side.
 """
 
 from dataclasses import dataclass, field, replace

@@ -39,8 +39,8 @@ SAMPLED_ROWS = 8
 class Mutants:
     """Collects the factors of one case while its rows pass by; `found` has those that exist.
 
-    shown: stages that the subject shows. meters: of which the thresholds are taken, and nothing is changed. signal: root
-    mean square of a token's output over that of what is allowed, the median of all tokens.
+    shown: stages that the subject shows. meters: of which the thresholds are taken, and nothing is changed. signal:
+    root mean square of a token's output over that of what is allowed, the median of tokens.
     """
 
     def __init__(self, inputs: Inputs, steps: Steps, shares: tuple[RankShare, ...], followed: FollowedRouting,
@@ -143,12 +143,15 @@ class Mutants:
 
     def _signal(self, judged: Rows) -> float:
         assert judged.variance is not None
-        allowed_TH = torch.minimum(judged.bound, self.meters[Stage.OUTPUT].sigmas_allowed * judged.variance.sqrt())
-        known_T = torch.isfinite(allowed_TH).all(-1) & (allowed_TH > 0).all(-1)
+        known_TH = torch.isfinite(judged.bound) & torch.isfinite(judged.variance) & torch.isfinite(judged.value)
+        known_T = (known_TH & (judged.value != 0)).any(-1)
         if self.expert is None or not bool(known_T.any()):
             return math.inf
-        squares_T = (judged.value[known_T].square().sum(-1) / allowed_TH[known_T].square().sum(-1))
-        return float(squares_T.median().sqrt())
+        sigma_TH = judged.variance.sqrt()
+        allowed_TH = torch.minimum(judged.bound, self.meters[Stage.OUTPUT].sigmas_allowed * sigma_TH)
+        value_T, allowed_T = (torch.where(known_TH, one, 0.0)[known_T].square().sum(-1)
+                              for one in (judged.value, allowed_TH))
+        return float((value_T / allowed_T).median().sqrt())
 
     def _rounds_once(self, stage: Stage) -> bool:
         """Whether a stage is stored in fewer bits than sums have, and nothing that it is made of is, and hidden."""

@@ -34,9 +34,9 @@ class Place:
 class StageMeter:
     """Collects one stage block by block; holds tensors only while a block is added.
 
-    sigmas_allowed: how many predicted standard deviations an element may be off. whole_layer: stores are part of what is
-    predicted, since those inside the layer are not known. exact: nothing is allowed. tainted_T: tokens that hold a NaN or an infinity before the layer: what is not finite in them must stay so, and
-    of the rest nothing is said.
+    sigmas_allowed: how many predicted standard deviations an element may be off. whole_layer: stores are part of what
+    is predicted, since those inside the layer are not known. exact: nothing is allowed. tainted_T: tokens that hold a
+    NaN or an infinity before the layer: what is not finite in them must stay so, and of the rest nothing is said.
     """
 
     stage: Stage
@@ -112,7 +112,7 @@ class StageMeter:
         self.want_want += float((value * value).sum())
 
     def _allowed(self, got: torch.Tensor, want: Rows, clean: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """The smaller of the bound and of what is likely, and the error beyond the stored number's cell over the latter.
+        """The smaller of bound and what is likely, and the error beyond the stored number's cell over the latter.
 
         Likely are so many standard deviations beyond the cell.
         """
@@ -173,5 +173,6 @@ class StageMeter:
             num_bad=self.num_bad,
             worst=self.worst, num_bad_tokens=len(self.tokens), bad_tokens=sorted(self.tokens)[:NAMED_TOKENS],
             bad_experts=sorted(self.experts), bad_ranks=sorted(self.ranks), bad_tiles=sorted(self.tiles),
-            num_tiles=tiles, sigmas=to_number(self.sigmas), statistics=self.statistics, bias=to_number(self.bias_sum / max(1, self.num_checked)),
+            num_tiles=tiles, sigmas=to_number(self.sigmas), statistics=self.statistics,
+            bias=to_number(self.bias_sum / max(1, self.num_checked)),
             scale=to_number(self.got_want / self.want_want if self.want_want else 1.0), note="; ".join(self.notes))

@@ -16,13 +16,13 @@ import torch
 from moe_ref.contract.capabilities import Capabilities, Numerics
 from moe_ref.contract.case import Case
 from moe_ref.contract.shares import rank_shares
-from moe_ref.contract.vocabulary import Dtype, Ranks, Verdict
+from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Verdict
 from moe_ref.contract.volume import transfers
 from moe_ref.inputs.build import build_inputs
 from moe_ref.records.schema import CaseLine, CollectiveCount, Implementation, MutantLine, SemanticLine, to_number
 from moe_ref.tiers.tiers import PlannedCase
 from moe_ref.tolerances.load import Tolerances
-from moe_ref.tolerances.schema import PowerGuard
+from moe_ref.tolerances.schema import TolerancesFile
 from moe_ref.tolerances.waivers import find
 from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.child.messages import RankReport, Reply, Request
@@ -164,14 +164,15 @@ def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> Case
                                    lambda text: settings.tell(planned.case_id, text))
         facts = _facts(case, settings, answer, measurement)
         judgement = judge(measurement, facts, file.limits.ratio.max, file.power_guard.zeros.factor,
-                          needed(file.power_guard, case.problem.dtype))
+                          needed(file, capabilities.numerics[case.problem.dtype]))
         judged.append(waived(judgement, measurement.stages, file.limits.ratio.max, find_waiver))
         measured.append(measurement)
     # Runs that differ are all judged.
     index, judgement = speaks_for_all(judged, find_waiver)
     compared = []
     if judgement.verdict is Verdict.MISMATCH and small_enough(case):
-        compared = _semantic_lines(semantic(case, inputs, answer.runs[index], capabilities.numerics[case.problem.dtype]))
+        numerics = capabilities.numerics[case.problem.dtype]
+        compared = _semantic_lines(semantic(case, inputs, answer.runs[index], numerics))
     return _line(planned, settings, judgement, answer, measured[index], time.monotonic() - started, compared)
 
 
@@ -181,10 +182,20 @@ def _semantic_lines(found: Semantic) -> list[SemanticLine]:
             for one in found.stages]
 
 
-def needed(power_guard: PowerGuard, dtype: Dtype) -> Guard:
-    """What tolerances.yaml wants of a case of this dtype besides that zeros fail it."""
-    mutants = {name: getattr(power_guard, name).factor for name in ("k_tile", "w_1ulp", "tp_partial", "store_rz")}
-    return Guard(power_guard.floors[dtype].floor, mutants)
+def needed(file: TolerancesFile, numerics: Numerics) -> Guard:
+    """What tolerances.yaml wants of a case under this contract besides that zeros fail it.
+
+    The floor is that of the coarsest format in which something is stored, added between ranks or multiplied. How long
+    sums are accumulated has no part in it: a contract too loose there is what floors are for.
+    """
+    declared = [*numerics.storage.values(), numerics.reduce, numerics.activation, numerics.merge,
+                Format.TF32 if numerics.products == "tf32" else None]
+    bits = min(file.formats[one].significand_bits for one in declared if one is not None)
+    dtype = next((dtype for dtype in (Dtype.BF16, Dtype.FP16)
+                  if bits <= file.formats[Format(dtype.value)].significand_bits), Dtype.FP32)
+    guard = file.power_guard
+    return Guard(guard.floors[dtype].floor, {"k_tile": guard.k_tile.factor, "w_1ulp": guard.w_1ulp.factor,
+                                             "tp_partial": guard.tp_partial.factor, "store_rz": guard.store_rz.factor})
 
 
 def _facts(case: Case, settings: RunSettings, answer: Answer, measurement: Measurement) -> RunFacts:
