@@ -66,7 +66,7 @@ def test_the_natural_order_is_what_is_predicted(data: str, terms: int) -> None:
 
 
 def test_channels_that_are_sorted_by_sign_do_not_accuse() -> None:
-    """Partial sums a hundred times the result are followed, in the natural order and from the end; a bridge misses them."""
+    """Partial sums a hundred times the result are followed, from either end; a bridge misses them."""
     a_MK, w_NK = operands("sorted", 4096, Format.BF16)
     sums = gauges(a_MK, w_NK)
     assert float((sums.path / (sums.value.square() / 3 + sums.squares / 6)).min()) > 50

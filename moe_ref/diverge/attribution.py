@@ -117,7 +117,7 @@ def attribute(y_RN: torch.Tensor, bench: Bench, growth_class: GrowthClass = Grow
     if mistake:
         evidence.append(f"rho^2 {mistake.fit.rho2:.4f} and beta {mistake.fit.beta:.3f}")
     if grid in NARROW:
-        evidence.append(f"every output is a {grid} number")
+        evidence.append(f"every output is a {grid} number, which hides what is smaller")
     return Finding(causes=tuple(causes), relative=rms(error_RN) / rms(truth.value_RN),
                    words="; ".join(told[one] for one in causes), evidence=", ".join(evidence),
                    conversion=story.conversion, operands=operands, inputs_tell=bench.problem.dtype is Format.FP32,

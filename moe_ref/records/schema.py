@@ -48,13 +48,16 @@ class Worst(msgspec.Struct, frozen=True, kw_only=True):
 class Statistic(msgspec.Struct, frozen=True, kw_only=True):
     """A sum over many errors in predicted standard deviations, and what it may be; see measure/output_statistics.py.
 
-    number: elements of rms, directions of the others.
+    number: elements of rms, directions of the others. token, expert, rank: of the largest direction, where it is one's.
     """
 
     name: str
     value: Number
     allowed: Number
     number: int = 0
+    token: int | None = None
+    expert: int | None = None
+    rank: int | None = None
 
 
 class StageResult(msgspec.Struct, frozen=True, kw_only=True):

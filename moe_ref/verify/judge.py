@@ -198,13 +198,28 @@ def describe(stage: StageResult) -> str:
     if over and not stage.num_bad:
         one = over[0]
         return (f"{stage.stage}: {_STATISTIC_WORDS[one.name]} {from_number(one.value):.3g}, "
-                f"but should be at most {from_number(one.allowed):.3g}")
+                f"but should be at most {from_number(one.allowed):.3g}" + _statistic_place(one))
     over_what = "bound" if from_number(stage.bound_ratio) > 1 else "what is likely"
     head = f"{stage.stage}: {f'{ratio:.3g}x' if math.isfinite(ratio) else 'infinitely'} over {over_what}"
     experts = f", expert {_list_numbers(stage.bad_experts)}" if stage.bad_experts else ""
     ranks = f", rank {_list_numbers(stage.bad_ranks)}" if stage.bad_ranks else ""
     tokens = f", {stage.num_bad_tokens} token{'s' * (stage.num_bad_tokens != 1)}" if stage.num_bad_tokens else ""
-    return head + experts + ranks + tokens
+    return head + experts + ranks + tokens + _follows(over)
+
+
+def _follows(over: list[Statistic]) -> str:
+    """Whose errors they are, where the output alone is known: the part of a layer that they follow most."""
+    along = [one for one in over if one.expert is not None]
+    if not along:
+        return ""
+    part = f"rank {along[0].rank} of tp in " * (along[0].rank is not None)
+    return f", errors follow {part}expert {along[0].expert}"
+
+
+def _statistic_place(one: Statistic) -> str:
+    named = ", ".join(f"{name} {value}" for name, value in (("token", one.token), ("expert", one.expert),
+                                                           ("tp rank", one.rank)) if value is not None)
+    return f" [{named}]" if named else ""
 
 
 def place(worst: Worst) -> str:

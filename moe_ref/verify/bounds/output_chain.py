@@ -27,7 +27,7 @@ class RowObserver(Protocol):
     """Who looks at routed rows while they pass; see measure/output_statistics.py."""
 
     def routed(self, token_R: torch.Tensor, w2_HI: torch.Tensor, act: Rows, weight: Rows, added_RH: torch.Tensor,
-               cuts: list[Range], weight_in_act: bool) -> None: ...
+               cuts: list[Range], weight_in_act: bool, expert: int) -> None: ...
 
 
 class OutputChain:
@@ -40,8 +40,9 @@ class OutputChain:
         self.summing = Summing(steps, x_TH, parallel, shares)
         self.truth_TH = torch.zeros(x_TH.shape, dtype=torch.float64, device=x_TH.device)
 
-    def routed(self, token_R: torch.Tensor, expert: ExpertWeights, weight: Rows, server_R: torch.Tensor) -> ExpertRows:
-        """Add the rows of one expert; server_R: the ep rank that serves each."""
+    def routed(self, token_R: torch.Tensor, expert: ExpertWeights, weight: Rows, server_R: torch.Tensor,
+               number: int = 0) -> ExpertRows:
+        """Add the rows of expert `number`; server_R: the ep rank that serves each."""
         steps, spec = self.steps, self.steps.spec
         gate_up = steps.gate_up(steps.tokens(self.x_TH[token_R], weight), expert)
         act = steps.act(gate_up, spec.experts, steps.act_weight(weight))
@@ -56,7 +57,7 @@ class OutputChain:
         if self.observer is not None and not steps.on_input:
             cuts = [] if self.summing.by_output else [share.columns for share in shares]
             self.observer.routed(token_R, expert.w2_HI, act, weight, added_RH, cuts,
-                                 steps.act_weight(weight) is not None)
+                                 steps.act_weight(weight) is not None, number)
         self.summing.add_routed(parts, token_R, server_R)
         return ExpertRows(gate_up, act)
 

@@ -26,27 +26,50 @@ LARGEST_KEPT = 2**26
 """Elements of directions that are kept until the truth is known; rows beyond that are left out, and counted."""
 
 
+@dataclass(frozen=True)
+class Largest:
+    """The largest sum along a direction in standard deviations, and whose direction it is."""
+
+    value: float = 0.0
+    token: int | None = None
+    expert: int | None = None
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Directions v (N, H) of tokens, in fp32, and the variance that each has besides independent errors."""
+
+    token_N: torch.Tensor
+    v_NH: torch.Tensor
+    shared_N: torch.Tensor
+    expert: int
+    rank: int | None
+
+
 @dataclass
 class Directions:
-    """Directions v (N, H) in fp32, the token of each, and the variance that each has besides independent errors."""
+    """Directions along which errors are added up when the truth is known."""
 
-    parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    parts: list[_Part] = field(default_factory=list)
     number: int = 0
 
-    def add(self, token_N: torch.Tensor, v_NH: torch.Tensor, shared_N: torch.Tensor) -> None:
-        """Remember N directions."""
-        self.parts.append((token_N, v_NH.float(), shared_N))
+    def add(self, token_N: torch.Tensor, v_NH: torch.Tensor, shared_N: torch.Tensor, expert: int,
+            rank: int | None = None) -> None:
+        """Remember N directions of one expert, or of one rank's part of it."""
+        self.parts.append(_Part(token_N, v_NH.float(), shared_N, expert, rank))
         self.number += len(token_N)
 
-    def largest(self, error_TH: torch.Tensor, variance_TH: torch.Tensor) -> float:
+    def largest(self, error_TH: torch.Tensor, variance_TH: torch.Tensor) -> Largest:
         """Largest sum of errors along a direction over its standard deviation; 0 where nothing is predicted."""
-        worst = 0.0
-        for token_N, v_NH, shared_N in self.parts:
-            along_N = (v_NH * error_TH[token_N]).sum(-1)
-            sigma_N = (shared_N + (v_NH.double().square() * variance_TH[token_N]).sum(-1)).sqrt()
-            z_N = torch.where(along_N == 0, 0.0, along_N.abs() / sigma_N)
-            if len(z_N):
-                worst = max(worst, float(torch.nan_to_num(z_N, nan=0.0).max()))
+        worst = Largest()
+        for part in self.parts:
+            along_N = (part.v_NH * error_TH[part.token_N]).sum(-1)
+            sigma_N = (part.shared_N + (part.v_NH.double().square() * variance_TH[part.token_N]).sum(-1)).sqrt()
+            z_N = torch.nan_to_num(torch.where(along_N == 0, 0.0, along_N.abs() / sigma_N), nan=0.0)
+            if len(z_N) and float(z_N.max()) > worst.value:
+                index = int(z_N.argmax())
+                worst = Largest(float(z_N[index]), int(part.token_N[index]), part.expert, part.rank)
         return worst
 
 
@@ -69,7 +92,7 @@ class OutputStatistics:
         self.keep = rows * y_TH.shape[1] <= LARGEST_KEPT
 
     def routed(self, token_R: torch.Tensor, w2_HI: torch.Tensor, act: Rows, weight: Rows, added_RH: torch.Tensor,
-               cuts: list[Range], weight_in_act: bool) -> None:
+               cuts: list[Range], weight_in_act: bool, expert: int) -> None:
         """Rows of one expert: activations (R, I), weights (R, 1), what they add, and the columns of each tp rank.
 
         weight_in_act: the activations hold the weight already.
@@ -84,14 +107,14 @@ class OutputStatistics:
             self.left_out += len(token_R)
             return
         v_RH = self._direction(added_RH, token_R)
-        self.slots.add(token_R, v_RH, _shared(v_RH, w2_HI, act, weight, added_RH))
+        self.slots.add(token_R, v_RH, _shared(v_RH, w2_HI, act, weight, added_RH), expert)
         if len(cuts) > 1:
             some = slice(0, SAMPLED_ROWS)
-            for start, stop in cuts:
+            for rank, (start, stop) in enumerate(cuts):
                 part_RH = act.value[some, start:stop].float() @ w2_HI[:, start:stop].T
                 v_RH = self._direction(weight.value[some] * part_RH, token_R[some])
                 self.ranks.add(token_R[some], v_RH,
-                               _shared(v_RH, w2_HI, act.rows(some), weight.rows(some), added_RH[some]))
+                               _shared(v_RH, w2_HI, act.rows(some), weight.rows(some), added_RH[some]), expert, rank)
 
     def _direction(self, part_RH: torch.Tensor, token_R: torch.Tensor) -> torch.Tensor:
         v_RH = part_RH / self.scale_TH[token_R].square()
@@ -114,15 +137,17 @@ class OutputStatistics:
         sigma_T = (torch.nan_to_num(self.sign_shared_T, nan=torch.inf)
                    + (self.sign_TH.square() * variance_TH).sum(-1))
         sigma = float(sigma_T.sum().sqrt())
-        found.append(self._statistic("sign", abs(float(sign_T.sum())) / sigma if sigma > 0 else 0.0, 1))
+        along = Largest(abs(float(sign_T.sum())) / sigma if sigma > 0 else 0.0)
+        found.append(self._statistic("sign", along, 1))
         for name, directions in (("slots", self.slots), ("ranks", self.ranks)):
             if directions.number:
                 found.append(self._statistic(name, directions.largest(error_TH, variance_TH), directions.number))
         return found
 
-    def _statistic(self, name: str, value: float, number: int) -> Statistic:
+    def _statistic(self, name: str, found: Largest, number: int) -> Statistic:
         allowed = self.check.sigmas_factor * tau(max(1, number), self.check.alpha)
-        return Statistic(name=name, value=to_number(value), allowed=to_number(allowed), number=number)
+        return Statistic(name=name, value=to_number(found.value), allowed=to_number(allowed), number=number,
+                         token=found.token, expert=found.expert, rank=found.rank)
 
     def _rms(self, error_TH: torch.Tensor, variance_TH: torch.Tensor, known_TH: torch.Tensor,
              intermediate: int) -> Statistic:

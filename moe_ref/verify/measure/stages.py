@@ -107,7 +107,7 @@ class Comparison:
         self._reduced()
 
     def _routed(self, chosen: Chosen, expert: ExpertWeights, weight: Rows) -> None:
-        real = self.chain.routed(chosen.token_R, expert, weight, chosen.server_R)
+        real = self.chain.routed(chosen.token_R, expert, weight, chosen.server_R, chosen.expert)
         if chosen.expert == self.mutants.expert:
             self.mutants.block_lost(chosen.token_R, expert, real, weight)
         for ep_rank in range(self.case.parallel.ep):

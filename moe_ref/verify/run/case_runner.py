@@ -16,7 +16,7 @@ import torch
 from moe_ref.contract.capabilities import Capabilities, Numerics
 from moe_ref.contract.case import Case
 from moe_ref.contract.shares import rank_shares
-from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Verdict
+from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Stage, Verdict
 from moe_ref.contract.volume import transfers
 from moe_ref.inputs.build import build_inputs
 from moe_ref.records.schema import CaseLine, CollectiveCount, Implementation, MutantLine, SemanticLine, to_number
@@ -186,16 +186,19 @@ def needed(file: TolerancesFile, numerics: Numerics) -> Guard:
     """What tolerances.yaml wants of a case under this contract besides that zeros fail it.
 
     The floor is that of the coarsest format in which something is stored, added between ranks or multiplied. How long
-    sums are accumulated has no part in it: a contract too loose there is what floors are for.
+    sums are accumulated has no part in it: a contract too loose there is what floors are for. Logits of 16 bits move
+    weights by any amount, so that there is none.
     """
+    narrow = file.formats[Format.FP16].significand_bits
     declared = [*numerics.storage.values(), numerics.reduce, numerics.activation, numerics.merge,
                 Format.TF32 if numerics.products == "tf32" else None]
     bits = min(file.formats[one].significand_bits for one in declared if one is not None)
     dtype = next((dtype for dtype in (Dtype.BF16, Dtype.FP16)
                   if bits <= file.formats[Format(dtype.value)].significand_bits), Dtype.FP32)
-    guard = file.power_guard
-    return Guard(guard.floors[dtype].floor, {"k_tile": guard.k_tile.factor, "w_1ulp": guard.w_1ulp.factor,
-                                             "tp_partial": guard.tp_partial.factor, "store_rz": guard.store_rz.factor})
+    logits, guard = numerics.storage.get(Stage.LOGITS, Format.FP64), file.power_guard
+    floor = 0.0 if file.formats[logits].significand_bits <= narrow else guard.floors[dtype].floor
+    return Guard(floor, {"k_tile": guard.k_tile.factor, "w_1ulp": guard.w_1ulp.factor,
+                         "tp_partial": guard.tp_partial.factor, "store_rz": guard.store_rz.factor})
 
 
 def _facts(case: Case, settings: RunSettings, answer: Answer, measurement: Measurement) -> RunFacts:

@@ -12,8 +12,9 @@ from moe_ref.contract.comm import grid_groups
 from moe_ref.contract.local_comm import LocalComm, run_virtual_ranks
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import RED_VERDICTS, Data, Dtype, Stage
-from moe_ref.inputs.build import Inputs, build_inputs, build_shards
-from moe_ref.numerics.summation import ORDERS, matmul
+from moe_ref.contract.weights import MoEWeights
+from moe_ref.inputs.build import Inputs, build_shards
+from moe_ref.numerics.summation import Order, matmul
 from moe_ref.simulated.fault import Fault
 from moe_ref.simulated.faults import FAULTS
 from moe_ref.simulated.layer import RIGHT, SimulatedLayer
@@ -29,6 +30,7 @@ from moe_ref.verify.study.variants import REDUCTIONS
 
 SHOWN, OUTPUT_ALONE, EXACT = "all stages", "output alone", "exact data"
 OWN_CHECKS = (SHOWN, OUTPUT_ALONE, EXACT)
+RIGHT_ORDERS: tuple[Order, ...] = ("sequential", "pairwise", "split_k")
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,36 @@ class Cell:
     stage: str
 
 
+@dataclass(frozen=True)
+class Exact:
+    """The same layer with exact data, whose routing is handed to every rank."""
+
+    case: Case
+    inputs: Inputs
+    shards: list[MoEWeights]
+
+    @classmethod
+    def of(cls, case: Case) -> "Exact":
+        """Exact data in place of a case's own."""
+        problem = replace(case.problem, data=Data.EXACT)
+        return cls(replace(case, problem=problem), study_inputs(problem, StudyData.UNIT),
+                   build_shards(problem, case.parallel))
+
+    def run(self, layer: SimulatedLayer) -> list[RankTensors]:
+        """What every rank shows."""
+        def rank(comm: LocalComm) -> RankTensors:
+            trace, groups = Trace(), grid_groups(comm, self.case.parallel.tp, self.case.parallel.ep)
+            layer.moe(self.inputs.x_TH, self.shards[groups.rank], self.case.problem.spec, self.case.parallel, groups,
+                      routing=self.inputs.routing, trace=trace)
+            return trace.tensors
+
+        return run_virtual_ranks(self.case.parallel.tp, rank)
+
+
 def case_of(dtype: Dtype, terms: int, tp: int, seed: int) -> Case:
-    """16 tokens, 4 experts, two of them per token; gate and up are sums of `terms`, down of 64 over all ranks."""
+    """8 tokens, 4 experts, two of them per token; gate and up are sums of `terms`, down of 64 over all ranks."""
     seeded = f"-s{seed}" * (seed > 0)
-    return parse_case(f"v1-T16.H{terms}.I64.E4.K2-{dtype}-norm{seeded}" + f"-tp{tp}" * (tp > 1))
+    return parse_case(f"v1-T8.H{terms}.I64.E4.K2-{dtype}-norm{seeded}" + f"-tp{tp}" * (tp > 1))
 
 
 def power_cells(dtype: Dtype, terms: int, seed: int, data: StudyData = StudyData.UNIT,
@@ -61,7 +89,7 @@ def power_cells(dtype: Dtype, terms: int, seed: int, data: StudyData = StudyData
     """Every fault that acts in one layer on four ranks; the first of FAULTS is benign."""
     case, numerics = case_of(dtype, terms, 4, seed), usual_numerics(dtype)
     inputs = study_inputs(case.problem, data)
-    exact_case = replace(case, problem=replace(case.problem, data=Data.EXACT))
+    exact = Exact.of(case)
     want_TH = None
     for fault in faults:
         if not fault.acts_on(case, numerics):
@@ -72,18 +100,17 @@ def power_cells(dtype: Dtype, terms: int, seed: int, data: StudyData = StudyData
             want_TH = torch_loop(inputs, ranks[0])
         shown = judged(case, inputs, ranks, numerics)
         caught = {SHOWN: accused(shown), OUTPUT_ALONE: accused(judged(case, inputs, ranks, numerics, shown=())),
-                  EXACT: accused(judged(exact_case, build_inputs(exact_case.problem), run_exact(exact_case, layer),
-                                        numerics)),
+                  EXACT: accused(judged(exact.case, exact.inputs, exact.run(layer), numerics)),
                   **refused(dtype, ranks[0][Stage.REDUCED], want_TH)}
         yield Cell(fault.name, dtype, terms, 4, data, seed, expected_share(case, inputs, fault), caught,
                    str(shown.judgement.first_stage or shown.judgement.verdict))
 
 
 def right_cells(dtype: Dtype, terms: int, tp: int, seed: int, data: StudyData) -> Iterator[Cell]:
-    """Right layers in every order of summation."""
+    """Right layers in three orders of summation."""
     case, numerics = case_of(dtype, terms, tp, seed), usual_numerics(dtype)
     inputs, want_TH = study_inputs(case.problem, data), None
-    for place, order in enumerate(ORDERS):
+    for place, order in enumerate(RIGHT_ORDERS):
         reduction = REDUCTIONS[(place + seed) % len(REDUCTIONS)]
         ranks = SimulatedLayer(numerics, partial(matmul, order=order, seed=seed), reduction).run(case, inputs)
         want_TH = torch_loop(inputs, ranks[0]) if want_TH is None else want_TH
@@ -104,19 +131,6 @@ def expected_share(case: Case, inputs: Inputs, fault: Fault) -> float:
     numerics = usual_numerics(case.problem.dtype)
     ranks = SimulatedLayer(numerics, torch.matmul, fault=expected(fault)).run(case, inputs)
     return max(judged(case, inputs, ranks, numerics).shares.values())
-
-
-def run_exact(case: Case, layer: SimulatedLayer) -> list[RankTensors]:
-    """What every rank of a layer shows of exact data, whose routing is handed to it."""
-    inputs, shards = build_inputs(case.problem), build_shards(case.problem, case.parallel)
-
-    def rank(comm: LocalComm) -> RankTensors:
-        trace, groups = Trace(), grid_groups(comm, case.parallel.tp, case.parallel.ep)
-        layer.moe(inputs.x_TH, shards[groups.rank], case.problem.spec, case.parallel, groups, routing=inputs.routing,
-                  trace=trace)
-        return trace.tensors
-
-    return run_virtual_ranks(case.parallel.tp, rank)
 
 
 def refused(dtype: Dtype, got_TH: torch.Tensor, want_TH: torch.Tensor) -> dict[str, bool]:
