@@ -209,11 +209,12 @@ def describe(stage: StageResult) -> str:
 
 def _follows(over: list[Statistic]) -> str:
     """Whose errors they are, where the output alone is known: the part of a layer that they follow most."""
-    along = [one for one in over if one.expert is not None]
+    along = {one.name: one for one in over if one.expert is not None}
     if not along:
         return ""
-    part = f"rank {along[0].rank} of tp in " * (along[0].rank is not None)
-    return f", errors follow {part}expert {along[0].expert}"
+    first, ranks = next(iter(along.values())), along.get("ranks")
+    most = "" if ranks is None else f", most in rank {ranks.rank} of tp"
+    return f", errors follow expert {first.expert}{most}"
 
 
 def _statistic_place(one: Statistic) -> str:

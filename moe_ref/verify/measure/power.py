@@ -138,7 +138,8 @@ class Mutants:
                 continue
             self._rows_changed(name, Stage.OUTPUT, (judged.value + error_TH)[token_R], judged.rows(token_R),
                                Place(0, token_R))
-            for one in statistics.finish(judged, intermediate, error_TH):
+            # The sign is that of the subject's own output, which the mistake would have changed.
+            for one in (one for one in statistics.finish(judged, intermediate, error_TH) if one.name != "sign"):
                 self._keep(name, from_number(one.value) / from_number(one.allowed), f"{Stage.OUTPUT} {one.name}")
 
     def _signal(self, judged: Rows) -> float:

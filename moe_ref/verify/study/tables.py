@@ -1,0 +1,40 @@
+"""Tables that are printed and stand, word for word, between two marks of a document."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from moe_ref.contract.errors import UsageValueError
+
+
+@dataclass(frozen=True)
+class StudyTable:
+    """A title, the names of the columns, and rows of words."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def on_screen(self) -> Table:
+        """As it is printed."""
+        table = Table(*self.columns, title=self.title)
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def in_document(self) -> str:
+        """As Markdown."""
+        lines = [self.columns, ["---"] * len(self.columns), *self.rows]
+        return f"{self.title}:\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def write_between(path: Path, name: str, text: str) -> None:
+    """Replace what stands between `<!-- NAME -->` and `<!-- end of NAME -->`; UsageValueError where they are not."""
+    content = path.read_text()
+    first, last = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    if content.count(first) != 1 or content.count(last) != 1 or content.index(first) > content.index(last):
+        raise UsageValueError(f"{path}: should hold {first.strip()} and then {last}, once each")
+    head, _, rest = content.partition(first)
+    path.write_text(f"{head}{first}\n{text}\n{last}{rest.partition(last)[2]}")
