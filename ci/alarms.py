@@ -4,9 +4,9 @@
     python ci/alarms.py --only DRAW
 
 A draw is a layer, its inputs and its rounding contract, chosen by its number alone; its ten layers differ in order of
-summation, reduction, hardware class and in what they show: moe_ref/verify/study. Every draw is a line of FILE at once, so
-that a rerun goes on where the last one ended. Printed per check: how near it came to its threshold. Exit 1 on any
-accusation: that is a defect of the model, and `--only` repeats it.
+summation, reduction, hardware class and in what they show: moe_ref/verify/study. Every draw is a line of FILE at
+once, so that a rerun goes on where the last one ended. Printed per check: how near it came to its threshold. Exit 1 on
+any accusation: that is a defect of the model, and `--only` repeats it.
 """
 
 from collections import Counter
@@ -17,7 +17,6 @@ from pathlib import Path
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 import moe_ref
 from moe_ref.contract.errors import UsageValueError
@@ -26,6 +25,7 @@ from moe_ref.verify.run.subjects import source_digest
 from moe_ref.verify.study.alarms import LEVELS, Spread, accusations, judged_draw, spreads
 from moe_ref.verify.study.journal import DrawLine, Header, appending, read_journal
 from moe_ref.verify.study.plot import plot_spreads
+from moe_ref.verify.study.tables import StudyTable, write_between
 
 DRAWN = ("sigmas", "rms", "sign", "slots", "ranks")
 """Checks in the figure, besides the bound of the output; the rest is in the table."""
@@ -36,7 +36,7 @@ FILL_LANES = 4
 def run_draws(numbers: list[int], lanes: int, record: Path, header: Header, done: dict[int, DrawLine]) -> None:
     """Judge the draws that are not done and append them, whatever the order in which they end."""
     left = [number for number in numbers if number not in done]
-    columns = (TextColumn("right layers"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+    columns = (TextColumn("draws"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
                TextColumn("{task.fields[red]} accused"))
     with (appending(record, header) as journal, Progress(*columns, console=Console(stderr=True)) as progress,
           ProcessPoolExecutor(lanes, get_context("spawn")) as pool):
@@ -50,28 +50,25 @@ def run_draws(numbers: list[int], lanes: int, record: Path, header: Header, done
                 progress.update(task, advance=1, red=len(accusations(done.values())))
 
 
-def print_spreads(console: Console, found: list[Spread]) -> None:
+def spread_table(found: list[Spread]) -> StudyTable:
     """How near each check came to its threshold."""
-    table = Table("check", "runs", *(f"{100 * level:g} %" for level in LEVELS), "largest", "draw", "variant",
-                  title="value / threshold of right layers")
-    for one in found:
-        table.add_row(one.check, str(len(one.values)), *(f"{value:.3f}" for value in one.quantiles),
-                      f"{one.largest:.3f}", str(one.draw), one.variant)
-    console.print(table)
+    columns = ("check", "runs", *(f"{100 * level:g} %" for level in LEVELS), "largest", "draw", "variant")
+    return StudyTable("Largest value of a run over its threshold", columns, [
+        (one.check, str(len(one.values)), *(f"{value:.3f}" for value in one.quantiles), f"{one.largest:.3f}",
+         str(one.draw), one.variant) for one in found])
 
 
-def print_axes(console: Console, lines: list[DrawLine]) -> None:
-    """What was drawn, and that nothing is judged without power unseen."""
-    axes: dict[str, Counter[str]] = {"verdict": Counter(), "data": Counter(), "contract": Counter(), "format": Counter(),
-                                     "hardware": Counter()}
+def axes_of(lines: list[DrawLine]) -> list[str]:
+    """What was drawn and what the verdicts were, in numbers of runs; not_run is a layer too wide for its contract."""
+    axes: dict[str, Counter[str]] = {axis: Counter() for axis in ("verdict", "data", "contract", "dtype", "hardware")}
     for line in lines:
         for run in line.runs:
             words = {"verdict": run.verdict, "data": line.data, "contract": line.contract, "hardware": run.hardware,
-                     "format": next(word for word in line.case.split("-") if word in ("fp32", "fp16", "bf16"))}
+                     "dtype": next(word for word in line.case.split("-") if word in ("fp32", "fp16", "bf16"))}
             for axis, word in words.items():
                 axes[axis][word] += 1
-    for axis, counts in axes.items():
-        console.print(f"{axis}: " + ", ".join(f"{word} {count}" for word, count in counts.most_common()))
+    return [f"{axis}: " + ", ".join(f"{word} {count}" for word, count in counts.most_common())
+            for axis, counts in axes.items()]
 
 
 @click.command()
@@ -81,8 +78,11 @@ def print_axes(console: Console, lines: list[DrawLine]) -> None:
 @click.option("--record", type=click.Path(dir_okay=False, path_type=Path), default=Path("runs/alarms.jsonl"),
               show_default=True)
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Histograms, .svg or .png.")
+@click.option("--write", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+              help="Document whose table between the marks `alarms` is replaced.")
 @click.option("--only", type=int, help="Judge this draw alone, and write nothing.")
-def main(draws: int, first: int, lanes: int, record: Path, plot: Path | None, only: int | None) -> None:
+def main(draws: int, first: int, lanes: int, record: Path, plot: Path | None, write: Path | None,
+         only: int | None) -> None:
     """Judge right layers; exit 1 if one is accused."""
     console, numbers = Console(width=150), list(range(first, first + draws))
     if only is not None:
@@ -97,16 +97,20 @@ def main(draws: int, first: int, lanes: int, record: Path, plot: Path | None, on
             raise click.UsageError(str(error)) from error
         run_draws(numbers, lanes, record, header, done)
         lines = [done[number] for number in numbers]
-    found = spreads(lines)
-    print_spreads(console, found)
-    print_axes(console, lines)
+    found, accused = spreads(lines), accusations(lines)
+    table, axes = spread_table(found), axes_of(lines)
+    summary = f"{sum(len(line.runs) for line in lines)} right layers of {len(lines)} draws, {len(accused)} accused"
+    console.print(table.on_screen(), *axes, sep="\n")
+    for line, run in accused:
+        console.print(f"ACCUSED draw {line.draw}, {run.variant} ({run.hardware}), {line.case}, data {line.data}, "
+                      f"contract {line.contract}: {run.reason}", markup=False)
+    console.print(summary)
     if plot is not None:
         plot_spreads([one for one in found if one.check.endswith(DRAWN) or one.check == "output"], plot)
-    accused = accusations(lines)
-    for line, run in accused:
-        console.print(f"ACCUSED draw {line.draw}, {run.variant} ({run.hardware}), {line.case}, data {line.data}, contract "
-                      f"{line.contract}: {run.reason}", markup=False)
-    console.print(f"{sum(len(line.runs) for line in lines)} right layers of {len(lines)} draws, {len(accused)} accused")
+    if write is not None and only is None:
+        command = f"Printed by `python ci/alarms.py --draws {draws}`:"
+        write_between(write, "alarms", "\n".join([command, "", table.in_document(), "; ".join(axes) + ".", "",
+                                                  f"{summary}.", ""]))
     raise SystemExit(1 if accused else 0)
 
 

@@ -26,26 +26,29 @@ from moe_ref.verify.study.tables import StudyTable, write_between
 
 LENGTHS = "64,256,1024,4096,16384"
 DTYPES = (Dtype.BF16, Dtype.FP32)
-LONG, LONG_SEEDS, RIGHT_SEEDS = 16384, 2, 2
-"""Sums from which on there are fewer seeds, and the seeds of right layers."""
+LONG, LONG_SEEDS, FEW_SEEDS = 16384, 2, 2
+"""Sums from which on there are fewer seeds, and the seeds of right layers and of faults in small data."""
 BENIGN = FAULTS[0].name
 
 
 def run(lengths: list[int], seeds: int) -> tuple[list[Cell], list[Cell]]:
-    """Cells of faults, and of right layers on one rank and on four with two kinds of data."""
+    """Cells of faults, and of right layers on one rank and on four; small data are such as others test with."""
     def some(terms: int, most: int) -> range:
         return range(min(most, LONG_SEEDS) if terms >= LONG else most)
 
     def right(dtype: Dtype, terms: int, tp: int, data: StudyData, seed: int) -> Callable[[], Iterable[Cell]]:
         return lambda: right_cells(dtype, terms, tp, seed, data)
 
-    def faulty(dtype: Dtype, terms: int, seed: int) -> Callable[[], Iterable[Cell]]:
-        return lambda: power_cells(dtype, terms, seed)
+    def faulty(dtype: Dtype, terms: int, data: StudyData, seed: int) -> Callable[[], Iterable[Cell]]:
+        return lambda: power_cells(dtype, terms, seed, data)
 
-    jobs_of_faults = [faulty(dtype, terms, seed) for dtype in DTYPES for terms in lengths for seed in some(terms, seeds)]
+    few = min(seeds, FEW_SEEDS)
+    jobs_of_faults = [faulty(dtype, terms, StudyData.UNIT, seed) for dtype in DTYPES for terms in lengths
+                      for seed in some(terms, seeds)]
+    jobs_of_faults += [faulty(Dtype.BF16, terms, StudyData.SMALL, seed) for terms in lengths if terms < LONG
+                       for seed in range(few)]
     jobs_of_right = [right(dtype, terms, tp, data, seed) for dtype in DTYPES for terms in lengths for tp in (1, 4)
-                     for data in (StudyData.UNIT, StudyData.SMALL)
-                     for seed in some(terms, min(seeds, RIGHT_SEEDS))]
+                     for data in (StudyData.UNIT, StudyData.SMALL) for seed in some(terms, few)]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     found: list[list[Cell]] = []
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -88,10 +91,11 @@ def predicted(title: str, groups: dict[str, list[Cell]], lengths: list[int]) -> 
     return StudyTable(title, ["", *(f"K = {terms}" for terms in lengths)], rows)
 
 
-def by_name(cells: list[Cell], dtype: Dtype) -> dict[str, list[Cell]]:
-    """The cells of one dtype by fault."""
-    names = dict.fromkeys(cell.fault for cell in cells if cell.dtype is dtype)
-    return {name: [cell for cell in cells if cell.dtype is dtype and cell.fault == name] for name in names}
+def by_name(cells: list[Cell], dtype: Dtype, data: StudyData) -> dict[str, list[Cell]]:
+    """The cells of one dtype and kind of data by fault."""
+    chosen = [cell for cell in cells if (cell.dtype, cell.data) == (dtype, data)]
+    names = dict.fromkeys(cell.fault for cell in chosen)
+    return {name: [cell for cell in chosen if cell.fault == name] for name in names}
 
 
 def tables_of(faulty: list[Cell], right: list[Cell], lengths: list[int]) -> list[StudyTable]:
@@ -99,10 +103,13 @@ def tables_of(faulty: list[Cell], right: list[Cell], lengths: list[int]) -> list
     scale = "/".join(map(str, lengths))
     tables = []
     for dtype in DTYPES:
-        groups = by_name(faulty, dtype)
+        groups = by_name(faulty, dtype, StudyData.UNIT)
         tables.append(compared(f"Refused share of faulty {dtype} layers at K = {scale}", groups, lengths, OWN_CHECKS))
         tables.append(predicted(f"{dtype}: first failing stage, least expected value / threshold, caught of those "
                                 "expected beyond it", groups, lengths))
+    if short := [terms for terms in lengths if terms < LONG]:
+        tables.append(compared(f"Refused share of faulty bf16 layers at K = {'/'.join(map(str, short))}, small data",
+                               by_name(faulty, Dtype.BF16, StudyData.SMALL), short, OWN_CHECKS))
     groups = {f"{dtype}, {data} data, tp {tp}": [cell for cell in right
                                                  if (cell.dtype, cell.data, cell.tp) == (dtype, data, tp)]
               for dtype in DTYPES for data in (StudyData.UNIT, StudyData.SMALL) for tp in (1, 4)}
@@ -112,11 +119,14 @@ def tables_of(faulty: list[Cell], right: list[Cell], lengths: list[int]) -> list
 
 def wrong(faulty: list[Cell], right: list[Cell]) -> list[str]:
     """Cells that contradict the model, in words."""
-    found = [f"{cell.fault} {cell.dtype} K={cell.terms} seed {cell.seed}: expected {cell.expected:.3g}, but not caught"
-             for cell in faulty if cell.expected > 1 and not cell.caught[SHOWN]]
-    return found + [f"{cell.fault} {cell.dtype} K={cell.terms} tp {cell.tp} {cell.data} seed {cell.seed}: accused by {check}"
-                    for cell in [*right, *(cell for cell in faulty if cell.fault == BENIGN)]
-                    for check in OWN_CHECKS if cell.caught.get(check)]
+    def words(cell: Cell) -> str:
+        return f"{cell.fault}, {cell.dtype}, K = {cell.terms}, tp {cell.tp}, {cell.data} data, seed {cell.seed}"
+
+    missed = [f"{words(cell)}: expected {cell.expected:.3g}, but not caught"
+              for cell in faulty if cell.expected > 1 and not cell.caught[SHOWN]]
+    return missed + [f"{words(cell)}: right, but accused by {check}"
+                     for cell in [*right, *(cell for cell in faulty if cell.fault == BENIGN)]
+                     for check in OWN_CHECKS if cell.caught.get(check)]
 
 
 @click.command()
@@ -132,9 +142,9 @@ def main(lengths_text: str, seeds: int, write: Path | None) -> None:
     tables, console = tables_of(faulty, right, lengths), Console(width=180)
     for table in tables:
         console.print(table.on_screen())
-    visible = [cell for cell in faulty if cell.expected > 1]
-    summary = (f"{sum(cell.caught[SHOWN] for cell in visible)} of {len(visible)} faulty layers that are expected beyond a "
-               f"threshold are caught, {len(faulty)} faulty and {len(right)} right layers in all.")
+    visible = [cell.caught[SHOWN] for cell in faulty if cell.expected > 1]
+    summary = (f"{sum(visible)} of {len(visible)} faulty layers that are expected beyond a threshold are caught with "
+               f"all stages shown; {len(faulty)} faulty and {len(right)} right layers in all.")
     console.print(f"{summary} {time.monotonic() - began:.0f} s")
     contradictions = wrong(faulty, right)
     for text in contradictions:

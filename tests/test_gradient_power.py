@@ -1,6 +1,6 @@
 """Protects the predicted variance of gradients: right ones stay well inside, and mistakes that no bound sees are seen.
 
-`python -m tests.test_gradient_power` prints the study over more runs, and by how much each fault misses.
+`python -m tests.test_gradient_power [SEEDS]` prints the study over 189 runs per seed, and by how much faults miss.
 """
 
 import itertools
@@ -28,8 +28,8 @@ from tests.subjects.base import Call
 RIGHT = (rounded.Rounded, rounded.RoundedLast, rounded.RoundedWeightedActivation, rounded.RoundedHidden,
          rounded.RoundedThroughout)
 DTYPES, DATA = ("fp32", "fp16", "bf16"), ("", "-outlier", "-large")
-WELL_INSIDE = 0.9
-"""Of what is allowed: the worst of 1500 right runs reached 0.8, in fp32 sums of 64 products."""
+WELL_INSIDE = 0.75
+"""Of what is allowed: the worst of the 189 right runs in docs/bounds.md reached 0.59, in fp32."""
 
 
 @dataclass
@@ -218,7 +218,7 @@ CAUGHT = FAULTS[1:-1]
 
 @pytest.mark.parametrize(("subject", "dtype", "stage"), CAUGHT)
 def test_a_fault_is_caught_in_a_wide_layer(subject: Callable[[], rounded.Rounded], dtype: str, stage: Stage) -> None:
-    """512 wide the bound alone sees none of those in 16-bit rows; by far, so that no luck of a seed is in it."""
+    """512 wide, where zeros in the router's gradient are inside the bound; by far, so that no seed's luck is in it."""
     line = faulty(subject, dtype, 512)
     assert line.verdict == Verdict.MISMATCH
     assert next(from_number(one.ratio) for one in line.stages if one.stage == stage) > 10, line.message
@@ -237,4 +237,4 @@ def print_study(seeds: int) -> None:
 
 
 if __name__ == "__main__":
-    print_study(int(sys.argv[1]) if len(sys.argv) > 1 else 2)
+    print_study(int(sys.argv[1]) if len(sys.argv) > 1 else 1)

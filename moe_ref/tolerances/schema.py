@@ -114,7 +114,7 @@ class MutantEntry(Entry, frozen=True):
 
 
 class FloorEntry(Entry, frozen=True):
-    """Least rms(value) / rms(threshold)."""
+    """Least rms(value) / rms(threshold) of a token's output, the median of tokens."""
 
     floor: Positive
 

@@ -12,6 +12,7 @@ import torch
 import moe_ref
 from moe_ref.contract.comm import Comm, Groups
 from moe_ref.contract.parallel import Parallel
+from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.weights import MoEWeights
@@ -61,7 +62,7 @@ class OracleGradients:
     CAPABILITIES = moe_ref.CAPABILITIES
 
     def moe(self, x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, parallel: Parallel | None = None,
-            groups: Groups | None = None, *, routing: None = None, logits_TE: torch.Tensor | None = None,
+            groups: Groups | None = None, *, routing: Routing | None = None, logits_TE: torch.Tensor | None = None,
             residual_TH: torch.Tensor | None = None, trace: Trace | None = None) -> torch.Tensor:
         groups = groups or Groups()
         given = {"x_TH": x_TH, "logits_TE": logits_TE, "residual_TH": residual_TH, **dict(weights.named_tensors())}
@@ -70,7 +71,8 @@ class OracleGradients:
         parameters = MoEWeights(**{name: handed[name] for name, _ in weights.named_tensors()})
         started: list[bool] = []
         y_TH = moe_ref.moe(handed["x_TH"], parameters, spec, parallel, self.backward_groups(groups, spec, started),
-                           logits_TE=handed.get("logits_TE"), residual_TH=handed.get("residual_TH"), trace=trace)
+                           routing=routing, logits_TE=handed.get("logits_TE"), residual_TH=handed.get("residual_TH"),
+                           trace=trace)
         started.append(True)
         return y_TH
 

@@ -144,15 +144,15 @@ class Mutants:
 
     def _signal(self, judged: Rows) -> float:
         assert judged.variance is not None
-        known_TH = torch.isfinite(judged.bound) & torch.isfinite(judged.variance) & torch.isfinite(judged.value)
-        known_T = (known_TH & (judged.value != 0)).any(-1)
-        if self.expert is None or not bool(known_T.any()):
+        own_T = self.followed.judged_T & ~tainted_tokens(self.inputs) & (judged.value != 0).any(-1)
+        if self.expert is None or not bool(own_T.any()):
             return math.inf
-        sigma_TH = judged.variance.sqrt()
-        allowed_TH = torch.minimum(judged.bound, self.meters[Stage.OUTPUT].sigmas_allowed * sigma_TH)
-        value_T, allowed_T = (torch.where(known_TH, one, 0.0)[known_T].square().sum(-1)
+        known_TH = torch.isfinite(judged.bound) & torch.isfinite(judged.variance)
+        allowed_TH = torch.minimum(judged.bound, self.meters[Stage.OUTPUT].sigmas_allowed * judged.variance.sqrt())
+        value_T, allowed_T = (torch.where(known_TH, one, 0.0)[own_T].square().sum(-1)
                               for one in (judged.value, allowed_TH))
-        return float((value_T / allowed_T).median().sqrt())
+        # Where every element may be anything, there is no signal.
+        return float(torch.where(allowed_T > 0, value_T / allowed_T, 0.0).median().sqrt())
 
     def _rounds_once(self, stage: Stage) -> bool:
         """Whether a stage is stored in fewer bits than sums have, and nothing that it is made of is, and hidden."""

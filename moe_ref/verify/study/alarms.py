@@ -37,10 +37,10 @@ def judged_draw(number: int) -> DrawLine:
     for variant in variants(one):
         found = variant.run(one)
         judgement = found.judgement
+        shares = {name: to_number(float(f"{value:.4g}")) for name, value in found.shares.items()}
         runs.append(RunOfVariant(variant=variant.name, hardware=variant.hardware, verdict=judgement.verdict,
                                  reason=judgement.reason, first_stage=judgement.first_stage,
-                                 power=to_number(found.power),
-                                 shares={name: to_number(float(f"{value:.4g}")) for name, value in found.shares.items()}))
+                                 power=to_number(found.power), shares=shares))
     return DrawLine(draw=number, case=format_case(one.case), data=one.data, contract=one.contract, runs=runs)
 
 

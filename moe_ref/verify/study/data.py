@@ -22,9 +22,9 @@ MOST_DOUBLINGS = 4
 class StudyData(StrEnum):
     """What is done to generated tokens and weights.
 
-    `unit`: nothing. `small`: all of a deviation near 0.1, however wide the layer. `heavy`: data outlier, and every channel
-    doubled a geometric number of times. `positive`: neither tokens nor matrices of experts have a negative entry.
-    `graded`: tokens, channels and rows scaled by powers of two, undone in part by the weights that meet them.
+    `unit`: nothing. `small`: all of a deviation near 0.1, however wide the layer. `heavy`: data outlier, and every
+    channel doubled a geometric number of times. `positive`: neither tokens nor matrices of experts have a negative
+    entry. `graded`: tokens, channels and rows scaled by powers of two, undone in part by the weights that meet them.
     """
 
     UNIT = "unit"
@@ -62,10 +62,11 @@ class StudyWeights(GeneratedWeights):
         w13_GIH, w2_HI = expert.w13_GIH, expert.w2_HI
         hidden, intermediate = w2_HI.shape
         if self.data is StudyData.SMALL:
-            w13_GIH, w2_HI = (w13_GIH * (SMALL_TOKENS / inverse_root(hidden)),
-                              w2_HI * (SMALL_TOKENS / inverse_root(intermediate)))
+            w13_GIH = w13_GIH * (SMALL_TOKENS / inverse_root(hidden))
+            w2_HI = w2_HI * (SMALL_TOKENS / inverse_root(intermediate))
         elif self.data is StudyData.POSITIVE:
-            w13_GIH, w2_HI = (w13_GIH.abs() * (2 * inverse_root(hidden)), w2_HI.abs() * (2 * inverse_root(intermediate)))
+            w13_GIH = w13_GIH.abs() * (2 * inverse_root(hidden))
+            w2_HI = w2_HI.abs() * (2 * inverse_root(intermediate))
         elif self.data is StudyData.GRADED:
             rows_I = _grades(self.problem, "rows", intermediate)
             falling_H = torch.exp2(-(torch.arange(hidden) % 4).float())

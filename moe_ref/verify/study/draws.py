@@ -30,8 +30,9 @@ _Choice = TypeVar("_Choice")
 def numerics_of(contract: str, dtype: Dtype) -> Numerics:
     """A rounding contract by its name in CONTRACTS.
 
-    stored_rows: the usual one. gate_up_stored: gate and up too. registers: the output alone. fp32_partials: what travels
-    between ranks is fp32. weight_at_merge: rows are weighted when they are summed. every_step: as torch operators.
+    stored_rows: the usual one. gate_up_stored: gate and up too. registers: the output alone. fp32_partials: what
+    travels between ranks is fp32. weight_at_merge: rows are weighted when they are summed. every_step: as torch
+    operators.
     """
     usual, model = usual_numerics(dtype), Format(dtype.value)
     if contract == "stored_rows":
@@ -88,9 +89,10 @@ def draw(number: int) -> Draw:
     mlp = MLP(activation=choose.one("activation", ("silu", "silu", "gelu", "gelu_tanh")),
               bias=choose.one("bias", (False, False, False, True)))
     pattern = Pattern.UNIFORM if router is None else choose.one("pattern", _patterns(router))
-    problem = Problem(spec=MoESpec(hidden_size=hidden, intermediate_size=intermediate, router=router, experts=mlp),
-                      num_tokens=num_tokens, dtype=choose.one("dtype", (Dtype.BF16, Dtype.BF16, Dtype.FP16, Dtype.FP32)),
-                      pattern=pattern, residual=choose.one("residual", (False, False, True)), seed=number)
+    spec = MoESpec(hidden_size=hidden, intermediate_size=intermediate, router=router, experts=mlp)
+    dtype = choose.one("dtype", (Dtype.BF16, Dtype.BF16, Dtype.FP16, Dtype.FP32))
+    problem = Problem(spec=spec, num_tokens=num_tokens, dtype=dtype, pattern=pattern,
+                      residual=choose.one("residual", (False, False, True)), seed=number)
     tp = choose.one("tp", (1, 1, 2, 2, 3, 4, 4, 5, 6, 7, 8))
     uneven = tp > 1 and choose.one("uneven", (False, False, True))
     splits = tuple(choose.one(f"share {rank}", (1, 2, 3, 4)) for rank in range(tp)) if uneven else None

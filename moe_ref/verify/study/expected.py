@@ -1,4 +1,4 @@
-"""What a planted fault is expected to do to a layer whose sums are exact: nothing of it is taken from the judged run."""
+"""What a planted fault is expected to do to a layer whose sums are exact, with nothing taken from the judged run."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -1,4 +1,4 @@
-"""Results of the study of false alarms on disk: one JSON line per draw, appended and synchronised, continued by a rerun."""
+"""Results of the study of false alarms: one JSON line per draw, appended and synchronised, continued by a rerun."""
 
 import os
 from collections.abc import Iterator

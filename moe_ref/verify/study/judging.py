@@ -26,7 +26,8 @@ class Judged:
     """A verdict, and the largest value of every check over what it may be, by the name of the check.
 
     "act sigmas": of an element beyond the cell of its store. "act": of an element to the smaller of that limit and the
-    bound, stores included, so that a right store comes near 1. "output rms", "output sign" and so on: of the statistics.
+    bound, stores included, so that a right store comes near 1. "output rms", "output sign" and so on: of the
+    statistics.
     """
 
     judgement: Judgement

@@ -37,8 +37,9 @@ RIGHT_ORDERS: tuple[Order, ...] = ("sequential", "pairwise", "split_k")
 class Cell:
     """One fault in one layer, or a right layer: which checks refuse it.
 
-    expected: largest value over threshold with all stages shown, of a layer with exact sums and the expected fault. caught:
-    by check or project; a project that publishes nothing for the dtype is missing. stage: the first one that fails.
+    expected: largest value over threshold with all stages shown, of a layer with exact sums and the expected fault.
+    caught: by check or project; a project that publishes nothing for the dtype is missing. stage: the first one that
+    fails, or the verdict.
     """
 
     fault: str

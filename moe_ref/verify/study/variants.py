@@ -58,5 +58,7 @@ def variants(draw: Draw) -> tuple[Variant, ...]:
                 (f"{black}, black box", orders[black], "cpu", ()),
                 ("hopper", on_device("sm90")(dtype), "sm90", FUSED if draw.number % 2 else STAGES),
                 ("ampere", on_device("sm80")(dtype), "sm80", STAGES if draw.number % 2 else FUSED)]
-    return tuple(Variant(name, SimulatedLayer(draw.numerics, product, REDUCTIONS[(first + place) % 4], rotation=seed % 8),
-                         hardware, shown) for place, (name, product, hardware, shown) in enumerate(products))
+    layers = [SimulatedLayer(draw.numerics, product, REDUCTIONS[(first + place) % 4], rotation=seed % 8)
+              for place, (_, product, _, _) in enumerate(products)]
+    return tuple(Variant(name, layer, hardware, shown)
+                 for layer, (name, _, hardware, shown) in zip(layers, products, strict=True))
