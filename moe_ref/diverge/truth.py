@@ -10,7 +10,8 @@ from moe_ref.diverge.conversion import AS_THEY_ARE, Conversion
 from moe_ref.diverge.problem import GroupedProblem, build_operands
 from moe_ref.numerics.accumulation import Accumulation
 from moe_ref.numerics.formats import unit_in_last_place
-from moe_ref.numerics.gauges import Gauges, gauges, nonnegative_product
+from moe_ref.numerics.gauges import Gauges, gauges
+from moe_ref.numerics.magnitudes import nonnegative_product
 
 FP32_NEAREST = Accumulation(unit=2.0**-24)
 """What `bits` is measured by: fp32 additions, each rounded to nearest, one term after the other."""

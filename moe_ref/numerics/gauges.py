@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import torch
 
-from moe_ref.numerics.magnitudes import KnownMagnitudes, nonnegative_product
+from moe_ref.numerics.magnitudes import Left, blocks
 
 CHUNKS, CHUNK = 16, 64
 """Long sums are looked at every so many terms, in so many places at most."""
@@ -28,17 +28,34 @@ class Gauges:
     absolute: torch.Tensor | None = None
 
 
-def gauges(a_MK: torch.Tensor, w_NK: torch.Tensor, absolute: bool = False,
-           known: KnownMagnitudes | None = None) -> Gauges:
-    """Gauges of a @ w^T; any floating dtype.
+def gauges(a_MK: torch.Tensor, w_NK: torch.Tensor, absolute: bool = False) -> Gauges:
+    """Gauges of a @ w^T; any floating dtype."""
+    return gauges_and_products(a_MK, w_NK, [], absolute)[0]
+
+
+def gauges_and_products(a_MK: torch.Tensor, w_NK: torch.Tensor, carried: list[Left],
+                        absolute: bool = False) -> tuple[Gauges, list[torch.Tensor]]:
+    """Gauges of a @ w^T, and upper bounds of carried @ (|w|^power)^T, with w converted once, block by block.
 
     A random order has partial sums of mean square value^2 / 3 + squares / 6 (a bridge from 0 to the value); in the
     natural order they are followed in at most CHUNKS steps, linear within a step, and with the bridge's part of it.
     """
-    a_MK, terms = a_MK.double(), a_MK.shape[1]
-    squares = nonnegative_product(a_MK * a_MK, w_NK, 2, known)
-    of_absolute = nonnegative_product(a_MK.abs(), w_NK, 1, known) if absolute else None
-    w_NK = w_NK.double()
+    a_MK = a_MK.double()
+    lefts = [Left.of(a_MK.square(), 2), *carried] + ([Left.of(a_MK.abs(), 1)] if absolute else [])
+    value, path, *products = torch.empty(2 + len(lefts), len(a_MK), len(w_NK), dtype=torch.float64,
+                                         device=a_MK.device).unbind()
+    for block in blocks(w_NK):
+        at = slice(block.start, block.stop)
+        for product, left in zip(products, lefts, strict=True):
+            product[:, at] = block.product(left)
+        value[:, at], path[:, at] = _followed(a_MK, block.rows_NK.double(), products[0][:, at])
+    found = Gauges(value, products[0], path, products[-1] if absolute else None)
+    return found, products[1:1 + len(carried)]
+
+
+def _followed(a_MK: torch.Tensor, w_NK: torch.Tensor, squares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The value and the mean square of its partial sums."""
+    terms = a_MK.shape[1]
     steps = max(1, min(CHUNKS, terms // CHUNK), min(FEW_CHUNKS, terms // SHORT_CHUNK))
     cuts = [round(terms * step / steps) for step in range(steps + 1)]
     value = torch.zeros(len(a_MK), len(w_NK), dtype=torch.float64, device=a_MK.device)
@@ -48,10 +65,8 @@ def gauges(a_MK: torch.Tensor, w_NK: torch.Tensor, absolute: bool = False,
         natural += (value * (value + after)).addcmul_(after, after)
         ends += value
         value = after
-    if steps == 1:
-        return Gauges(value, squares, value * value / 3 + squares / 6, of_absolute)
-    bridge, square = squares / 6, value * value
+    square, bridge = value * value, squares / 6
     # The reversed order has partial sums value - s: each step's ends are value - s of the other's.
     backwards = 3 * steps * square - 3 * value * (2 * ends + value) + natural
     path = torch.maximum(natural, backwards) / (3 * steps) + bridge / steps
-    return Gauges(value, squares, torch.maximum(path, square / 3 + bridge), of_absolute)
+    return value, torch.maximum(path, square / 3 + bridge)

@@ -14,7 +14,7 @@ SLOPE = {"silu": 1.1, "gelu": 1.13, "gelu_tanh": 1.13, "relu": 1.0}
 """Largest |derivative|: silu 1.0998 at g = 2.40 for every sigmoid_scale and gate_softcap, gelu 1.1290 at
 g = sqrt 2. That of relu_squared grows with the gate."""
 
-_REACH = 3.0
+_REACH = 9.0
 """In standard deviations: how far from a gate its slope is looked at."""
 _BEYOND = 9.0
 """In standard deviations: so far beyond a limit nothing of an error is left."""

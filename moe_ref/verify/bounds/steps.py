@@ -1,6 +1,6 @@
 """The steps of a layer with the error of each, under one rounding contract: what both chains are made of."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -9,8 +9,8 @@ from moe_ref.contract.spec import MLP, MoESpec
 from moe_ref.contract.vocabulary import Format, Stage
 from moe_ref.contract.weights import ExpertWeights, WeightSource
 from moe_ref.numerics.accumulation import ROUNDING
-from moe_ref.numerics.gauges import gauges
-from moe_ref.numerics.magnitudes import KnownMagnitudes, nonnegative_product
+from moe_ref.numerics.gauges import gauges_and_products
+from moe_ref.numerics.magnitudes import Left
 from moe_ref.verify.bounds.activation import activated
 from moe_ref.verify.bounds.rounding import FLUSH, RoundingModel
 from moe_ref.verify.bounds.rows import DownRows, Rows, exact, total_variance
@@ -23,7 +23,6 @@ class Steps:
     spec: MoESpec
     numerics: Numerics
     model: RoundingModel
-    known: KnownMagnitudes = field(default_factory=KnownMagnitudes, compare=False, repr=False)
 
     def stored_in(self, stage: Stage) -> Format | None:
         """The declared format of a stage; None while it stays in registers."""
@@ -69,15 +68,15 @@ class Steps:
 
     def linear(self, rows: Rows, w_NK: torch.Tensor, bias: Rows | None, stage: Stage) -> Rows:
         """rows @ w^T + bias before the store of `stage`; a bias may be added to the product once stored."""
-        terms, sums = max(1, w_NK.shape[1]), gauges(
-            rows.value, w_NK, self.model.accumulation.truncates, self.known)
+        terms = max(1, w_NK.shape[1])
         lost = float(self.model.summed(torch.ones((), dtype=torch.float64), terms + (bias is not None)))
-        bound = nonnegative_product(rows.bound + lost * rows.largest, w_NK, 1, self.known) + (terms + 1) * FLUSH
-        variance = self.model.summed_variance(sums, terms)
-        if rows.variance is None:
-            variance = None
-        elif bool(rows.variance.any()):
-            variance = variance + nonnegative_product(rows.variance, w_NK, 2, self.known)
+        carried = [Left.of(rows.bound + lost * rows.largest, 1)]
+        if rows.variance is not None and bool(rows.variance.any()):
+            carried.append(Left.of(rows.variance, 2))
+        sums, products = gauges_and_products(rows.value, w_NK, carried, self.model.accumulation.truncates)
+        bound = products[0] + (terms + 1) * FLUSH
+        own = None if rows.variance is None else self.model.summed_variance(sums, terms)
+        variance = total_variance(own, *products[1:])
         if bias is None:
             return Rows(sums.value, bound, variance)
         bound = bound + bias.bound + lost * bias.largest

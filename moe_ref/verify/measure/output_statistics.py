@@ -22,6 +22,8 @@ from moe_ref.verify.bounds.rows import Rows
 
 SAMPLED_ROWS = 2
 """Rows per expert whose parts by rank are looked at: a partial sum that is lost is lost in all of them."""
+_ROWS = 128
+"""Rows of w2 that are converted at once."""
 LARGEST_KEPT = 2**26
 """Elements of directions that are kept until the truth is known; rows beyond that are left out, and counted."""
 
@@ -97,7 +99,6 @@ class OutputStatistics:
 
         weight_in_act: the activations hold the weight already.
         """
-        w2_HI = w2_HI.float()
         if weight_in_act:
             weight = replace(weight, value=torch.ones_like(weight.value), variance=_relative_variance(weight))
         sign_RH = self.sign_TH[token_R]
@@ -111,7 +112,7 @@ class OutputStatistics:
         if len(cuts) > 1:
             some = slice(0, SAMPLED_ROWS)
             for rank, (start, stop) in enumerate(cuts):
-                part_RH = act.value[some, start:stop].float() @ w2_HI[:, start:stop].T
+                part_RH = act.value[some, start:stop].float() @ w2_HI[:, start:stop].float().T
                 v_RH = self._direction(weight.value[some] * part_RH, token_R[some])
                 self.ranks.add(token_R[some], v_RH,
                                _shared(v_RH, w2_HI, act.rows(some), weight.rows(some), added_RH[some]), expert, rank)
@@ -176,6 +177,8 @@ def _shared(v_RH: torch.Tensor, w2_HI: torch.Tensor, act: Rows, weight: Rows, ad
     if act.variance is None:
         return torch.full((len(v_RH),), torch.inf, dtype=torch.float64)
     scale_R1 = v_RH.abs().amax(-1, keepdim=True).clamp(min=1e-300)
-    along_RI = ((v_RH / scale_R1).float() @ w2_HI).square_()
-    of_act = (act.variance * along_RI).sum(-1) * (weight.value * scale_R1).square()[:, 0]
+    along_RI = torch.zeros(len(v_RH), w2_HI.shape[1])
+    for start in range(0, len(w2_HI), _ROWS):
+        along_RI.addmm_((v_RH[:, start:start + _ROWS] / scale_R1).float(), w2_HI[start:start + _ROWS].float())
+    of_act = (act.variance * along_RI.square_()).sum(-1) * (weight.value * scale_R1).square()[:, 0]
     return of_act + _relative_variance(weight)[:, 0] * (v_RH * added_RH).sum(-1).square()
