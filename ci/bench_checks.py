@@ -1,4 +1,4 @@
-"""What judging a layer costs: truth, gauges, all stage checks and statistics of the output, against the oracle's forward.
+"""What judging a layer costs: truth, gauges, stage checks and statistics of the output, against the oracle's forward.
 
 Both take the same weights from memory, one thread, processor time; ratios are within one run. The limit that is missed
 makes the exit code 1. Run it on an idle machine.
@@ -62,6 +62,19 @@ def subject(case: Case, inputs: Inputs) -> list[RankTensors]:
             for tensors in layer.run(case, inputs)]
 
 
+def both_seconds(tokens: int, tp: int) -> tuple[float, float]:
+    """Of the oracle's forward, and of everything that judging a right layer takes."""
+    problem = Problem(spec=find_model(MODEL).spec, num_tokens=tokens, dtype=Dtype.BF16)
+    case = Case(problem=problem, parallel=Parallel(tp=tp))
+    inputs = held_inputs(case)
+    ranks, numerics = subject(case, inputs), contract("stored_rows", Dtype.BF16)
+    declared = replace(capabilities("checked", {Dtype.BF16: numerics}),
+                       stages=tuple(stage for stage in ranks[0] if stage is not Stage.REDUCED))
+    model = RoundingModel.of(load_tolerances(), "cpu", numerics, Dtype.BF16)
+    return (seconds(lambda: moe_ref.moe(inputs.x_TH, inputs.weights, problem.spec)),
+            seconds(lambda: measure(case, inputs, ranks, declared, model)))
+
+
 @click.command()
 @click.option("--tokens", default="32,256", help="Numbers of tokens, comma-separated.")
 @click.option("--tp", default="1,4", help="Degrees of tensor parallelism, comma-separated.")
@@ -71,21 +84,12 @@ def main(tokens: str, tp: str) -> None:
     table = Table(title=f"{MODEL}, bf16, processor seconds per layer")
     for column in ("tokens", "tp", "oracle forward", "checks", "ratio", "limit"):
         table.add_column(column, justify="right")
-    worst, console = 0.0, Console()
-    plan = [(int(count), int(degree)) for count in tokens.split(",") for degree in tp.split(",")]
+    worst, plan = 0.0, [(int(count), int(degree)) for count in tokens.split(",") for degree in tp.split(",")]
     for count, degree in track(plan, console=Console(stderr=True)):
-        problem = Problem(spec=find_model(MODEL).spec, num_tokens=count, dtype=Dtype.BF16)
-        case = Case(problem=problem, parallel=Parallel(tp=degree))
-        inputs = held_inputs(case)
-        ranks, numerics = subject(case, inputs), contract("stored_rows", Dtype.BF16)
-        declared = replace(capabilities("checked", {Dtype.BF16: numerics}),
-                           stages=tuple(stage for stage in ranks[0] if stage is not Stage.REDUCED))
-        model = RoundingModel.of(load_tolerances(), "cpu", numerics, Dtype.BF16)
-        oracle = seconds(lambda: moe_ref.moe(inputs.x_TH, inputs.weights, problem.spec))
-        checks = seconds(lambda: measure(case, inputs, ranks, declared, model))
+        oracle, checks = both_seconds(count, degree)
         worst = max(worst, checks / oracle)
         table.add_row(str(count), str(degree), f"{oracle:.1f}", f"{checks:.1f}", f"{checks / oracle:.2f}", f"{LIMIT:g}")
-    console.print(table)
+    Console().print(table)
     sys.exit(worst > LIMIT)
 
 

@@ -1,4 +1,4 @@
-"""Statistics of a whole layer: quiet on right layers seen from outside, and each names the mistake that it is made for."""
+"""Statistics of a whole layer: quiet on right layers seen from outside; each names the mistake that it is made for."""
 
 from functools import partial
 
@@ -104,7 +104,8 @@ def test_a_lost_partial_sum_is_named() -> None:
     found = named(output(case, [dict(kept) for _ in range(4)]), "ranks")
     assert from_number(found.value) > from_number(found.allowed)
     assert (found.expert, found.rank) == (expert, 2)
-    assert f"errors follow expert {expert}, most in rank 2 of tp" in describe(output(case, [dict(kept) for _ in range(4)]))
+    words = describe(output(case, [dict(kept) for _ in range(4)]))
+    assert f"errors follow expert {expert}, most in rank 2 of tp" in words
 
 
 def test_what_is_not_finite_is_left_out() -> None:
