@@ -13,8 +13,11 @@ from moe_ref.records.schema import (
     CollectiveCount,
     EndLine,
     Implementation,
+    MutantLine,
     RunLine,
+    SemanticLine,
     StageResult,
+    Statistic,
     Worst,
     from_number,
     to_number,
@@ -36,25 +39,30 @@ def case_line(case: str, verdict: str = "pass", **fields: object) -> CaseLine:
 
 FULL = case_line(
     "v1-a", "mismatch", reason="act: 2x", first_stage="act", guard={"poison": "nan"}, runs=2, same_bits=True,
-    numerics={"act": "bf16"}, power=12.5, inputs_digest="e", subject_seconds=0.5, oracle_seconds=0.25,
+    numerics={"act": "bf16"}, power=12.5, mutants={"k_tile": MutantLine(factor=3.0, where="act")}, signal=26.0,
+    semantic=[SemanticLine(stage="act", subject_share=0.5, sibling_share=0.25, ratio=4.0)], inputs_digest="e", subject_seconds=0.5, oracle_seconds=0.25,
     message="m", replay="moe-ref replay v1-a",
     collectives=[CollectiveCount(operation="all_reduce", calls=1, num_elements=4, num_bytes=8)],
     stages=[StageResult(stage="act", ratio="inf", num_checked=4, num_bad=1, bias=0.5, scale=1.0, num_bad_tokens=1,
                         bad_tokens=[3], bad_experts=[1], bad_ranks=[0], bad_tiles=[2], num_tiles=3, note="n",
+                        bound_ratio=0.5, sigmas=40.0, statistics=[Statistic(
+                            name="slots", value=9.0, allowed=7.0, number=4, token=3, expert=1)],
                         worst=Worst(rank=0, token=3, slot=1, expert=1, column=130, got="nan", want=1.0,
                                     allowed=0.25))])
 
 GOLDEN = (
-    b'{"type":"case","schema":1,"run":"r1","case":"v1-a","purpose":"why","implementation":{"name":"moe_fast",'
-    b'"version":"0.1.0","source_digest":"0123456789abcdef"},"ranks":"local","device":"cpu","verdict":"mismatch",'
-    b'"reason":"act: 2x","first_stage":"act","stages":[{"stage":"act","ratio":"inf","exact":false,'
-    b'"num_checked":4,"num_bad":1,"worst":{"rank":0,"token":3,"row":null,"slot":1,"expert":1,"column":130,"got":"nan",'
-    b'"want":1.0,"allowed":0.25},"num_bad_tokens":1,"bad_tokens":[3],"bad_experts":[1],"bad_ranks":[0],'
-    b'"bad_tiles":[2],"num_tiles":3,"bias":0.5,"scale":1.0,"note":"n"}],"collectives":[{"operation":"all_reduce",'
-    b'"calls":1,"num_elements":4,"num_bytes":8}],"guard":{"poison":"nan"},"runs":2,"same_bits":true,'
-    b'"batches":{},"numerics":{"act":"bf16"},"power":12.5,"inputs_digest":"e","subject_seconds":0.5,"oracle_seconds":0.25,'
-    b'"message":"m","replay":"moe-ref replay v1-a"}')
-"""A case line of schema 1, byte by byte. A change of a name or meaning here needs a new schema number."""
+    b'{"type":"case","schema":2,"run":"r1","case":"v1-a","purpose":"why","implementation":{"name":"moe_fast","vers'
+    b'ion":"0.1.0","source_digest":"0123456789abcdef"},"ranks":"local","device":"cpu","verdict":"mismatch","reason'
+    b'":"act: 2x","first_stage":"act","stages":[{"stage":"act","ratio":"inf","bound_ratio":0.5,"exact":false,"num_'
+    b'checked":4,"num_bad":1,"worst":{"rank":0,"token":3,"row":null,"slot":1,"expert":1,"column":130,"got":"nan","'
+    b'want":1.0,"allowed":0.25},"num_bad_tokens":1,"bad_tokens":[3],"bad_experts":[1],"bad_ranks":[0],"bad_tiles":'
+    b'[2],"num_tiles":3,"sigmas":40.0,"statistics":[{"name":"slots","value":9.0,"allowed":7.0,"number":4,"token":3'
+    b',"expert":1,"rank":null}],"bias":0.5,"scale":1.0,"note":"n"}],"collectives":[{"operation":"all_reduce","call'
+    b's":1,"num_elements":4,"num_bytes":8}],"guard":{"poison":"nan"},"runs":2,"same_bits":true,"batches":{},"numer'
+    b'ics":{"act":"bf16"},"power":12.5,"mutants":{"k_tile":{"factor":3.0,"where":"act"}},"signal":26.0,"semantic":'
+    b'[{"stage":"act","subject_share":0.5,"sibling_share":0.25,"ratio":4.0}],"inputs_digest":"e","subject_seconds"'
+    b':0.5,"oracle_seconds":0.25,"message":"m","replay":"moe-ref replay v1-a"}')
+"""A case line of schema 2, byte by byte. A change of a name or meaning here needs a new schema number."""
 
 
 def test_names_of_fields_are_stable() -> None:
@@ -65,7 +73,7 @@ def test_names_of_fields_are_stable() -> None:
     assert list(run) == ["type", "schema", "run", "started", "implementation", "tier", "cases", "minimum_executed",
                          "axis_pairs", "environment", "tolerances_digest", "oracle_version"]
     assert list(end) == ["type", "schema", "run", "finished", "seconds", "verdicts", "executed", "exit_code"]
-    assert (run["type"], end["type"], SCHEMA) == ("run", "end", 1)
+    assert (run["type"], end["type"], SCHEMA) == ("run", "end", 2)
 
 
 def written(folder: Path, *lines: RunLine | CaseLine | EndLine) -> Path:
@@ -129,8 +137,8 @@ def test_each_line_is_on_disk_when_append_returns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "words"), [
-    (b'{"type":"case","schema":1}\n', ":1: "),
-    (msgspec.json.encode(RUN) + b"\n" + GOLDEN.replace(b'"schema":1', b'"schema":2') + b"\n", ":2: schema 2"),
+    (b'{"type":"case","schema":2}\n', ":1: "),
+    (msgspec.json.encode(RUN) + b"\n" + GOLDEN.replace(b'"schema":2', b'"schema":1') + b"\n", ":2: schema 1"),
     (msgspec.json.encode(RUN) + b"\nnot json\n", ":2: "),
     (msgspec.json.encode(RUN) + b"\n" + GOLDEN.replace(b'"type":"case"', b'"type":"note"') + b"\n", ":2: "),
     (msgspec.json.encode(RUN) + b"\n" + GOLDEN.replace(b'"runs":2', b'"runs":"two"') + b"\n", ":2: "),

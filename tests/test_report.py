@@ -260,7 +260,7 @@ def test_gaps_do_not_become_the_norm(tmp_path: Path) -> None:
         write_baseline(make_run(passing(PLAIN), minimum=24), path)
     assert not path.exists()
     path.write_text('{"schema": 9}')
-    with pytest.raises(UsageValueError, match=r"b\.json: baseline schema 9, but this version reads 1"):
+    with pytest.raises(UsageValueError, match=r"b\.json: baseline schema 9, but this version reads 2"):
         read_baseline(path)
 
 

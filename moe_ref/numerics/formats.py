@@ -35,6 +35,8 @@ def round_to(value: torch.Tensor, stored: Format, mode: Mode = "nearest") -> tor
     """
     if stored is Format.FP64:
         return value
+    if stored is Format.FP32 and mode == "nearest":
+        return value.float().double()  # the same bits; narrower formats are reached through fp32, with two roundings
     one = entry(stored)
     unit = power_of_two(_exponent(value, one) - (one.significand_bits - 1))
     scaled = value / unit

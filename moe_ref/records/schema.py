@@ -8,7 +8,7 @@ import math
 
 import msgspec
 
-SCHEMA = 1
+SCHEMA = 2
 
 Number = float | str
 """A float, or "nan", "inf", "-inf"."""

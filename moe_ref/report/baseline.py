@@ -14,7 +14,7 @@ from moe_ref.records.schema import CaseLine, Number, RunLine, from_number, to_nu
 from moe_ref.records.store import Run
 from moe_ref.report.facts import case_lines, count_executed
 
-BASELINE_SCHEMA = 1
+BASELINE_SCHEMA = 2
 BASELINE_FOLDER = Path("ci/baselines")
 
 
