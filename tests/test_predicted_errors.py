@@ -145,6 +145,14 @@ def test_gauges_in_fp32_are_upper_bounds(scale: float, power: int) -> None:
     assert float(ratio.max()) < 1.001
 
 
+@pytest.mark.parametrize("power", [1, 2])
+def test_what_underflows_is_added(power: int) -> None:
+    """An entry 2^-150 of its row's largest is lost in fp32; the large entry that it meets must not be lost with it."""
+    a_MK = torch.tensor([[1.0, 2.0**-150]], dtype=torch.float64)
+    w_NK = torch.tensor([[0.0, 2.0**19]], dtype=torch.float64)
+    assert float(nonnegative_product(a_MK, w_NK, power)) >= float(a_MK @ w_NK.pow(power).T)
+
+
 @pytest.mark.parametrize("addends", [2, 3, 5])
 def test_a_running_sum_averages_over_all_orders(addends: int) -> None:
     """Against every permutation; the largest first makes the largest partial sums."""

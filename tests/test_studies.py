@@ -137,6 +137,8 @@ def test_data_are_what_they_are_called(data: StudyData, dtype: Dtype) -> None:
                                      for one in (inputs.x_TH, expert.w13_GIH, expert.w2_HI, router_EH)),
         StudyData.HEAVY: lambda: float(inputs.x_TH.abs().max()) >= 64 * float(inputs.x_TH.double().abs().median()),
         StudyData.POSITIVE: lambda: min(float(one.min()) for one in (inputs.x_TH, *expert[:2])) >= 0,
+        StudyData.ALIKE: lambda: (float(inputs.x_TH.double().std()) < 0.06 and 0.8 < float(inputs.x_TH.min())
+                                  and min(float(one.min()) for one in expert[:2]) >= 0),
         StudyData.GRADED: lambda: float(inputs.x_TH.double().std(0).max() / inputs.x_TH.double().std(0).min()) > 30}
     assert facts[data]()
     assert data is StudyData.UNIT or not torch.equal(inputs.x_TH, unit.x_TH)

@@ -11,7 +11,6 @@ from moe_ref.diverge.problem import GroupedProblem, build_operands
 from moe_ref.numerics.accumulation import Accumulation
 from moe_ref.numerics.formats import unit_in_last_place
 from moe_ref.numerics.gauges import Gauges, gauges
-from moe_ref.numerics.magnitudes import nonnegative_product
 
 FP32_NEAREST = Accumulation(unit=2.0**-24)
 """What `bits` is measured by: fp32 additions, each rounded to nearest, one term after the other."""
@@ -67,19 +66,19 @@ class Bench:
         """The truth of the converted operands, unsharded."""
         if conversion not in self._truths:
             x_RK, w_ENK = self.converted(conversion)
-            parts = [(gauges(x_RK[start:stop], w_ENK[e]), nonnegative_product(x_RK[start:stop].abs(), w_ENK[e], 1))
-                     for e, start, stop in self.operands.groups()]
-            fields = (torch.cat([getattr(part, name) for part, _ in parts]) for name in ("value", "squares", "path"))
+            parts = [gauges(x_RK[start:stop], w_ENK[e], absolute=True) for e, start, stop in self.operands.groups()]
+            fields = [torch.cat([getattr(part, name) for part in parts])
+                      for name in ("value", "squares", "path", "absolute")]
             partials = tuple(torch.cat([x_RK[start:stop, first:last] @ w_ENK[e, :, first:last].T
                                         for e, start, stop in self.operands.groups()])
                              for first, last in self.problem.cuts)
-            self._truths[conversion] = Truth(Gauges(*fields), torch.cat([absolute for _, absolute in parts]),
-                                             self.problem.terms, partials)
+            self._truths[conversion] = Truth(Gauges(*fields), fields[-1], self.problem.terms, partials)
         return self._truths[conversion]
 
 
 def joined(truths: list[Truth]) -> Truth:
     """The truths of several seeds as one, rows below rows."""
-    fields = (torch.cat([getattr(one.gauges, name) for one in truths]) for name in ("value", "squares", "path"))
+    fields = [torch.cat([getattr(one.gauges, name) for one in truths])
+              for name in ("value", "squares", "path", "absolute")]
     partials = tuple(torch.cat(parts) for parts in zip(*(one.partials for one in truths), strict=True))
-    return Truth(Gauges(*fields), torch.cat([one.absolute_RN for one in truths]), truths[0].terms, partials)
+    return Truth(Gauges(*fields), fields[-1], truths[0].terms, partials)

@@ -42,25 +42,29 @@ class Accumulation:
         spread = per_addition * (path + gauges.squares) + (terms * FLUSH) ** 2
         if not self.truncates:
             return spread
-        steps = -(-terms // self.products_per_step)
-        # By Cauchy and Schwarz the coherent loss, LOST 2 u |s_j| in each step, is at most this, whatever the signs.
-        lost = (LOST * 2 * self.unit * steps) ** 2 * gauges.path
-        return spread + lost + self._alignment(gauges, terms)
+        cut, largest = self._alignment(gauges)
+        # Losses that do not agree in sign add up at random.
+        return spread + self.drift(gauges, terms).square() + ROUNDING * cut**2 * terms * largest
 
-    def _alignment(self, gauges: Gauges, terms: int) -> torch.Tensor:
-        """Products cut at kept_bits below the largest addend: each loses LOST of that on average, towards zero.
+    def drift(self, gauges: Gauges, terms: int) -> torch.Tensor:
+        """What a sum that is cut loses at most on average, towards zero, (M, N); 0 of one that is rounded.
 
-        Losses add up coherently where products have one sign, at random where they have not.
+        LOST 2 u |s_j| in each step: by Cauchy and Schwarz at most steps LOST 2 u sqrt(path) over the sum. A product
+        loses LOST of 2^-kept_bits of the largest addend, coherent as far as products have one sign.
         """
-        if self.kept_bits == 0:
+        if not self.truncates:
             return torch.zeros_like(gauges.path)
-        largest = gauges.path + gauges.squares / self.products_per_step
-        cut = 2.0**-self.kept_bits
+        steps = -(-terms // self.products_per_step)
+        lost = LOST * 2 * self.unit * steps * gauges.path.sqrt()
+        cut, largest = self._alignment(gauges)
         # As far as products have one sign; all of them, where their absolute sum is not known.
-        agreement = torch.ones_like(gauges.path)
-        if gauges.absolute is not None:
-            agreement = (gauges.value / gauges.absolute.clamp(min=1e-300)).square()
-        return ((LOST * cut * terms) ** 2 * agreement + ROUNDING * cut**2 * terms) * largest
+        agreement = 1.0 if gauges.absolute is None else gauges.value.abs() / gauges.absolute.clamp(min=1e-300)
+        return -gauges.value.sign() * (lost + LOST * cut * terms * agreement * largest.sqrt())
+
+    def _alignment(self, gauges: Gauges) -> tuple[float, torch.Tensor]:
+        """The unit at which addends are cut, of the largest of a step, and the mean square of that."""
+        cut = 2.0**-self.kept_bits if self.kept_bits else 0.0
+        return cut, gauges.path + gauges.squares / self.products_per_step
 
 
 def running_sum(total: torch.Tensor, squares: torch.Tensor, addends: int) -> torch.Tensor:

@@ -41,7 +41,7 @@ class Left:
 class Block:
     """Some rows [start, stop) of a right factor w (N, K), and their magnitudes in fp32 times 2^-exponent.
 
-    exponent: NaN where an entry is not finite.
+    exponent: NaN where an entry is not finite. largest: of the scaled magnitudes.
     """
 
     start: int
@@ -49,6 +49,7 @@ class Block:
     rows_NK: torch.Tensor
     absolute_NK: torch.Tensor
     exponent: float
+    largest: float
 
     def product(self, left: Left) -> torch.Tensor:
         """An upper bound of left @ (|rows|^power)^T, (M, stop - start) fp64."""
@@ -59,7 +60,8 @@ class Block:
         terms = max(1, self.rows_NK.shape[1])
         product = (left.scaled_MK @ magnitudes_NK.T).double()
         # Rounding of both operands and of a square, of each product and each addition; and what underflowed.
-        product.mul_(1 + (terms + 6) * 2 * _FP32_UNIT).add_(4 * terms * 2.0**-149)
+        underflow = 4 * terms * 2.0**-149 * max(1.0, self.largest**left.power)
+        product.mul_(1 + (terms + 6) * 2 * _FP32_UNIT).add_(underflow)
         return product.mul_(left.scale_M1).mul_(2.0 ** (left.power * self.exponent))
 
 
@@ -75,8 +77,8 @@ def blocks(w_NK: torch.Tensor) -> Iterator[Block]:
         # Scaled by its largest entry where that is far from 1, so that no square leaves fp32; fp32 has room to do it.
         if math.isfinite(largest) and not 2.0**-20 < largest < 2.0**20 and largest > 0:
             exponent = float(max(-100, math.frexp(largest)[1]))
-            absolute_NK = absolute_NK * 2.0**-exponent
-        yield Block(start, start + len(rows_NK), rows_NK, absolute_NK.float(), exponent)
+            absolute_NK, largest = absolute_NK * 2.0**-exponent, 1.0
+        yield Block(start, start + len(rows_NK), rows_NK, absolute_NK.float(), exponent, largest)
 
 
 def nonnegative_product(a_MK: torch.Tensor, w_NK: torch.Tensor, power: int) -> torch.Tensor:

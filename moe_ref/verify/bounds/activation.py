@@ -6,9 +6,9 @@ from moe_ref.contract.spec import MLP
 from moe_ref.contract.vocabulary import Format
 from moe_ref.numerics.accumulation import ROUNDING
 from moe_ref.oracle import expert as formula
-from moe_ref.oracle.backward.mlp import slope
+from moe_ref.oracle.backward.mlp import slope, up_slope
 from moe_ref.verify.bounds.rounding import RoundingModel
-from moe_ref.verify.bounds.rows import Rows, exact, total_variance
+from moe_ref.verify.bounds.rows import Rows, exact, total_drift, total_variance
 
 SLOPE = {"silu": 1.1, "gelu": 1.13, "gelu_tanh": 1.13, "relu": 1.0}
 """Largest |derivative|: silu 1.0998 at g = 2.40 for every sigmoid_scale and gate_softcap, gelu 1.1290 at
@@ -41,11 +41,16 @@ def activated(model: RoundingModel, gate_up_RGI: Rows, mlp: MLP, inner: Format |
         variance = (factor.variance * (other.value.square() + other.variance) + factor.value.square() * other.variance
                     + (floor * (1 + gate.value.abs()) * (1 + up.value.abs())).square()
                     + ROUNDING * (unit * value).square())
+    drift = None
+    if gate.drift is not None:
+        drift = slope(gate.value, mlp) * gate.drift * other.value
+    if up.drift is not None:
+        drift = total_drift(drift, factor.value * up_slope(up.value, mlp) * up.drift)
     if inner is None:
-        return Rows(value, error, variance)
+        return Rows(value, error, variance, drift=drift)
     # A step that overflows its format makes everything after it right.
     widest = torch.stack([gate.largest, factor.largest, up.largest, other.largest, value.abs() + error]).amax(0)
-    known = Rows(value, error + unit * (value.abs() + error), variance)
+    known = Rows(value, error + unit * (value.abs() + error), variance, drift=drift)
     return known.masked(widest >= model.largest(inner))
 
 

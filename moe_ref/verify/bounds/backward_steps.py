@@ -118,7 +118,7 @@ class BackwardSteps:
         """rows @ weight, (R, M), in the accumulator."""
         weight_NM, terms = weight_NM.double(), len(weight_NM)
         error_RN = rows.bound + self.coefficient(terms) * rows.largest
-        sums = gauges(rows.value, weight_NM.T)
+        sums = gauges(rows.value, weight_NM.T, self.steps.model.accumulation.truncates)
         variance = self.steps.model.summed_variance(sums, terms) + nonnegative_product(spread(rows), weight_NM.T, 2)
         return Rows(sums.value, error_RN @ weight_NM.abs() + terms * FLUSH, variance)
 
@@ -126,7 +126,8 @@ class BackwardSteps:
         """one^T @ other, (N, M): the sum over rows in the accumulator; exactly 0 where there is no row."""
         terms = len(one.value)
         error_RN = one.bound + self.coefficient(terms) * one.largest
-        bound, sums = error_RN.T @ other.largest, gauges(one.value.T, other.value.T)
+        bound, sums = error_RN.T @ other.largest, gauges(
+            one.value.T, other.value.T, self.steps.model.accumulation.truncates)
         variance = self.steps.model.summed_variance(sums, terms) + nonnegative_product(spread(one).T, other.value.T, 2)
         if bool(other.bound.any()):
             bound = bound + one.value.abs().T @ other.bound

@@ -29,6 +29,12 @@ class RowObserver(Protocol):
     def routed(self, token_R: torch.Tensor, w2_HI: torch.Tensor, act: Rows, weight: Rows, added_RH: torch.Tensor,
                cuts: list[Range], weight_in_act: bool, expert: int) -> None: ...
 
+    def drifts(self, token_R: torch.Tensor, outputs: Range, drift_RH: torch.Tensor) -> None: ...
+
+    def shared(self, w2_HI: torch.Tensor, act: Rows, gate: Rows, added_TH: torch.Tensor) -> None: ...
+
+    def unpredicted(self, token_R: torch.Tensor) -> None: ...
+
 
 class OutputChain:
     """Partial sums of every rank with their bound, beside the truth, which is never sharded."""
@@ -54,12 +60,28 @@ class OutputChain:
             parts.append(steps.down(act.columns(*inner), part, weight, adds_bias).addend)
         added_RH = parts[0].value if len(parts) == 1 else self._whole(gate_up, expert, weight)
         self.truth_TH.index_add_(0, token_R, added_RH)
-        if self.observer is not None and not steps.on_input:
-            cuts = [] if self.summing.by_output else [share.columns for share in shares]
-            self.observer.routed(token_R, expert.w2_HI, act, weight, added_RH, cuts,
-                                 steps.act_weight(weight) is not None, number)
+        self._observe(token_R, expert, act, weight, added_RH, parts, number)
         self.summing.add_routed(parts, token_R, server_R)
         return ExpertRows(gate_up, act)
+
+    def _observe(self, token_R: torch.Tensor, expert: ExpertWeights, act: Rows, weight: Rows, added_RH: torch.Tensor,
+                 parts: list[Rows], number: int) -> None:
+        """Tell the observer of routed rows; how errors of weighted tokens are shared by columns is not followed."""
+        if self.observer is None:
+            return
+        shares = self.shares[:self.parallel.tp]
+        for share, part in zip(shares, parts, strict=True):
+            self._observe_drift(token_R, share.outputs, part)
+        if self.steps.on_input:
+            self.observer.unpredicted(token_R)
+            return
+        cuts = [] if self.summing.by_output else [share.columns for share in shares]
+        in_act = self.steps.act_weight(weight) is not None
+        self.observer.routed(token_R, expert.w2_HI, act, weight, added_RH, cuts, in_act, number)
+
+    def _observe_drift(self, token_R: torch.Tensor, outputs: Range, rows: Rows) -> None:
+        if self.observer is not None and rows.drift is not None:
+            self.observer.drifts(token_R, outputs, rows.drift)
 
     def _whole(self, gate_up: Rows, expert: ExpertWeights, weight: Rows) -> torch.Tensor:
         """What routed rows add to the truth, of the whole expert: cut on no rank."""
@@ -88,11 +110,17 @@ class OutputChain:
         steps, shared = self.steps, self.steps.spec.shared
         assert shared is not None
         act = steps.act(steps.gate_up(exact(self.x_TH), expert), shared.mlp)
-        self.truth_TH += self._shared_truth(act, expert, gate)
+        added_TH = self._shared_truth(act, expert, gate)
+        self.truth_TH += added_TH
+        if self.observer is not None and shared.gate == "router":
+            self.observer.unpredicted(torch.arange(len(self.x_TH)))
+        elif self.observer is not None:
+            self.observer.shared(expert.w2_HI, act, gate or exact(torch.ones_like(added_TH[:, :1])), added_TH)
         if self.parallel.shared is SharedPlacement.REPLICATED:
             inner, outputs = (0, shared.intermediate_size), (0, steps.spec.hidden_size)
             whole = self._shared_rows(act, expert, gate, inner, outputs, True)
             self.summing.add_shared([whole])
+            self._observe_drift(torch.arange(len(self.x_TH)), outputs, whole)
             return [whole.rows(slice(*share.tokens)) for share in self.shares]
         by_output, parts = self.summing.by_output, []
         for share in self.shares:
@@ -101,6 +129,7 @@ class OutputChain:
             token_T = slice(*share.merged_tokens)
             gate_T = None if gate is None else gate.rows(token_T)
             parts.append(self._shared_rows(act.rows(token_T), expert, gate_T, inner, share.outputs, by_output or first))
+            self._observe_drift(torch.arange(*share.merged_tokens), share.outputs, parts[-1])
         self.summing.add_shared(parts)
         return parts
 

@@ -103,6 +103,18 @@ class RoundingModel:
         # Both operands lose LOST 2 u of themselves on average, so the sum loses twice that of its value.
         return rounded + (2 * LOST * 2 * unit * sums.value).square()
 
+    def drift(self, sums: Gauges, terms: int) -> torch.Tensor | None:
+        """The part of that error which has one direction, towards zero, and so adds up between elements; None: none."""
+        cut_operands = self.operands is Format.TF32 and (
+            self.three_products or self.tolerances.file.hardware[self.device].tf32_operands == "truncate")
+        if not self.accumulation.truncates and not cut_operands:
+            return None
+        added = self.accumulation.drift(sums, 3 * terms if self.three_products else terms)
+        if not cut_operands:
+            return added
+        lost = _SMALL_PARTS / 2 if self.three_products else 2 * LOST * 2 * 2.0**-11
+        return added - lost * sums.value
+
     def summed_variance(self, sums: Gauges, terms: int) -> torch.Tensor:
         """Expected square of the error of a sum of `terms` products, the oracle's own included."""
         added = self.accumulation.variance(sums, 3 * terms if self.three_products else terms)

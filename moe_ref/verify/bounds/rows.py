@@ -15,7 +15,8 @@ class Rows:
 
     variance: mean square of the error, all stores included; None where nothing is predicted. unrounded: the same before
     the last store, in the format `stored`, which a comparison takes out by the cell of numbers that round to what is
-    stored; None: no store.
+    stored; None: no store. drift: the part of the error that has one direction in all elements, where sums or operands
+    are cut off; None: none.
     """
 
     value: torch.Tensor
@@ -23,6 +24,7 @@ class Rows:
     variance: torch.Tensor | None = None
     unrounded: torch.Tensor | None = None
     stored: Format | None = None
+    drift: torch.Tensor | None = None
 
     @property
     def largest(self) -> torch.Tensor:
@@ -40,7 +42,8 @@ class Rows:
     def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Rows":
         """The same rows in another shape."""
         return Rows(change(self.value), change(self.bound), None if self.variance is None else change(self.variance),
-                    None if self.unrounded is None else change(self.unrounded), self.stored)
+                    None if self.unrounded is None else change(self.unrounded), self.stored,
+                    None if self.drift is None else change(self.drift))
 
     def masked(self, unknown: torch.Tensor) -> "Rows":
         """Nothing is known of the elements where `unknown` (broadcast) is true."""
@@ -108,6 +111,12 @@ class Partials:
             sums[:, :, slice(*outputs)].index_put_((rank_R, token_R), addend, accumulate=True)
 
 
+def total_drift(*parts: torch.Tensor | None) -> torch.Tensor | None:
+    """Sum of drifts; None where no part has one."""
+    known = [one for one in parts if one is not None]
+    return torch.stack(known).sum(0) if known else None
+
+
 def exact(value: torch.Tensor) -> Rows:
     """Rows that carry no error: given ones, or the subject's own taken as the inputs of the next stage."""
     nothing = torch.zeros(value.shape, dtype=torch.float64, device=value.device)
@@ -118,4 +127,7 @@ def joined_columns(parts: list[Rows]) -> Rows:
     """Parts of the last axis side by side, after their stores."""
     variance = None if any(one.variance is None for one in parts) else torch.cat(
         [one.variance for one in parts if one.variance is not None], -1)
-    return Rows(torch.cat([one.value for one in parts], -1), torch.cat([one.bound for one in parts], -1), variance)
+    drift = None if any(one.drift is None for one in parts) else torch.cat(
+        [one.drift for one in parts if one.drift is not None], -1)
+    return Rows(torch.cat([one.value for one in parts], -1), torch.cat([one.bound for one in parts], -1), variance,
+                drift=drift)

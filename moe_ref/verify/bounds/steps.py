@@ -13,7 +13,7 @@ from moe_ref.numerics.gauges import gauges_and_products
 from moe_ref.numerics.magnitudes import Left
 from moe_ref.verify.bounds.activation import activated
 from moe_ref.verify.bounds.rounding import FLUSH, RoundingModel
-from moe_ref.verify.bounds.rows import DownRows, Rows, exact, total_variance
+from moe_ref.verify.bounds.rows import DownRows, Rows, exact, total_drift, total_variance
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,10 @@ class Steps:
     def stored_as(self, rows: Rows, stored: Format | None) -> Rows:
         """Rows after a store in a format, or as they are."""
         if stored is None:
-            return Rows(rows.value, rows.bound, rows.variance)
+            return Rows(rows.value, rows.bound, rows.variance, drift=rows.drift)
         variance = total_variance(rows.variance, self.model.stored_variance(rows.value, stored))
-        return Rows(rows.value, rows.bound + self.model.rounded(rows.largest, stored), variance, rows.variance, stored)
+        return Rows(rows.value, rows.bound + self.model.rounded(rows.largest, stored), variance, rows.variance, stored,
+                    rows.drift)
 
     @property
     def on_input(self) -> bool:
@@ -64,7 +65,8 @@ class Steps:
         if rows.variance is not None and factor.variance is not None:
             variance = (factor.value.square() * rows.variance + factor.variance * (rows.value.square() + rows.variance)
                         + ROUNDING * self.model.evaluation_unit**2 * value.square() + FLUSH**2)
-        return self.stored_as(Rows(value, error, variance), rounded_to)
+        drift = None if rows.drift is None else factor.value * rows.drift
+        return self.stored_as(Rows(value, error, variance, drift=drift), rounded_to)
 
     def linear(self, rows: Rows, w_NK: torch.Tensor, bias: Rows | None, stage: Stage) -> Rows:
         """rows @ w^T + bias before the store of `stage`; a bias may be added to the product once stored."""
@@ -77,14 +79,16 @@ class Steps:
         bound = products[0] + (terms + 1) * FLUSH
         own = None if rows.variance is None else self.model.summed_variance(sums, terms)
         variance = total_variance(own, *products[1:])
+        carried_drift = None if rows.drift is None else rows.drift @ w_NK.double().T
+        drift = total_drift(self.model.drift(sums, terms), carried_drift)
         if bias is None:
-            return Rows(sums.value, bound, variance)
+            return Rows(sums.value, bound, variance, drift=drift)
         bound = bound + bias.bound + lost * bias.largest
         before = self.model.rounded(sums.value.abs() + bound, self.stored_in(stage))
         value = sums.value + bias.value
         joined = self.model.stored_variance(sums.value, self.stored_in(stage)) + ROUNDING * (
             self.model.accumulation.unit * value).square()
-        return Rows(value, bound + before, total_variance(variance, bias.variance, joined))
+        return Rows(value, bound + before, total_variance(variance, bias.variance, joined), drift=drift)
 
     def gate_up(self, tokens: Rows, expert: ExpertWeights) -> Rows:
         """Both projections as they are stored, (R, G, I)."""

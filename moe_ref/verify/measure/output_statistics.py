@@ -62,11 +62,13 @@ class Directions:
         self.parts.append(_Part(token_N, v_NH.float(), shared_N, expert, rank))
         self.number += len(token_N)
 
-    def largest(self, error_TH: torch.Tensor, variance_TH: torch.Tensor) -> Largest:
-        """Largest sum of errors along a direction over its standard deviation; 0 where nothing is predicted."""
+    def largest(self, error_TH: torch.Tensor, variance_TH: torch.Tensor, drift_TH: torch.Tensor) -> Largest:
+        """Largest sum of errors along a direction, less its drift, in standard deviations; 0: nothing predicted."""
         worst = Largest()
         for part in self.parts:
             along_N = (part.v_NH * error_TH[part.token_N]).sum(-1)
+            drift_N = (part.v_NH * drift_TH[part.token_N]).abs().sum(-1)
+            along_N = (along_N.abs() - drift_N).clamp(min=0.0)
             sigma_N = (part.shared_N + (part.v_NH.double().square() * variance_TH[part.token_N]).sum(-1)).sqrt()
             z_N = torch.nan_to_num(torch.where(along_N == 0, 0.0, along_N.abs() / sigma_N), nan=0.0)
             if len(z_N) and float(z_N.max()) > worst.value:
@@ -90,6 +92,8 @@ class OutputStatistics:
         self.sign_TH = self.y_TH.sign() / self.scale_TH
         self.sign_shared_T = torch.zeros(len(y_TH), dtype=torch.float64)
         self.by_weight_TH = torch.zeros_like(self.y_TH)
+        self.drift_TH = torch.zeros_like(self.y_TH)
+        self.unpredicted_T = torch.zeros(len(y_TH), dtype=torch.bool)
         self.slots, self.ranks, self.left_out = Directions(), Directions(), 0
         self.keep = rows * y_TH.shape[1] <= LARGEST_KEPT
 
@@ -117,6 +121,18 @@ class OutputStatistics:
                 self.ranks.add(token_R[some], v_RH,
                                _shared(v_RH, w2_HI, act.rows(some), weight.rows(some), added_RH[some]), expert, rank)
 
+    def drifts(self, token_R: torch.Tensor, outputs: Range, drift_RH: torch.Tensor) -> None:
+        """What sums that are cut off lose in these rows on average, in the columns `outputs`."""
+        self.drift_TH[:, slice(*outputs)].index_add_(0, token_R, drift_RH)
+
+    def unpredicted(self, token_R: torch.Tensor) -> None:
+        """Rows whose errors are shared by columns in a way that is not followed: nothing is said of their sums."""
+        self.unpredicted_T[token_R] = True
+
+    def shared(self, w2_HI: torch.Tensor, act: Rows, gate: Rows, added_TH: torch.Tensor) -> None:
+        """Rows of the shared expert, of all tokens."""
+        self.sign_shared_T += _shared(self.sign_TH, w2_HI, act, gate, added_TH)
+
     def _direction(self, part_RH: torch.Tensor, token_R: torch.Tensor) -> torch.Tensor:
         v_RH = part_RH / self.scale_TH[token_R].square()
         return v_RH / v_RH.abs().amax(-1, keepdim=True).clamp(min=1e-300)
@@ -134,16 +150,21 @@ class OutputStatistics:
         error_TH = torch.where(known_TH, error_TH, 0.0)
         variance_TH = torch.where(known_TH, variance_TH, 0.0)
         found = [self._rms(error_TH, variance_TH, known_TH, intermediate)]
-        sign_T = (self.sign_TH * error_TH).sum(-1)
-        sigma_T = (torch.nan_to_num(self.sign_shared_T, nan=torch.inf)
-                   + (self.sign_TH.square() * variance_TH).sum(-1))
-        sigma = float(sigma_T.sum().sqrt())
-        along = Largest(abs(float(sign_T.sum())) / sigma if sigma > 0 else 0.0)
-        found.append(self._statistic("sign", along, 1))
+        found.append(self._sign(error_TH, variance_TH))
         for name, directions in (("slots", self.slots), ("ranks", self.ranks)):
             if directions.number:
-                found.append(self._statistic(name, directions.largest(error_TH, variance_TH), directions.number))
+                found.append(self._statistic(name, directions.largest(error_TH, variance_TH, self.drift_TH),
+                                             directions.number))
         return found
+
+    def _sign(self, error_TH: torch.Tensor, variance_TH: torch.Tensor) -> Statistic:
+        """Of all tokens whose errors are followed; less the drift, which may be anything up to what is predicted."""
+        followed_T1 = ~self.unpredicted_T[:, None]
+        sign_TH = self.sign_TH * followed_T1
+        variance = float(torch.nan_to_num(self.sign_shared_T, nan=torch.inf)[followed_T1[:, 0]].sum()
+                         + (sign_TH.square() * variance_TH).sum())
+        along = abs(float((sign_TH * error_TH).sum())) - float((sign_TH * self.drift_TH).abs().sum())
+        return self._statistic("sign", Largest(max(0.0, along) / variance**0.5 if variance > 0 else 0.0), 1)
 
     def _statistic(self, name: str, found: Largest, number: int) -> Statistic:
         allowed = self.check.sigmas_factor * tau(max(1, number), self.check.alpha)

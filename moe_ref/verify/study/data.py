@@ -25,6 +25,8 @@ class StudyData(StrEnum):
     `unit`: nothing. `small`: all of a deviation near 0.1, however wide the layer. `heavy`: data outlier, and every
     channel doubled a geometric number of times. `positive`: neither tokens nor matrices of experts have a negative
     entry. `graded`: tokens, channels and rows scaled by powers of two, undone in part by the weights that meet them.
+    `alike`: positive, and tokens within an eighth of 1, so that outputs are nearly equal, anywhere between two powers of two:
+    their roundings are alike too, and need not be uniform.
     """
 
     UNIT = "unit"
@@ -32,6 +34,7 @@ class StudyData(StrEnum):
     HEAVY = "heavy"
     POSITIVE = "positive"
     GRADED = "graded"
+    ALIKE = "alike"
 
 
 @dataclass(frozen=True)
@@ -64,9 +67,11 @@ class StudyWeights(GeneratedWeights):
         if self.data is StudyData.SMALL:
             w13_GIH = w13_GIH * (SMALL_TOKENS / inverse_root(hidden))
             w2_HI = w2_HI * (SMALL_TOKENS / inverse_root(intermediate))
-        elif self.data is StudyData.POSITIVE:
+        elif self.data in (StudyData.POSITIVE, StudyData.ALIKE):
             w13_GIH = w13_GIH.abs() * (2 * inverse_root(hidden))
             w2_HI = w2_HI.abs() * (2 * inverse_root(intermediate))
+            if self.data is StudyData.ALIKE:
+                w2_HI = w2_HI.float() * _place(self.problem)
         elif self.data is StudyData.GRADED:
             rows_I = _grades(self.problem, "rows", intermediate)
             falling_H = torch.exp2(-(torch.arange(hidden) % 4).float())
@@ -83,6 +88,11 @@ def channel_grades(problem: Problem) -> torch.Tensor:
 def _grades(problem: Problem, name: str, count: int) -> torch.Tensor:
     exponents = random_integers(format_problem(problem), f"grades of {name}", 0, count, 3)
     return torch.exp2(torch.from_numpy(exponents).float())
+
+
+def _place(problem: Problem) -> float:
+    """From 1 to 31/16, one number of a problem."""
+    return 1.5 + int(random_integers(format_problem(problem), "place", 0, 1, 4)[0]) / 16
 
 
 def _doublings(problem: Problem) -> torch.Tensor:
@@ -103,6 +113,8 @@ def study_inputs(problem: Problem, data: StudyData) -> Inputs:
         x_TH = x_TH * _doublings(problem)
     elif data is StudyData.POSITIVE:
         x_TH = x_TH.abs()
+    elif data is StudyData.ALIKE:
+        x_TH = 1 + x_TH.float() / 32
     elif data is StudyData.GRADED:
         x_TH = x_TH * channel_grades(problem) * torch.exp2(-(torch.arange(len(x_TH)) % 5).float())[:, None]
     return replace(inputs, x_TH=x_TH.to(inputs.x_TH.dtype), weights=StudyWeights(base, data))

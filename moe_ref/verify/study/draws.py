@@ -17,6 +17,8 @@ from moe_ref.verify.study.data import StudyData, study_inputs
 
 LONG_EVERY = 40
 """One draw in so many has sums of 4096 terms and more."""
+ALIKE_EVERY = 8
+"""One draw in so many has outputs that are nearly equal; all other kinds of data are as likely as each other."""
 LONG, SHORT = (4096, 4096, 8192, 16384), (16, 24, 33, 48)
 WIDTHS = (16, 20, 24, 33, 40, 48, 64, 64, 72, 96, 100, 127, 128, 192, 256, 320, 511, 512, 1024, 2048)
 LARGEST = 3_000_000
@@ -97,7 +99,9 @@ def draw(number: int) -> Draw:
     uneven = tp > 1 and choose.one("uneven", (False, False, True))
     splits = tuple(choose.one(f"share {rank}", (1, 2, 3, 4)) for rank in range(tp)) if uneven else None
     case = Case(problem=problem, parallel=Parallel(tp=tp, splits=splits))
-    return Draw(number, case, choose.one("data", tuple(StudyData)), choose.one("contract", CONTRACTS))
+    alike = choose.one("alike", (True,) + (False,) * (ALIKE_EVERY - 1))
+    data = StudyData.ALIKE if alike else choose.one("data", tuple(one for one in StudyData if one is not StudyData.ALIKE))
+    return Draw(number, case, data, choose.one("contract", CONTRACTS))
 
 
 def _sizes(choose: Chooser) -> tuple[int, int, int, int]:

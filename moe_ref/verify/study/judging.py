@@ -43,7 +43,8 @@ def judged(case: Case, inputs: Inputs, ranks: list[RankTensors], numerics: Numer
     visible = {*declared.stages, Stage.REDUCED}
     ranks = [{stage: tensor for stage, tensor in tensors.items() if stage in visible} for tensors in ranks]
     tolerances = load_tolerances()
-    measurement = measure(case, inputs, ranks, declared, RoundingModel(tolerances, hardware, numerics.accumulate))
+    model = RoundingModel.of(tolerances, hardware, numerics, case.problem.dtype)
+    measurement = measure(case, inputs, ranks, declared, model)
     judgement = judge(measurement, FACTS, tolerances.file.limits.ratio.max, tolerances.file.power_guard.zeros.factor)
     return Judged(judgement, measurement.power, shares(measurement, case))
 
