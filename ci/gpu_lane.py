@@ -9,7 +9,9 @@ from pathlib import Path
 import click
 
 TOTAL_SECONDS = 530.0
-MATRIX_SECONDS, LAYERS_SECONDS, BENCH_SECONDS = 260.0, 110.0, 90.0
+NUMERICS_SECONDS, MATRIX_SECONDS, LAYERS_SECONDS, BENCH_SECONDS = 50.0, 230.0, 100.0, 80.0
+GROWTH = ("moe_fast:ieee", "moe_fast:bf16", "moe_fast:fp16", "torch:loop:bf16", "model:sm90:bf16")
+"""Measured curves of the kernels and of torch beside the one that was predicted before a device was seen."""
 LAYERS = ("mixtral.8x7b.T32", "mixtral.8x7b.T4096.E2", "qwen3.30b.a3b.T256", "deepseek.v3.T64.E16", "olmoe.1b.7b.T1")
 """Published widths: a whole Mixtral layer, a prefill, many experts, DeepSeek-V3's widths, a decode step."""
 
@@ -29,7 +31,7 @@ def step(title: str, arguments: list[str], seconds: float) -> int:
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 def main(folder: Path) -> None:
-    """Fill FOLDER with matrix/ and layers/ (records and pages) and bench.json; exits with the worst code."""
+    """Fill FOLDER with growth/, matrix/, layers/ (records and pages) and bench.json; exits with the worst code."""
     import torch
     if not torch.cuda.is_available():
         raise click.ClickException("no CUDA device here; on a CPU run ci/verify")
@@ -38,7 +40,10 @@ def main(folder: Path) -> None:
     started, lanes = time.monotonic(), str(min(8, os.cpu_count() or 1))
     verify = ["-m", "moe_ref", "verify", "moe_fast", "--device", "cuda", "--lanes", lanes]
     matrix, layers = folder / "matrix", folder / "layers"
-    codes = [step("matrix", [*verify, "--tier", "quick", "--deadline", str(MATRIX_SECONDS - 30), "--record",
+    codes = [step("fingerprint", ["-m", "moe_ref", "fingerprint", "--device", "cuda"], NUMERICS_SECONDS),
+             step("growth", ["-m", "moe_ref", "diverge", *GROWTH, "--device", "cuda", "--record",
+                             str(folder / "growth"), "--plot", str(folder / "growth.svg")], NUMERICS_SECONDS),
+             step("matrix", [*verify, "--tier", "quick", "--deadline", str(MATRIX_SECONDS - 30), "--record",
                              str(matrix)], MATRIX_SECONDS)]
     named = [option for name in LAYERS for option in ("--case", f"v1-{name}-bf16")]
     codes.append(step("model layers", [*verify, *named, "--tp", "1,8", "--deadline", str(LAYERS_SECONDS - 60),

@@ -25,8 +25,8 @@ class StudyData(StrEnum):
     `unit`: nothing. `small`: all of a deviation near 0.1, however wide the layer. `heavy`: data outlier, and every
     channel doubled a geometric number of times. `positive`: neither tokens nor matrices of experts have a negative
     entry. `graded`: tokens, channels and rows scaled by powers of two, undone in part by the weights that meet them.
-    `alike`: positive, and tokens within an eighth of 1, so that outputs are nearly equal, anywhere between two powers of two:
-    their roundings are alike too, and need not be uniform.
+    `alike`: positive, and tokens within an eighth of 1, so that outputs are nearly equal, anywhere between powers of
+    two: their roundings are alike too, and need not be uniform.
     """
 
     UNIT = "unit"

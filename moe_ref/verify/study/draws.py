@@ -17,8 +17,9 @@ from moe_ref.verify.study.data import StudyData, study_inputs
 
 LONG_EVERY = 40
 """One draw in so many has sums of 4096 terms and more."""
-ALIKE_EVERY = 8
-"""One draw in so many has outputs that are nearly equal; all other kinds of data are as likely as each other."""
+ALIKE_EVERY = 16
+"""One draw in so many has outputs that are nearly equal, and many of them, since what is alike in their errors shows in
+sums over all. Other kinds of data are as likely as each other."""
 LONG, SHORT = (4096, 4096, 8192, 16384), (16, 24, 33, 48)
 WIDTHS = (16, 20, 24, 33, 40, 48, 64, 64, 72, 96, 100, 127, 128, 192, 256, 320, 511, 512, 1024, 2048)
 LARGEST = 3_000_000
@@ -86,7 +87,8 @@ class Chooser:
 def draw(number: int) -> Draw:
     """The layer of a number."""
     choose = Chooser(number)
-    hidden, intermediate, num_tokens, experts = _sizes(choose)
+    alike = choose.one("alike", (True,) + (False,) * (ALIKE_EVERY - 1))
+    hidden, intermediate, num_tokens, experts = _many_outputs(choose) if alike else _sizes(choose)
     router = _router(choose, experts)
     mlp = MLP(activation=choose.one("activation", ("silu", "silu", "gelu", "gelu_tanh")),
               bias=choose.one("bias", (False, False, False, True)))
@@ -99,9 +101,15 @@ def draw(number: int) -> Draw:
     uneven = tp > 1 and choose.one("uneven", (False, False, True))
     splits = tuple(choose.one(f"share {rank}", (1, 2, 3, 4)) for rank in range(tp)) if uneven else None
     case = Case(problem=problem, parallel=Parallel(tp=tp, splits=splits))
-    alike = choose.one("alike", (True,) + (False,) * (ALIKE_EVERY - 1))
-    data = StudyData.ALIKE if alike else choose.one("data", tuple(one for one in StudyData if one is not StudyData.ALIKE))
+    others = tuple(one for one in StudyData if one is not StudyData.ALIKE)
+    data = StudyData.ALIKE if alike else choose.one("data", others)
     return Draw(number, case, data, choose.one("contract", CONTRACTS))
+
+
+def _many_outputs(choose: Chooser) -> tuple[int, int, int, int]:
+    """The same, for up to 24576 outputs."""
+    hidden, intermediate = (choose.one(f"{name} of many", (128, 256, 512)) for name in ("hidden", "intermediate"))
+    return hidden, intermediate, choose.one("many tokens", (24, 32, 48)), choose.one("few experts", (0, 2, 4))
 
 
 def _sizes(choose: Chooser) -> tuple[int, int, int, int]:
