@@ -25,7 +25,7 @@ def plot_spreads(spreads: list[Spread], path: Path) -> None:
 
     rows = -(-len(spreads) // _COLUMNS)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(3.1 * _COLUMNS, 2.0 * rows + 0.4), layout="constrained")
+        figure = Figure(figsize=(3.4 * _COLUMNS, 2.0 * rows + 0.4), layout="constrained")
         panels = figure.subplots(rows, _COLUMNS, sharex=True, squeeze=False).flatten()
         edges = [LEAST * 10 ** (4.5 * step / _BINS) for step in range(_BINS + 1)]
         for axes, one in zip(panels, spreads, strict=False):
@@ -33,6 +33,9 @@ def plot_spreads(spreads: list[Spread], path: Path) -> None:
             axes.axvline(1.0, color="#e5484d", linewidth=1.2)
             axes.set_xscale("log")
             axes.set_yscale("log")
+            axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
+            axes.yaxis.set_major_formatter(lambda value, place: f"{value:g}")
+            axes.minorticks_off()
             axes.set_title(f"{one.check}: {len(one.values)} runs, largest {one.largest:.2f}")
             axes.grid()
         for axes in panels[len(spreads):]:
