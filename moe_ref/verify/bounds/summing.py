@@ -1,6 +1,6 @@
 """From rows to the output: whose partial sum a row joins, and what every schedule makes of the sums."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -8,7 +8,7 @@ from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.shares import RankShare
 from moe_ref.contract.vocabulary import Schedule, SharedPlacement, Stage
 from moe_ref.contract.volume import additions_between_ranks
-from moe_ref.verify.bounds.rounding import FLUSH, ORACLE_UNIT
+from moe_ref.verify.bounds.rounding import FLUSH, ON_GRID, ORACLE_UNIT
 from moe_ref.verify.bounds.rows import Partials, Rows, total_variance
 from moe_ref.verify.bounds.steps import Steps
 
@@ -127,7 +127,9 @@ class Summing:
         travels = len(value) > 1 and not self.by_output
         stored = steps.stored_in(Stage.MERGED) or (steps.numerics.reduce if travels else None)
         rows = steps.stored_as(Rows(value, bound, variance), stored)
-        return Partials.of(rows)
+        # What is summed may be stored in the same format: then more is rounded on average.
+        grid = (ON_GRID - 1) * steps.model.stored_variance(value, stored)
+        return Partials.of(replace(rows, variance=total_variance(rows.variance, grid)))
 
     def _bias_adders(self) -> list[tuple[int, slice, slice]]:
         """Which sums hold the output bias, for which tokens and columns."""

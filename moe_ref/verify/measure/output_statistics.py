@@ -24,7 +24,7 @@ SAMPLED_ROWS = 2
 """Rows per expert whose parts by rank are looked at: a partial sum that is lost is lost in all of them."""
 _ROWS = 128
 """Rows of w2 that are converted at once."""
-LARGEST_KEPT = 2**26
+LARGEST_KEPT = 2**25
 """Elements of directions that are kept until the truth is known; rows beyond that are left out, and counted."""
 
 
@@ -62,19 +62,52 @@ class Directions:
         self.parts.append(_Part(token_N, v_NH.float(), shared_N, expert, rank))
         self.number += len(token_N)
 
-    def largest(self, error_TH: torch.Tensor, variance_TH: torch.Tensor, drift_TH: torch.Tensor) -> Largest:
+    def largest(self, error_TH: torch.Tensor, variance_TH: torch.Tensor, drift_TH: torch.Tensor,
+                rows: "RowDirections") -> Largest:
         """Largest sum of errors along a direction, less its drift, in standard deviations; 0: nothing predicted."""
         worst = Largest()
         for part in self.parts:
             along_N = (part.v_NH * error_TH[part.token_N]).sum(-1)
             drift_N = (part.v_NH * drift_TH[part.token_N]).abs().sum(-1)
             along_N = (along_N.abs() - drift_N).clamp(min=0.0)
-            sigma_N = (part.shared_N + (part.v_NH.double().square() * variance_TH[part.token_N]).sum(-1)).sqrt()
+            independent_N = (part.v_NH.double().square() * variance_TH[part.token_N]).sum(-1)
+            sigma_N = (part.shared_N + rows.shared_along(part) + independent_N).sqrt()
             z_N = torch.nan_to_num(torch.where(along_N == 0, 0.0, along_N.abs() / sigma_N), nan=0.0)
             if len(z_N) and float(z_N.max()) > worst.value:
                 index = int(z_N.argmax())
                 worst = Largest(float(z_N[index]), int(part.token_N[index]), part.expert, part.rank)
         return worst
+
+
+class RowDirections:
+    """Directions of all routed rows by token, (T, K, H): errors that one row shares lie along the others' too.
+
+    What a row shares along any v is taken as what it shares along its own direction, times the square of v's part in
+    that: exact for parallel rows, as of data of one sign, and small for others.
+    """
+
+    def __init__(self, slots: Directions, num_tokens: int, width: int) -> None:
+        count_T = torch.zeros(num_tokens, dtype=torch.int64)
+        places = []
+        for part in slots.parts:
+            places.append(count_T[part.token_N].clone())
+            count_T[part.token_N] += 1
+        most = int(count_T.max()) if num_tokens else 0
+        self.v_TKH, self.shared_TK = torch.zeros(num_tokens, most, width), torch.zeros(num_tokens, most).double()
+        self.expert_TK = torch.full((num_tokens, most), -1)
+        for part, place_N in zip(slots.parts, places, strict=True):
+            self.v_TKH[part.token_N, place_N] = part.v_NH
+            self.shared_TK[part.token_N, place_N] = part.shared_N
+            self.expert_TK[part.token_N, place_N] = part.expert
+        self.size_TK = self.v_TKH.square().sum(-1)
+
+    def shared_along(self, part: _Part) -> torch.Tensor:
+        """Variance along the directions of a part that the other rows of its tokens share, (N,)."""
+        rows_NKH, size_NK = self.v_TKH[part.token_N], self.size_TK[part.token_N]
+        share_NK = torch.einsum("nh,nkh->nk", part.v_NH, rows_NKH) / size_NK.clamp(min=1e-30)
+        others_NK = self.expert_TK[part.token_N] != part.expert
+        along_NK = share_NK.double().square() * self.shared_TK[part.token_N]
+        return torch.where(others_NK, along_NK, 0.0).sum(-1)
 
 
 class OutputStatistics:
@@ -94,6 +127,9 @@ class OutputStatistics:
         self.by_weight_TH = torch.zeros_like(self.y_TH)
         self.drift_TH = torch.zeros_like(self.y_TH)
         self.unpredicted_T = torch.zeros(len(y_TH), dtype=torch.bool)
+        # Numbers that a store has made equal err alike where sums of stored numbers are stored again, so that no more
+        # errors are independent than numbers are different.
+        self.distinct = len(self.y_TH.unique())
         self.slots, self.ranks, self.left_out = Directions(), Directions(), 0
         self.keep = rows * y_TH.shape[1] <= LARGEST_KEPT
 
@@ -151,18 +187,20 @@ class OutputStatistics:
         variance_TH = torch.where(known_TH, variance_TH, 0.0)
         found = [self._rms(error_TH, variance_TH, known_TH, intermediate)]
         found.append(self._sign(error_TH, variance_TH))
+        rows = RowDirections(self.slots, *error_TH.shape)
         for name, directions in (("slots", self.slots), ("ranks", self.ranks)):
             if directions.number:
-                found.append(self._statistic(name, directions.largest(error_TH, variance_TH, self.drift_TH),
-                                             directions.number))
+                largest = directions.largest(error_TH, variance_TH, self.drift_TH, rows)
+                found.append(self._statistic(name, largest, directions.number))
         return found
 
     def _sign(self, error_TH: torch.Tensor, variance_TH: torch.Tensor) -> Statistic:
         """Of all tokens whose errors are followed; less the drift, which may be anything up to what is predicted."""
         followed_T1 = ~self.unpredicted_T[:, None]
         sign_TH = self.sign_TH * followed_T1
-        variance = float(torch.nan_to_num(self.sign_shared_T, nan=torch.inf)[followed_T1[:, 0]].sum()
-                         + (sign_TH.square() * variance_TH).sum())
+        shared = float(torch.nan_to_num(self.sign_shared_T, nan=torch.inf)[followed_T1[:, 0]].sum())
+        repeated = max(1.0, int((variance_TH > 0).sum()) / max(1, self.distinct))
+        variance = shared + repeated * float((sign_TH.square() * variance_TH).sum())
         along = abs(float((sign_TH * error_TH).sum())) - float((sign_TH * self.drift_TH).abs().sum())
         return self._statistic("sign", Largest(max(0.0, along) / variance**0.5 if variance > 0 else 0.0), 1)
 
@@ -180,7 +218,8 @@ class OutputStatistics:
         part_TH = torch.where(known_TH, self.by_weight_TH / variance_TH.clamp(min=1e-300), 0.0).clamp(max=1.0)
         tokens = max(1, int(known_TH.any(-1).sum()))
         part = float(part_TH.sum() / number)
-        independent = 1 / (1 / number + 1 / (tokens * max(1, intermediate)) + part**2 / tokens)
+        independent = 1 / (1 / min(number, max(1, self.distinct)) + 1 / (tokens * max(1, intermediate))
+                           + part**2 / tokens)
         value = float((error_TH.square() / variance_TH.clamp(min=1e-300)).sum() / number) ** 0.5
         allowed = self.check.rms_base + self.check.rms_spread / (2 * independent) ** 0.5
         return Statistic(name="rms", value=to_number(value), allowed=to_number(allowed), number=number)
