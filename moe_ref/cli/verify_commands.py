@@ -182,7 +182,7 @@ def _closest(lines: list[CaseLine]) -> list[str]:
     if not passing:
         return []
     ratio, case = max(passing)
-    return [f"closest to its bound: output at {ratio:.2g} in {case}"]
+    return [f"closest to its limit: output at {ratio:.2g} in {case}"]
 
 
 @click.command("replay")

@@ -29,7 +29,7 @@ _REASONS_SHOWN = 2
 
 def head_lines(run: Run, comparison: Comparison | None = None,
                baseline: Baseline | None = None) -> tuple[str, ...]:
-    """Verdict and change; on what; how much really ran; where to look first; closest to its bound."""
+    """Verdict and change; on what; how much really ran; where to look first; closest to its limit."""
     lines = case_lines(run)
     return (_verdict_line(run, lines, comparison), _machine_line(run), _count_line(run, lines),
             _first_line(run, lines, comparison), _close_line(lines, baseline))

@@ -26,6 +26,10 @@ def explain(line: CaseLine, case: Case) -> str:
     if culprit is not None:
         output = next((stage for stage in line.stages if stage.stage == Stage.OUTPUT), None)
         lines += _where(culprit, case, output, _differs(line, culprit))
+    elif failed := next((stage for stage in line.stages if stage.stage == line.first_stage), None):
+        # Only the sum of many errors is too large: no element says where, but how they round does.
+        lines += [f"  rounds  {words}" for words in [_differs(line, failed) or _differs_last(line)] if words]
+        lines.append(f"  bound   tolerances.yaml checks, predicted variance of {_model(failed.stage, case)}")
     if line.same_bits is not None:
         lines.append(f"  again   {line.runs} runs, {'same bits' if line.same_bits else 'different bits'}")
     lines.append(f"  replay  {line.replay}")
@@ -42,12 +46,20 @@ def _stage(stage: StageResult, first_stage: str | None) -> str:
     return f"{stage.stage} {text}" + (" FAIL" if stage.stage == first_stage and not stage.exact else "")
 
 
+def _differs_last(line: CaseLine) -> str:
+    """Of a mismatch of the output, which check B does not have: what it says of the reduced rows."""
+    last = next((stage for stage in line.stages if stage.stage == Stage.REDUCED), None)
+    return _differs(line, last) if last is not None else ""
+
+
 def _differs(line: CaseLine, stage: StageResult) -> str:
     """What check B says of a stage, in words."""
     found = next((one for one in line.semantic if one.stage == stage.stage), None)
     if found is None:
         return ""
     subject, siblings = from_number(found.subject_share), from_number(found.sibling_share)
+    if subject <= 2 * siblings:
+        return ""
     return (f"{subject:.1%} of {stage.stage} differ from layers that round as declared, {siblings:.1%} of those from "
             f"each other")
 

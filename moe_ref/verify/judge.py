@@ -194,12 +194,12 @@ def describe(stage: StageResult) -> str:
                 f"first at {place(worst)}")
     if stage.exact:
         return f"{stage.stage}: {stage.num_bad} of {stage.num_checked} wrong, rank {_list_numbers(stage.bad_ranks)}"
-    ratio, over = from_number(stage.ratio), excessive(stage)
+    ratio, bound_ratio, over = from_number(stage.ratio), from_number(stage.bound_ratio), excessive(stage)
     if over and not stage.num_bad:
         one = over[0]
         return (f"{stage.stage}: {_STATISTIC_WORDS[one.name]} {from_number(one.value):.3g}, "
                 f"but should be at most {from_number(one.allowed):.3g}" + _statistic_place(one))
-    over_what = "bound" if from_number(stage.bound_ratio) > 1 else "what is likely"
+    ratio, over_what = (bound_ratio, "bound") if bound_ratio > 1 else (ratio, "what is likely")
     head = f"{stage.stage}: {f'{ratio:.3g}x' if math.isfinite(ratio) else 'infinitely'} over {over_what}"
     experts = f", expert {_list_numbers(stage.bad_experts)}" if stage.bad_experts else ""
     ranks = f", rank {_list_numbers(stage.bad_ranks)}" if stage.bad_ranks else ""

@@ -192,7 +192,7 @@ class OutputStatistics:
             if directions.number:
                 largest = directions.largest(error_TH, variance_TH, self.drift_TH, rows)
                 found.append(self._statistic(name, largest, directions.number))
-        return found
+        return [one for one in found if one.name == "rms" or one.name in self.check.filters]
 
     def _sign(self, error_TH: torch.Tensor, variance_TH: torch.Tensor) -> Statistic:
         """Of all tokens whose errors are followed; less the drift, which may be anything up to what is predicted."""

@@ -200,7 +200,7 @@ class Mutants:
 
 
 def _busiest(inputs: Inputs, followed: FollowedRouting) -> tuple[int | None, int, int]:
-    """The expert with the most judged rows, and token and slot of its first one.
+    """The expert with the most judged rows, and token and slot of that with the largest weight: a store can show it.
 
     Expert None without any such row, or where exact results need no power.
     """
@@ -209,7 +209,8 @@ def _busiest(inputs: Inputs, followed: FollowedRouting) -> tuple[int | None, int
     if inputs.problem.data is Data.EXACT or not bool(there_TK.any()):
         return None, 0, 0
     expert = int(torch.bincount(followed.ids_TK[there_TK]).argmax())
-    token, slot = (there_TK & (followed.ids_TK == expert)).nonzero()[0].tolist()
+    weight_TK = torch.where(there_TK & (followed.ids_TK == expert), followed.weights.value.abs(), -1.0)
+    token, slot = divmod(int(torch.nan_to_num(weight_TK, nan=0.0).argmax()), weight_TK.shape[1])
     return expert, token, slot
 
 
