@@ -40,7 +40,8 @@ def case_line(case: str, verdict: str = "pass", **fields: object) -> CaseLine:
 FULL = case_line(
     "v1-a", "mismatch", reason="act: 2x", first_stage="act", guard={"poison": "nan"}, runs=2, same_bits=True,
     numerics={"act": "bf16"}, power=12.5, mutants={"k_tile": MutantLine(factor=3.0, where="act")}, signal=26.0,
-    semantic=[SemanticLine(stage="act", subject_share=0.5, sibling_share=0.25, ratio=4.0)], inputs_digest="e", subject_seconds=0.5, oracle_seconds=0.25,
+    semantic=[SemanticLine(stage="act", subject_share=0.5, sibling_share=0.25, ratio=4.0)], inputs_digest="e",
+    subject_seconds=0.5, oracle_seconds=0.25,
     message="m", replay="moe-ref replay v1-a",
     collectives=[CollectiveCount(operation="all_reduce", calls=1, num_elements=4, num_bytes=8)],
     stages=[StageResult(stage="act", ratio="inf", num_checked=4, num_bad=1, bias=0.5, scale=1.0, num_bad_tokens=1,

@@ -33,7 +33,7 @@ class RowObserver(Protocol):
 
     def shared(self, w2_HI: torch.Tensor, act: Rows, gate: Rows, added_TH: torch.Tensor) -> None: ...
 
-    def unpredicted(self, token_R: torch.Tensor) -> None: ...
+    def unpredicted(self, token_R: torch.Tensor, weight: Rows, added_RH: torch.Tensor) -> None: ...
 
 
 class OutputChain:
@@ -66,14 +66,18 @@ class OutputChain:
 
     def _observe(self, token_R: torch.Tensor, expert: ExpertWeights, act: Rows, weight: Rows, added_RH: torch.Tensor,
                  parts: list[Rows], number: int) -> None:
-        """Tell the observer of routed rows; how errors of weighted tokens are shared by columns is not followed."""
+        """Tell the observer of routed rows.
+
+        How errors of weighted tokens are shared by columns is not followed, nor how activations at a limit err alike.
+        """
         if self.observer is None:
             return
         shares = self.shares[:self.parallel.tp]
         for share, part in zip(shares, parts, strict=True):
             self._observe_drift(token_R, share.outputs, part)
-        if self.steps.on_input:
-            self.observer.unpredicted(token_R)
+        mlp = self.steps.spec.experts
+        if self.steps.on_input or mlp.limit is not None or mlp.gate_softcap or mlp.up_softcap:
+            self.observer.unpredicted(token_R, weight, added_RH)
             return
         cuts = [] if self.summing.by_output else [share.columns for share in shares]
         in_act = self.steps.act_weight(weight) is not None
@@ -94,6 +98,8 @@ class OutputChain:
         """Add the rows of one identity expert."""
         x_RH = self.x_TH[token_R].double()
         self.truth_TH.index_add_(0, token_R, weight.value * x_RH)
+        if self.observer is not None:
+            self.observer.unpredicted(token_R, weight, weight.value * x_RH)
         self.summing.add_routed(self.identity_parts(x_RH, weight), token_R, torch.zeros_like(token_R))
 
     def identity_parts(self, x_RH: torch.Tensor, weight: Rows) -> list[Rows]:
@@ -113,7 +119,7 @@ class OutputChain:
         added_TH = self._shared_truth(act, expert, gate)
         self.truth_TH += added_TH
         if self.observer is not None and shared.gate == "router":
-            self.observer.unpredicted(torch.arange(len(self.x_TH)))
+            self.observer.unpredicted(torch.arange(len(self.x_TH)), exact(torch.ones_like(added_TH[:, :1])), added_TH)
         elif self.observer is not None:
             self.observer.shared(expert.w2_HI, act, gate or exact(torch.ones_like(added_TH[:, :1])), added_TH)
         if self.parallel.shared is SharedPlacement.REPLICATED:

@@ -1,6 +1,6 @@
 """The steps of a layer with the error of each, under one rounding contract: what both chains are made of."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -119,9 +119,20 @@ class Steps:
             bias = self.product(bias, weight, None)
         rows = self.linear(act, expert.w2_HI, bias, Stage.DOWN)
         if joined:
-            stored = self.stored(rows, Stage.DOWN)
+            stored = self.stored(self._sharing_weight(rows, weight), Stage.DOWN)
             return DownRows(stored, stored)
         return self._weighted(rows, weight)
+
+    def _sharing_weight(self, rows: Rows, weight: Rows) -> Rows:
+        """Rows after a product whose operands hold their weight: its error is the same in all terms, and adds up.
+
+        Of a weight on the tokens by as much as the activation and up, of at most third degree together, follow it.
+        """
+        if rows.variance is None or weight.variance is None:
+            return rows
+        degree = 3.0 if self.on_input else 1.0
+        relative = torch.where(weight.value == 0, 0.0, weight.variance / weight.value.square())
+        return replace(rows, variance=rows.variance + relative * (degree * rows.value).square())
 
     def identity(self, x_RH: torch.Tensor, weight: Rows, is_first: bool) -> DownRows:
         """Rows of an identity expert: the weighted token on rank 0, nothing on the others."""
@@ -166,7 +177,7 @@ class Steps:
         for act, w2_HI, gate in zip(acts, w2_HIs, gates, strict=True):
             weighted = self.weigh(act, gate)
             weighted = self.stored(self.stored(weighted, Stage.ACT), Stage.ACT)
-            rows = self.linear(weighted, w2_HI, None, Stage.SHARED)
+            rows = self._sharing_weight(self.linear(weighted, w2_HI, None, Stage.SHARED), gate)
             stores = 1 + 2 * gate.largest.clamp(min=1.0)
             half = self.model.rounded(rows.largest, self.stored_in(Stage.SHARED))
             one = self.model.stored_variance(rows.value, self.stored_in(Stage.SHARED)) * stores.square()

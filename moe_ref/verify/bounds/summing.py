@@ -180,7 +180,11 @@ class Summing:
         # The truth itself is a sum in fp64, and in an order of its own.
         bound = bound + (len(partials.value) + len(added)) * ORACLE_UNIT * gauge
         before = variance + (additions * model.evaluation_unit * value).square() + (additions * FLUSH) ** 2
-        each = model.additions_variance(value, squares, additions + 1, summed_in or steps.numerics.accumulate)
+        # What one rank alone adds is in every later sum, or in none: then no order stands for the others.
+        uneven = bool(added) or self.whole_shared is not None or steps.spec.experts.bias or (
+            steps.spec.num_choices > steps.spec.num_experts)
+        each = model.additions_variance(value, squares, additions + 1, summed_in or steps.numerics.accumulate,
+                                        largest_first=uneven)
         rows = Rows(value, bound, before + each)
         if added or whole or summed_in != stored_in:
             return steps.stored_as(rows, stored_in)

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from moe_ref.contract.parallel import Range
+from moe_ref.contract.vocabulary import Format
+from moe_ref.numerics.formats import unit_in_last_place
 from moe_ref.records.schema import Statistic, to_number
 from moe_ref.tolerances.quantile import tau
 from moe_ref.tolerances.schema import OutputCheck
@@ -24,8 +26,26 @@ SAMPLED_ROWS = 2
 """Rows per expert whose parts by rank are looked at: a partial sum that is lost is lost in all of them."""
 _ROWS = 128
 """Rows of w2 that are converted at once."""
+COHERENT = 1 / 32
+"""Share of its sigma that an error may have as mean: short operands fall on ties, equal numbers err alike."""
+_UNITS = 4.0
+"""Below so many units of the coarsest store a row's part is not looked at."""
+_DEGREE = 3.0
+"""How much more than its weight a row of weighted tokens may change: the activation times up."""
 LARGEST_KEPT = 2**25
 """Elements of directions that are kept until the truth is known; rows beyond that are left out, and counted."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What joins routed rows, so that less is said of sums of errors.
+
+    late: something added after the merge: what is small beside it is lost in the last store, so that errors follow rows.
+    shared: a shared expert, whose errors lie along routed rows in ways that are not followed.
+    """
+
+    late: bool = False
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +136,8 @@ class OutputStatistics:
     y_TH: what the subject returned, one copy of every token. A direction is scaled to 1 at its largest element.
     """
 
-    def __init__(self, y_TH: torch.Tensor, check: OutputCheck, rows: int) -> None:
+    def __init__(self, y_TH: torch.Tensor, check: OutputCheck, rows: int, coarsest: Format | None,
+                 beside: Beside) -> None:
         self.finite_TH, self.check = torch.isfinite(y_TH), check
         self.y_TH = torch.where(self.finite_TH, y_TH.double(), 0.0)
         size_TH = self.y_TH.abs()
@@ -131,6 +152,7 @@ class OutputStatistics:
         # errors are independent than numbers are different.
         self.distinct = len(self.y_TH.unique())
         self.slots, self.ranks, self.left_out = Directions(), Directions(), 0
+        self.coarsest, self.beside = coarsest, beside
         self.keep = rows * y_TH.shape[1] <= LARGEST_KEPT
 
     def routed(self, token_R: torch.Tensor, w2_HI: torch.Tensor, act: Rows, weight: Rows, added_RH: torch.Tensor,
@@ -161,16 +183,24 @@ class OutputStatistics:
         """What sums that are cut off lose in these rows on average, in the columns `outputs`."""
         self.drift_TH[:, slice(*outputs)].index_add_(0, token_R, drift_RH)
 
-    def unpredicted(self, token_R: torch.Tensor) -> None:
+    def unpredicted(self, token_R: torch.Tensor, weight: Rows, added_RH: torch.Tensor) -> None:
         """Rows whose errors are shared by columns in a way that is not followed: nothing is said of their sums."""
         self.unpredicted_T[token_R] = True
+        self.by_weight_TH.index_add_(0, token_R, _relative_variance(weight) * (_DEGREE * added_RH).square())
 
     def shared(self, w2_HI: torch.Tensor, act: Rows, gate: Rows, added_TH: torch.Tensor) -> None:
         """Rows of the shared expert, of all tokens."""
         self.sign_shared_T += _shared(self.sign_TH, w2_HI, act, gate, added_TH)
 
     def _direction(self, part_RH: torch.Tensor, token_R: torch.Tensor) -> torch.Tensor:
-        v_RH = part_RH / self.scale_TH[token_R].square()
+        """Along a part of the output, where it is some units of the coarsest store: what is smaller is lost in stores.
+
+        The error of such a store follows the part, also in a right layer.
+        """
+        scale_RH = self.scale_TH[token_R]
+        v_RH = part_RH / scale_RH.square()
+        if self.coarsest is not None:
+            v_RH = torch.where(part_RH.abs() < _UNITS * unit_in_last_place(scale_RH, self.coarsest), 0.0, v_RH)
         return v_RH / v_RH.abs().amax(-1, keepdim=True).clamp(min=1e-300)
 
     def finish(self, output: Rows, intermediate: int, error_TH: torch.Tensor | None = None) -> list[Statistic]:
@@ -186,7 +216,11 @@ class OutputStatistics:
         error_TH = torch.where(known_TH, error_TH, 0.0)
         variance_TH = torch.where(known_TH, variance_TH, 0.0)
         found = [self._rms(error_TH, variance_TH, known_TH, intermediate)]
+        if self.beside.late:
+            return found
         found.append(self._sign(error_TH, variance_TH))
+        if self.beside.shared:
+            return [one for one in found if one.name == "rms" or one.name in self.check.filters]
         rows = RowDirections(self.slots, *error_TH.shape)
         for name, directions in (("slots", self.slots), ("ranks", self.ranks)):
             if directions.number:
@@ -201,7 +235,8 @@ class OutputStatistics:
         shared = float(torch.nan_to_num(self.sign_shared_T, nan=torch.inf)[followed_T1[:, 0]].sum())
         repeated = max(1.0, int((variance_TH > 0).sum()) / max(1, self.distinct))
         variance = shared + repeated * float((sign_TH.square() * variance_TH).sum())
-        along = abs(float((sign_TH * error_TH).sum())) - float((sign_TH * self.drift_TH).abs().sum())
+        mean_TH = self.drift_TH.abs() + COHERENT * variance_TH.sqrt()
+        along = abs(float((sign_TH * error_TH).sum())) - float((sign_TH.abs() * mean_TH).sum())
         return self._statistic("sign", Largest(max(0.0, along) / variance**0.5 if variance > 0 else 0.0), 1)
 
     def _statistic(self, name: str, found: Largest, number: int) -> Statistic:

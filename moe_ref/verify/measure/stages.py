@@ -15,7 +15,7 @@ from moe_ref.contract.capabilities import Capabilities, Numerics
 from moe_ref.contract.case import Case
 from moe_ref.contract.parallel import Range
 from moe_ref.contract.shares import RankShare, rank_shares
-from moe_ref.contract.vocabulary import Data, SharedPlacement, Stage
+from moe_ref.contract.vocabulary import Format, Data, SharedPlacement, Stage
 from moe_ref.contract.weights import ExpertWeights
 from moe_ref.inputs.build import Inputs
 from moe_ref.records.schema import from_number
@@ -26,7 +26,7 @@ from moe_ref.verify.bounds.rows import DownRows, Partials, Rows, exact, joined_c
 from moe_ref.verify.bounds.steps import Steps
 from moe_ref.verify.bounds.summing import Summing
 from moe_ref.verify.measure.measurement import Measurement
-from moe_ref.verify.measure.output_statistics import OutputStatistics
+from moe_ref.verify.measure.output_statistics import Beside, OutputStatistics
 from moe_ref.verify.measure.placing import RankTensors, over_all_tokens, row_positions, servers, whole_output
 from moe_ref.verify.measure.power import Mutants, zeros
 from moe_ref.verify.measure.routing import FollowedRouting, measure_routing, tainted_tokens
@@ -64,7 +64,8 @@ class Comparison:
         self.routing = over_all_tokens(ranks, self.shares, case.problem.num_tokens)
         self.steps = Steps(self.spec, numerics, model)
         self.statistics = OutputStatistics(whole_output(ranks, self.shares, len(inputs.x_TH)),
-                                           model.tolerances.file.checks.output, self.routed_rows)
+                                           model.tolerances.file.checks.output, self.routed_rows,
+                                           coarsest_sum(numerics, model), beside(case))
         self.chain = OutputChain(self.steps, inputs.x_TH, case.parallel, self.shares, self.statistics)
         self.fed = Summing(self.steps, inputs.x_TH, case.parallel, self.shares)
         self.server_TK = servers(followed.ids_TK, case, self.shares)
@@ -291,6 +292,20 @@ class Comparison:
             routed = int((self.server_TK[slice(*share.merged_tokens)] >= 0).sum())
             moved.append((routed, int((self.server_TK == share.ep_rank).sum())))
         return tuple(moved)
+
+
+def beside(case: Case) -> Beside:
+    """What joins the routed rows of a case."""
+    spec = case.problem.spec
+    late = case.problem.residual or spec.output_bias or case.parallel.shared is SharedPlacement.REPLICATED
+    return Beside(late=late, shared=spec.shared is not None)
+
+
+def coarsest_sum(numerics: Numerics, model: RoundingModel) -> Format | None:
+    """The narrowest format that sums of rows are stored in."""
+    formats = [numerics.storage.get(Stage.MERGED), numerics.storage.get(Stage.REDUCED), numerics.reduce, numerics.merge]
+    entries = model.tolerances.file.formats
+    return min((one for one in formats if one is not None), key=lambda one: entries[one].significand_bits, default=None)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
