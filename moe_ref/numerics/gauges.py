@@ -40,10 +40,10 @@ def gauges_and_products(a_MK: torch.Tensor, w_NK: torch.Tensor, carried: list[Le
     A random order has partial sums of mean square value^2 / 3 + squares / 6 (a bridge from 0 to the value); in the
     natural order they are followed in at most CHUNKS steps, linear within a step, and with the bridge's part of it.
     """
-    a_MK = a_MK.double()
+    a_MK, w_NK = a_MK.detach().double(), w_NK.detach()
     lefts = [Left.of(a_MK.square(), 2), *carried] + ([Left.of(a_MK.abs(), 1)] if absolute else [])
-    value, path, *products = torch.empty(2 + len(lefts), len(a_MK), len(w_NK), dtype=torch.float64,
-                                         device=a_MK.device).unbind()
+    value, path, *products = (torch.empty(len(a_MK), len(w_NK), dtype=torch.float64, device=a_MK.device)
+                              for _ in range(2 + len(lefts)))
     for block in blocks(w_NK):
         at = slice(block.start, block.stop)
         for product, left in zip(products, lefts, strict=True):

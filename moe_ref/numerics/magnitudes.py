@@ -28,7 +28,7 @@ class Left:
     @classmethod
     def of(cls, a_MK: torch.Tensor, power: int) -> "Left":
         """power: of |w|, that it will be multiplied with."""
-        a_MK = a_MK.double()
+        a_MK = a_MK.detach().double()
         largest_M1 = a_MK.amax(-1, keepdim=True) if a_MK.numel() else a_MK.new_zeros(len(a_MK), 1)
         if not bool(torch.isfinite(largest_M1).all()):
             return cls(power, a_MK, largest_M1, a_MK)
@@ -69,7 +69,7 @@ def blocks(w_NK: torch.Tensor) -> Iterator[Block]:
     """The rows of a matrix, so many at once that conversions of them are small."""
     count = max(1, _BLOCK // max(1, w_NK.shape[1]))
     for start in range(0, len(w_NK), count):
-        rows_NK = w_NK[start:start + count]
+        rows_NK = w_NK[start:start + count].detach()
         wide_NK = rows_NK if rows_NK.dtype is torch.float64 else rows_NK.float()
         absolute_NK = wide_NK.abs()
         largest = float(absolute_NK.amax()) if absolute_NK.numel() else 0.0

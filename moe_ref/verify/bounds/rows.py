@@ -92,8 +92,8 @@ class Partials:
     @classmethod
     def zeros(cls, ranks: int, x_TH: torch.Tensor) -> "Partials":
         """Empty sums, one per rank in the shape of the tokens."""
-        value, bound, gauge, variance, squares = torch.zeros(5, ranks, *x_TH.shape, dtype=torch.float64,
-                                                             device=x_TH.device).unbind()
+        value, bound, gauge, variance, squares = (
+            torch.zeros(ranks, *x_TH.shape, dtype=torch.float64, device=x_TH.device) for _ in range(5))
         return cls(value, bound, gauge, variance, squares)
 
     @classmethod

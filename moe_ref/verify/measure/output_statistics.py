@@ -40,7 +40,7 @@ LARGEST_KEPT = 2**25
 class Beside:
     """What joins routed rows, so that less is said of sums of errors.
 
-    late: something added after the merge: what is small beside it is lost in the last store, so that errors follow rows.
+    late: something added after the merge: what is small beside it is lost in the last store, and errors follow rows.
     shared: a shared expert, whose errors lie along routed rows in ways that are not followed.
     """
 

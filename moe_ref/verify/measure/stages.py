@@ -15,7 +15,7 @@ from moe_ref.contract.capabilities import Capabilities, Numerics
 from moe_ref.contract.case import Case
 from moe_ref.contract.parallel import Range
 from moe_ref.contract.shares import RankShare, rank_shares
-from moe_ref.contract.vocabulary import Format, Data, SharedPlacement, Stage
+from moe_ref.contract.vocabulary import Data, Format, SharedPlacement, Stage
 from moe_ref.contract.weights import ExpertWeights
 from moe_ref.inputs.build import Inputs
 from moe_ref.records.schema import from_number
