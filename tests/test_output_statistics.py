@@ -23,7 +23,8 @@ from moe_ref.verify.measure.placing import RankTensors
 from moe_ref.verify.measure.stages import measure
 from moe_ref.verify.study.data import StudyData, study_inputs
 from tests.in_process import judged
-from tests.subjects.base import TorchMoE
+from tests.subjects.base import ROUND_EACH_STAGE, TorchMoE
+from tests.subjects.whole import WholeSpec
 
 CASE = "v1-T32.H160.I96.E4.K2-bf16-norm"
 
@@ -154,3 +155,26 @@ def test_errors_of_a_shared_expert_belong_to_the_sign_statistic() -> None:
     results = [next(stage for stage in line.stages if stage.stage == Stage.OUTPUT) for line in found]
     signs = torch.tensor([from_number(named(result, "sign").value) for result in results])
     assert float(signs.square().mean().sqrt()) < 1.4
+
+
+class NarrowWeights(WholeSpec):
+    """The whole specification, right, with routing weights in bf16: columns of a row share the error of its weight."""
+
+    stored = {**ROUND_EACH_STAGE, Stage.WEIGHTS: Format.BF16}
+
+
+@pytest.mark.parametrize(("subject", "text"), [
+    (WholeSpec(), "v1-T64.H256.I64.E4.K2-bf16-norm-limit0.3-limitafter"),
+    (WholeSpec(), "v1-T16.H512.I64.E4.K2-bf16-norm-res"),
+    (NarrowWeights(), "v1-T16.H128.I64.E4.K1-fp32-weightinput"),
+    (NarrowWeights(), "v1-T16.H256.I32-fp32-sh256-shgate"),
+    (NarrowWeights(), "v1-T16.H512.I32.E2.K1-bf16-sigmoid-zero8"),
+    (NarrowWeights(), "v1-T32.H512.I32.E2.K2-fp32-norm-zero8"),
+], ids=["at a limit", "residual", "weighted tokens", "gated shared expert", "identity experts", "and routed ones"])
+def test_errors_that_columns_share_do_not_accuse(subject: WholeSpec, text: str) -> None:
+    """Equal activations round alike, a weight's error is all its row's, and what is small is lost beside the large."""
+    for seed in range(5, 9):
+        line = judged(subject, f"{text}-s{seed}", runs=1)
+        result = next(stage for stage in line.stages if stage.stage == Stage.OUTPUT)
+        assert line.verdict == "pass", line.message
+        assert all(from_number(one.value) < 0.9 * from_number(one.allowed) for one in result.statistics)
