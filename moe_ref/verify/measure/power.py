@@ -200,7 +200,7 @@ class Mutants:
 
 
 def _busiest(inputs: Inputs, followed: FollowedRouting) -> tuple[int | None, int, int]:
-    """The expert with the most judged rows, and token and slot of that with the largest weight: a store can show it.
+    """The expert whose judged rows weigh most, and token and slot of that with the largest weight: a store can show it.
 
     Expert None without any such row, or where exact results need no power.
     """
@@ -208,9 +208,11 @@ def _busiest(inputs: Inputs, followed: FollowedRouting) -> tuple[int | None, int
     there_TK = there_TK & (followed.ids_TK < inputs.problem.spec.num_experts)
     if inputs.problem.data is Data.EXACT or not bool(there_TK.any()):
         return None, 0, 0
-    expert = int(torch.bincount(followed.ids_TK[there_TK]).argmax())
-    weight_TK = torch.where(there_TK & (followed.ids_TK == expert), followed.weights.value.abs(), -1.0)
-    token, slot = divmod(int(torch.nan_to_num(weight_TK, nan=0.0).argmax()), weight_TK.shape[1])
+    weight_TK = torch.nan_to_num(followed.weights.value.abs(), nan=0.0)
+    # Rows of hardly any weight are lost in a sum that is right without them.
+    expert = int(torch.bincount(followed.ids_TK[there_TK], weight_TK[there_TK]).argmax())
+    own_TK = torch.where(there_TK & (followed.ids_TK == expert), weight_TK, -1.0)
+    token, slot = divmod(int(own_TK.argmax()), own_TK.shape[1])
     return expert, token, slot
 
 
