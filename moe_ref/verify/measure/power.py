@@ -32,6 +32,8 @@ from moe_ref.verify.measure.stage_meter import Place, StageMeter
 
 BLOCK = 64
 """Products that a sum loses, and columns that lose them."""
+_NEGLIGIBLE = 2.0**-40
+"""Mean square of a token's output over the largest: below it the token was left without weight."""
 SAMPLED_ROWS = 8
 """Rows of each stage whose stores are looked at."""
 
@@ -48,8 +50,10 @@ class Mutants:
         self.inputs, self.steps, self.shares, self.meters, self.shown = inputs, steps, shares, meters, shown
         self.followed, self.found = followed, dict[str, Mutant]()
         self.expert, self.token, self.slot = _busiest(inputs, followed)
+        # Of sums whose rows are hidden, errors before the store may be as large as what the store cuts off.
         self.cut_stages = [stage for stage in (Stage.GATE_UP, Stage.ACT, Stage.DOWN, Stage.MERGED)
-                           if stage in shown and self._rounds_once(stage)]
+                           if stage in shown and self._rounds_once(stage)
+                           and (stage is not Stage.MERGED or Stage.DOWN in shown)]
         self.weighs_rows = (steps.numerics.weight_at == "down" and not steps.on_input and steps.spec.router is not None
                             and not self._hides_stores(Stage.DOWN))
         self.signal, self.lost_parts = math.inf, list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]()
@@ -144,7 +148,10 @@ class Mutants:
 
     def _signal(self, judged: Rows) -> float:
         assert judged.variance is not None
-        own_T = self.followed.judged_T & ~tainted_tokens(self.inputs) & (judged.value != 0).any(-1)
+        size_T = torch.nan_to_num(judged.value, nan=0.0, posinf=0.0, neginf=0.0).square().mean(-1)
+        # A token that a capacity has left with hardly any weight says nothing of the others.
+        seen_T = size_T > _NEGLIGIBLE * size_T.max() if len(size_T) else size_T > 0
+        own_T = self.followed.judged_T & ~tainted_tokens(self.inputs) & seen_T
         if self.expert is None or not bool(own_T.any()):
             return math.inf
         known_TH = torch.isfinite(judged.bound) & torch.isfinite(judged.variance)
