@@ -111,6 +111,13 @@ class Partials:
             sums[:, :, slice(*outputs)].index_put_((rank_R, token_R), addend, accumulate=True)
 
 
+def relative_variance(weight: Rows) -> torch.Tensor:
+    """Variance of weights relative to their squares; 0 of a weight of exactly 0, infinite where nothing is predicted."""
+    if weight.variance is None:
+        return torch.full_like(weight.value, torch.inf)
+    return torch.where(weight.value == 0, 0.0, weight.variance / weight.value.square())
+
+
 def total_drift(*parts: torch.Tensor | None) -> torch.Tensor | None:
     """Sum of drifts; None where no part has one."""
     known = [one for one in parts if one is not None]

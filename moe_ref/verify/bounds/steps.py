@@ -13,7 +13,7 @@ from moe_ref.numerics.gauges import gauges_and_products
 from moe_ref.numerics.magnitudes import Left
 from moe_ref.verify.bounds.activation import activated
 from moe_ref.verify.bounds.rounding import FLUSH, RoundingModel
-from moe_ref.verify.bounds.rows import DownRows, Rows, exact, total_drift, total_variance
+from moe_ref.verify.bounds.rows import DownRows, Rows, exact, relative_variance, total_drift, total_variance
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,10 @@ class Steps:
 
         Of a weight on the tokens by as much as the activation and up, of at most third degree together, follow it.
         """
-        if rows.variance is None or weight.variance is None:
+        if rows.variance is None:
             return rows
         degree = 3.0 if self.on_input else 1.0
-        relative = torch.where(weight.value == 0, 0.0, weight.variance / weight.value.square())
-        return replace(rows, variance=rows.variance + relative * (degree * rows.value).square())
+        return replace(rows, variance=rows.variance + relative_variance(weight) * (degree * rows.value).square())
 
     def identity(self, x_RH: torch.Tensor, weight: Rows, is_first: bool) -> DownRows:
         """Rows of an identity expert: the weighted token on rank 0, nothing on the others."""

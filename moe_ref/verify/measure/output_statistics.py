@@ -16,11 +16,11 @@ import torch
 
 from moe_ref.contract.parallel import Range
 from moe_ref.contract.vocabulary import Format
-from moe_ref.numerics.formats import unit_in_last_place
+from moe_ref.numerics.formats import round_to, unit_in_last_place
 from moe_ref.records.schema import Statistic, to_number
 from moe_ref.tolerances.quantile import tau
 from moe_ref.tolerances.schema import OutputCheck
-from moe_ref.verify.bounds.rows import Rows
+from moe_ref.verify.bounds.rows import Rows, relative_variance
 
 SAMPLED_ROWS = 2
 """Rows per expert whose parts by rank are looked at: a partial sum that is lost is lost in all of them."""
@@ -148,9 +148,6 @@ class OutputStatistics:
         self.by_weight_TH = torch.zeros_like(self.y_TH)
         self.drift_TH = torch.zeros_like(self.y_TH)
         self.unpredicted_T = torch.zeros(len(y_TH), dtype=torch.bool)
-        # Numbers that a store has made equal err alike where sums of stored numbers are stored again, so that no more
-        # errors are independent than numbers are different.
-        self.distinct = len(self.y_TH.unique())
         self.slots, self.ranks, self.left_out = Directions(), Directions(), 0
         self.coarsest, self.beside = coarsest, beside
         self.keep = rows * y_TH.shape[1] <= LARGEST_KEPT
@@ -162,10 +159,10 @@ class OutputStatistics:
         weight_in_act: the activations hold the weight already.
         """
         if weight_in_act:
-            weight = replace(weight, value=torch.ones_like(weight.value), variance=_relative_variance(weight))
+            weight = replace(weight, value=torch.ones_like(weight.value), variance=relative_variance(weight))
         sign_RH = self.sign_TH[token_R]
         self.sign_shared_T.index_add_(0, token_R, _shared(sign_RH, w2_HI, act, weight, added_RH))
-        self.by_weight_TH.index_add_(0, token_R, _relative_variance(weight) * added_RH.square())
+        self.by_weight_TH.index_add_(0, token_R, relative_variance(weight) * added_RH.square())
         if not self.keep:
             self.left_out += len(token_R)
             return
@@ -186,7 +183,7 @@ class OutputStatistics:
     def unpredicted(self, token_R: torch.Tensor, weight: Rows, added_RH: torch.Tensor) -> None:
         """Rows whose errors are shared by columns in a way that is not followed: nothing is said of their sums."""
         self.unpredicted_T[token_R] = True
-        self.by_weight_TH.index_add_(0, token_R, _relative_variance(weight) * (_DEGREE * added_RH).square())
+        self.by_weight_TH.index_add_(0, token_R, relative_variance(weight) * (_DEGREE * added_RH).square())
 
     def shared(self, w2_HI: torch.Tensor, act: Rows, gate: Rows, added_TH: torch.Tensor) -> None:
         """Rows of the shared expert, of all tokens."""
@@ -215,10 +212,14 @@ class OutputStatistics:
                     & torch.isfinite(variance_TH) & (variance_TH > 0))
         error_TH = torch.where(known_TH, error_TH, 0.0)
         variance_TH = torch.where(known_TH, variance_TH, 0.0)
-        found = [self._rms(error_TH, variance_TH, known_TH, intermediate)]
+        # Numbers that a store makes equal err alike where sums of stored numbers are stored again, so that no more
+        # errors are independent than numbers are different; of the truth, since a subject's own may all be the same.
+        kept = output.value[known_TH]
+        distinct = len((kept if self.coarsest is None else round_to(kept, self.coarsest)).unique())
+        found = [self._rms(error_TH, variance_TH, known_TH, intermediate, distinct)]
         if self.beside.late:
             return found
-        found.append(self._sign(error_TH, variance_TH))
+        found.append(self._sign(error_TH, variance_TH, distinct))
         if self.beside.shared:
             return [one for one in found if one.name == "rms" or one.name in self.check.filters]
         rows = RowDirections(self.slots, *error_TH.shape)
@@ -228,12 +229,12 @@ class OutputStatistics:
                 found.append(self._statistic(name, largest, directions.number))
         return [one for one in found if one.name == "rms" or one.name in self.check.filters]
 
-    def _sign(self, error_TH: torch.Tensor, variance_TH: torch.Tensor) -> Statistic:
+    def _sign(self, error_TH: torch.Tensor, variance_TH: torch.Tensor, distinct: int) -> Statistic:
         """Of all tokens whose errors are followed; less the drift, which may be anything up to what is predicted."""
         followed_T1 = ~self.unpredicted_T[:, None]
         sign_TH = self.sign_TH * followed_T1
         shared = float(torch.nan_to_num(self.sign_shared_T, nan=torch.inf)[followed_T1[:, 0]].sum())
-        repeated = max(1.0, int((variance_TH > 0).sum()) / max(1, self.distinct))
+        repeated = max(1.0, int((variance_TH > 0).sum()) / max(1, distinct))
         variance = shared + repeated * float((sign_TH.square() * variance_TH).sum())
         mean_TH = self.drift_TH.abs() + COHERENT * variance_TH.sqrt()
         along = abs(float((sign_TH * error_TH).sum())) - float((sign_TH.abs() * mean_TH).sum())
@@ -245,7 +246,7 @@ class OutputStatistics:
                          token=found.token, expert=found.expert, rank=found.rank)
 
     def _rms(self, error_TH: torch.Tensor, variance_TH: torch.Tensor, known_TH: torch.Tensor,
-             intermediate: int) -> Statistic:
+             intermediate: int, distinct: int) -> Statistic:
         """Its spread falls with the number of independent errors: elements, activations, weights by their part."""
         number = int(known_TH.sum())
         if number == 0:
@@ -253,18 +254,11 @@ class OutputStatistics:
         part_TH = torch.where(known_TH, self.by_weight_TH / variance_TH.clamp(min=1e-300), 0.0).clamp(max=1.0)
         tokens = max(1, int(known_TH.any(-1).sum()))
         part = float(part_TH.sum() / number)
-        independent = 1 / (1 / min(number, max(1, self.distinct)) + 1 / (tokens * max(1, intermediate))
+        independent = 1 / (1 / min(number, max(1, distinct)) + 1 / (tokens * max(1, intermediate))
                            + part**2 / tokens)
         value = float((error_TH.square() / variance_TH.clamp(min=1e-300)).sum() / number) ** 0.5
         allowed = self.check.rms_base + self.check.rms_spread / (2 * independent) ** 0.5
         return Statistic(name="rms", value=to_number(value), allowed=to_number(allowed), number=number)
-
-
-def _relative_variance(weight: Rows) -> torch.Tensor:
-    """Variance of routing weights relative to their squares, (R, 1); a weight of exactly 0 adds nothing."""
-    if weight.variance is None:
-        return torch.full_like(weight.value, torch.inf)
-    return torch.where(weight.value == 0, 0.0, weight.variance / weight.value.square())
 
 
 def _shared(v_RH: torch.Tensor, w2_HI: torch.Tensor, act: Rows, weight: Rows, added_RH: torch.Tensor) -> torch.Tensor:
@@ -276,4 +270,4 @@ def _shared(v_RH: torch.Tensor, w2_HI: torch.Tensor, act: Rows, weight: Rows, ad
     for start in range(0, len(w2_HI), _ROWS):
         along_RI.addmm_((v_RH[:, start:start + _ROWS] / scale_R1).float(), w2_HI[start:start + _ROWS].float())
     of_act = (act.variance * along_RI.square_()).sum(-1) * (weight.value * scale_R1).square()[:, 0]
-    return of_act + _relative_variance(weight)[:, 0] * (v_RH * added_RH).sum(-1).square()
+    return of_act + relative_variance(weight)[:, 0] * (v_RH * added_RH).sum(-1).square()

@@ -278,6 +278,8 @@ class Comparison:
         width = self.spec.top_k * self.spec.intermediate_size
         known = output.masked((~self.followed.judged_T | self.tainted_T)[:, None])
         self.meters[Stage.OUTPUT].statistics = self.statistics.finish(known, width)
+        if left := self.statistics.left_out:
+            self.meters[Stage.OUTPUT].notes.append(f"sums along {left} routed rows left out: too many to keep")
         self.mutants.output(known, self.statistics, width)
         first: dict[Range, torch.Tensor] = {}
         for share, tensors in zip(self.shares, self.ranks, strict=True):
