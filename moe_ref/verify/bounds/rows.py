@@ -112,7 +112,7 @@ class Partials:
 
 
 def relative_variance(weight: Rows) -> torch.Tensor:
-    """Variance of weights relative to their squares; 0 of a weight of exactly 0, infinite where nothing is predicted."""
+    """Variance of weights over their squares; 0 of a weight of exactly 0, infinite where nothing is predicted."""
     if weight.variance is None:
         return torch.full_like(weight.value, torch.inf)
     return torch.where(weight.value == 0, 0.0, weight.variance / weight.value.square())
