@@ -62,10 +62,8 @@ class ExactCheck(Entry, frozen=True):
 
 
 class DeterminismCheck(Entry, frozen=True):
-    """The same bits in `runs` runs, and with so many tokens more in the batch."""
+    """The same bits in repeated runs and, if promised, in other batches of the same tokens."""
 
-    runs: Annotated[int, msgspec.Meta(ge=2, le=1000)]
-    padding: Annotated[tuple[Count, ...], msgspec.Meta(min_length=1)]
     mismatches: NoMismatches
 
 
@@ -94,7 +92,6 @@ class SemanticCheck(Entry, frozen=True):
     """Squared difference to the oracle that rounds as declared, over the expected one; gate: whether it decides."""
 
     gate: Literal[False]
-    alert: Positive
 
 
 class Checks(Struct, frozen=True):
