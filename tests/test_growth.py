@@ -92,6 +92,14 @@ def test_what_is_missing_is_said() -> None:
     assert math.isnan(hidden.bits[0])
 
 
+def test_two_lengths_have_no_law() -> None:
+    """Operands cut to tf32 at two lengths look like narrow sums; a third tells."""
+    cut, few = points(15, 0.0), slice(0, 4, 3)
+    law = growth(cut[few], points(15, 0.0, share=-0.9)[few])
+    assert law.growth_class is GrowthClass.UNCLEAR
+    assert law.evidence.startswith("needs 3 lengths")
+
+
 def test_leaving_a_band_is_a_fault() -> None:
     """In exponent or in level; what could not be seen is no fault."""
     band = find_band("moe_fast:tf32", Format.FP32, "sm90")

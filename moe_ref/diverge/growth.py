@@ -15,6 +15,10 @@ from moe_ref.tolerances.load import load_tolerances
 from moe_ref.tolerances.schema import GrowthRules
 
 
+_LENGTHS = 3
+"""Lengths of which a law is told."""
+
+
 class GrowthClass(StrEnum):
     """What limits the accuracy of a subject."""
 
@@ -82,6 +86,8 @@ def _classify(symmetric: Sequence[Point], positive: Sequence[Point], slope: floa
     """The rules in the order in which they exclude each other."""
     if not symmetric or not positive:
         return GrowthClass.UNCLEAR, "needs both symmetric and positive data (--data unit,positive)"
+    if min(len(symmetric), len(positive)) < _LENGTHS:
+        return GrowthClass.UNCLEAR, f"needs {_LENGTHS} lengths, since two always lie on a line (--k 64:16384)"
     everywhere = _telling(positive)
     highest_share = max((one.share for one in everywhere), default=math.nan)
     lowest = min([bits] + [one.bits for one in positive if one.terms >= rules.long])
