@@ -146,7 +146,7 @@ class OutputStatistics:
         self.scale_TH = (size_TH + size_TH.square().mean(-1, keepdim=True).sqrt()).clamp(min=1e-300)
         self.sign_TH = self.y_TH.sign() / self.scale_TH
         self.sign_shared_T = torch.zeros(len(y_TH), dtype=torch.float64)
-        self.alike = SharedErrors(*y_TH.shape)
+        self.alike = SharedErrors(len(y_TH), y_TH.shape[1], coarsest)
         self.drift_TH = torch.zeros_like(self.y_TH)
         self.unpredicted_T = torch.zeros(len(y_TH), dtype=torch.bool)
         self.slots, self.ranks, self.left_out = Directions(), Directions(), 0

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from moe_ref.contract.vocabulary import Format
+from moe_ref.numerics.formats import unit_in_last_place
 from moe_ref.verify.bounds.rows import Rows
 
 TOKENS, COLUMNS = 16, 64
@@ -17,13 +19,19 @@ def spread_evenly(count: int, most: int) -> torch.Tensor:
 
 
 class SharedErrors:
-    """Covariances, between sampled columns, of the errors that a token's columns share; of sampled tokens."""
+    """Covariances, between sampled columns, of the errors that a token's columns share; of sampled tokens.
 
-    def __init__(self, num_tokens: int, width: int) -> None:
+    coarsest: the narrowest format that sums of rows are stored in, if any. Where one activation makes a row, its stores
+    round multiples of one number, so that all their errors follow from that number: as one error, of that variance.
+    """
+
+    def __init__(self, num_tokens: int, width: int, coarsest: Format | None) -> None:
+        self.coarsest = coarsest
         self.token_S, self.column_C = spread_evenly(num_tokens, TOKENS), spread_evenly(width, COLUMNS)
         self.place_T = torch.full((num_tokens,), -1)
         self.place_T[self.token_S] = torch.arange(len(self.token_S))
         self.covariance_SCC = torch.zeros(len(self.token_S), *(len(self.column_C),) * 2, dtype=torch.float64)
+        self.repeated_SC = torch.zeros(len(self.token_S), len(self.column_C), dtype=torch.float64)
 
     def of_activations(self, token_R: torch.Tensor, w2_HI: torch.Tensor, act: Rows, factor_R1: torch.Tensor) -> None:
         """Those of activations (R, I), which w2 takes to every column and a factor multiplies."""
@@ -35,9 +43,18 @@ class SharedErrors:
             self.covariance_SCC[place_R] = torch.inf
             return
         w2_CI = w2_HI[self.column_C].double()
-        rows = zip(place_R.tolist(), act.variance[chosen_R].double(), factor_R1[chosen_R].double(), strict=True)
-        for place, variance_I, factor in rows:
+        rows = zip(place_R.tolist(), *(one[chosen_R].double() for one in (act.value, act.variance, factor_R1)),
+                   strict=True)
+        for place, value_I, variance_I, factor in rows:
             self.covariance_SCC[place] += factor.square() * ((w2_CI * variance_I) @ w2_CI.T)
+            if self.coarsest is not None:
+                self._repeat(place, factor * w2_CI * value_I, self.coarsest)
+
+    def _repeat(self, place: int, term_CI: torch.Tensor, coarsest: Format) -> None:
+        """Count the store of sums of which all terms but the largest are together less than a unit."""
+        square_CI, unit_C = term_CI.square(), unit_in_last_place(term_CI.sum(-1), coarsest)
+        rest_C = square_CI.sum(-1) - square_CI.amax(-1)
+        self.repeated_SC[place] += torch.where(rest_C < unit_C.square(), unit_C.square() / 12, 0.0)
 
     def along(self, token_R: torch.Tensor, direction_RH: torch.Tensor, variance_R1: torch.Tensor) -> None:
         """One error per row that all columns have in proportion to a direction, as that of a routing weight."""
@@ -64,6 +81,8 @@ class SharedErrors:
         pair_SCC = known_SC[:, :, None] & known_SC[:, None, :] & ~torch.eye(len(self.column_C), dtype=torch.bool)
         pairs_S = pair_SCC.sum((1, 2))
         q_S = torch.where(pair_SCC, square_SCC, 0.0).sum((1, 2)) / pairs_S.clamp(min=1)
+        repeated_SC = torch.where(known_SC, (self.repeated_SC / sigma_SC.square()).nan_to_num(1.0).clamp(max=1.0), 0.0)
+        q_S += (repeated_SC.sum(1) / known_SC.sum(1).clamp(min=1)).square()
         tokens, number = max(1, int(known_TH.any(-1).sum())), max(1, min(int(known_TH.sum()), distinct))
         sampled = max(1, int((pairs_S > 0).sum()))
         q = float(q_S.sum()) / sampled / tokens + 1 / number
