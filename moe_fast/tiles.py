@@ -40,7 +40,7 @@ class Entry:
 
 _MANY = 2**62
 
-HALF_TILES = {
+HALF_TILES: dict[str, tuple[Entry, ...]] = {
     "sm_90": (Entry(16, Tile(16, 128, 128, num_stages=4, group=1), columns=128),
               Entry(32, Tile(32, 128, 64, num_stages=3, group=1)),
               Entry(64, Tile(64, 128, 64, num_stages=4, group=1)),
@@ -55,6 +55,8 @@ HALF_TILES["sm_100"] = HALF_TILES["sm_90"]
 # 64 KiB of shared memory hold one stage in flight.
 HALF_TILES["gfx942"] = tuple(replace(entry, tile=replace(entry.tile, num_stages=2)) for entry in HALF_TILES["sm_90"])
 _ANY_OTHER = tuple(replace(entry, tile=replace(entry.tile, num_stages=2)) for entry in HALF_TILES["sm_80"])
+ALIGNED = 16
+"""Triton loads whole vectors only where it knows a stride to be a multiple of this."""
 
 
 def _power_of_two_at_least(value: int, low: int, high: int) -> int:
@@ -71,10 +73,20 @@ def gemm_tile(device: torch.device, dtype: torch.dtype, rows_per_expert: int, ou
         return _interpreter_tile(rows_per_expert, out_features, in_features)
     if dtype == torch.float32:
         # IEEE fp32 products run on the plain FMA units: registers, not shared memory, are the limit.
-        return Tile(_power_of_two_at_least(rows_per_expert, 16, 64), 64, 32, num_warps=8, num_stages=2)
+        warps = 4 if accumulators == 2 else 8
+        return Tile(_power_of_two_at_least(rows_per_expert, 16, 64), 64, 32, num_warps=warps, num_stages=2)
+    if _is_odd(out_features) or _is_odd(in_features):
+        # Loaded element by element, with an address in registers for each.
+        block_n = min(64, 128 // accumulators)
+        return Tile(_power_of_two_at_least(rows_per_expert, 16, 64), block_n, 64, num_warps=8, num_stages=2)
     entries = HALF_TILES.get(architecture(device), _ANY_OTHER)
     entry = next(entry for entry in entries if rows_per_expert <= entry.rows)
     return replace(entry.tile, block_n=min(entry.tile.block_n, entry.columns // accumulators))
+
+
+def _is_odd(size: int) -> bool:
+    """Whether rows of that size start anywhere; below a tile it makes no difference."""
+    return size > 64 and size % ALIGNED != 0
 
 
 def _interpreter_tile(rows_per_expert: int, out_features: int, in_features: int) -> Tile:

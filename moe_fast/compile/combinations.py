@@ -92,8 +92,8 @@ class _Pointer:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.dtype = tensor.dtype
-        self._offset = tensor.storage_offset() * tensor.element_size()
-        self._size = tensor.untyped_storage().size()
+        self._offset = int(tensor.storage_offset()) * tensor.element_size()
+        self._size = int(tensor.untyped_storage().size())
 
     def data_ptr(self) -> int:
         return self._offset

@@ -13,6 +13,7 @@ from moe_fast.layer import moe
 from moe_ref.contract.case import Case
 from moe_ref.contract.comm import Groups
 from moe_ref.contract.dtypes import TORCH_DTYPES
+from moe_ref.contract.vocabulary import Direction
 from moe_ref.contract.weights import MoEWeights, parameter_shapes
 
 META = torch.device("meta")
@@ -28,7 +29,7 @@ class Launch:
 
 
 def record(case: Case, architecture: str) -> list[Launch]:
-    """Every launch of rank 0 of `case` and of its gradients on that architecture, in order.
+    """Every launch of rank 0 of `case` on that architecture, in order, its gradients too where it asks for them.
 
     Sizes, strides, offsets and dtypes are those of a real call, so what the compiler derives from them is too; tokens
     that travel between ep ranks are left out, as their number is only known to a device that ran.
@@ -42,7 +43,8 @@ def record(case: Case, architecture: str) -> list[Launch]:
     recorder = recording(lambda kernel, arguments: launches.append(Launch(kernel, arguments)))
     with assuming(architecture), recorder, _RunOperators():
         y_TH = moe(x_TH, weights, problem.spec, case.parallel, groups)
-        y_TH.backward(torch.empty_like(y_TH))
+        if case.direction is Direction.BACKWARD:
+            y_TH.backward(torch.empty_like(y_TH))
     return launches
 
 
@@ -53,10 +55,10 @@ def _parameter(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 class _RunOperators(TorchDispatchMode):
     """moe_fast's operators do on meta tensors what they do on a GPU, where meta alone would run their fakes."""
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace != "moe_fast":
-            return function(*args, **(kwargs or {}))
-        kernel = torch.library.get_kernel(function, _GPU)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != "moe_fast":
+            return func(*args, **(kwargs or {}))
+        kernel = torch.library.get_kernel(func, _GPU)
         return kernel.call_boxed(torch._C.DispatchKeySet(_GPU), *args, **(kwargs or {}))
 
 

@@ -23,7 +23,7 @@ from moe_ref.models.registry import models
 from moe_ref.verify.run.subjects import ENTRY_POINT_GROUP, load_subject
 
 _BASELINES = Path("ci/baselines")
-_MODEL_SIZES = ("T1", "T64", "T4096")
+_MODEL_SIZES = ("T1-bf16", "T64-bf16", "T4096-bf16", "T64-fp16", "T64-fp32")
 _TOLD_EVERY = 50
 
 
@@ -37,7 +37,7 @@ def _names(context: click.Context, parameter: click.Parameter, value: str | None
               help="Only these, as sm_80,sm_90,sm_100,gfx942; default: all of them.")
 @click.option("--case", "case_ids", multiple=True, help="A case id; may be given several times; default: the gate's.")
 @click.option("--models", "all_models", is_flag=True,
-              help="Every named model that the implementation computes, on 8 ranks and in three sizes, instead.")
+              help="Every named model that the implementation computes, on 8 ranks, in several sizes and dtypes, instead.")
 @click.option("--baseline", type=click.Path(path_type=Path, dir_okay=False), default=None,
               help="Table to compare with; default: ci/baselines/compile-triton-<version>.json.")
 @click.option("--accept", is_flag=True, help="Write the table of the gate's own cases on all architectures.")
@@ -96,7 +96,7 @@ def _known(architectures: tuple[str, ...], known: tuple[str, ...]) -> tuple[str,
 def _model_cases(implementation: str) -> list[Case]:
     """Of every named model whose mathematics the implementation declares."""
     capabilities = load_subject(implementation).CAPABILITIES
-    return [parse_case(f"v1-{name}.{size}-bf16-tp8") for name, model in models().items()
+    return [parse_case(f"v1-{name}.{size}-tp8-bwd") for name, model in models().items()
             if not capabilities.refused_mathematics(model.spec) for size in _MODEL_SIZES]
 
 
