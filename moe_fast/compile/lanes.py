@@ -60,9 +60,7 @@ class _Lane:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
+        self._end()
         self._log.close()
 
     def compile(self, combination: Combination) -> Resources:
@@ -83,8 +81,14 @@ class _Lane:
             document = json.loads(answer)
             lists = {name: tuple(value) for name, value in document.items() if isinstance(value, list)}
             return Resources(**document | lists)
-        code, self._process = process.wait(), None
-        return Resources(error=f"the compiler's process ended with code {code}: {self._last_words()}")
+        self._end()
+        return Resources(error=f"the compiler's process ended with code {process.returncode}: {self._last_words()}")
+
+    def _end(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+        self._process = None
 
     def _start(self) -> "subprocess.Popen[str]":
         self._log.truncate(0)

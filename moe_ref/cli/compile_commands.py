@@ -37,7 +37,7 @@ def _names(context: click.Context, parameter: click.Parameter, value: str | None
               help="Only these, as sm_80,sm_90,sm_100,gfx942; default: all of them.")
 @click.option("--case", "case_ids", multiple=True, help="A case id; may be given several times; default: the gate's.")
 @click.option("--models", "all_models", is_flag=True,
-              help="Every named model that the implementation computes, on 8 ranks, in several sizes and dtypes, instead.")
+              help="Instead every named model that the implementation computes, on 8 ranks, in sizes and dtypes.")
 @click.option("--baseline", type=click.Path(path_type=Path, dir_okay=False), default=None,
               help="Table to compare with; default: ci/baselines/compile-triton-<version>.json.")
 @click.option("--accept", is_flag=True, help="Write the table of the gate's own cases on all architectures.")
