@@ -130,7 +130,7 @@ class _Report:
     def text(self, each: bool) -> str:
         """The table, failures, and what was compared with what."""
         written = StringIO()
-        Console(width=300 if each else 150, file=written).print(self._each() if each else self._by_kernel())
+        Console(width=300, file=written).print(self._each() if each else self._by_kernel())
         lines = [*(line.rstrip() for line in written.getvalue().splitlines()), *self.failures, self._compared()]
         seconds = sum(what.seconds for _, what in self.rows)
         return "\n".join([*lines, f"{'FAIL' if self.failures else 'PASS'}  {len(self.rows)} combinations, "
