@@ -1,10 +1,9 @@
 """Tile sizes per architecture, dtype and shape, as data.
 
 On a GPU the sizes follow the rows per expert, as vLLM's Triton path does: few rows want small tiles and
-more of them. They are the largest that `moe-ref compile` finds to fit the architecture: no product spills
-registers or takes more shared memory than a block may have. The interpreter pays per program and per tile
-operation, so its tiles are as large as a small shape allows while every shape above 64 still crosses a
-tile border in each direction.
+more of them. `moe-ref compile` finds no product among them that spills registers or takes more shared
+memory than a block may have. The interpreter pays per program and per tile operation, so its tiles are as
+large as a small shape allows while every shape above 64 still crosses a tile border in each direction.
 """
 
 from dataclasses import dataclass, replace
@@ -72,7 +71,8 @@ def gemm_tile(device: torch.device, dtype: torch.dtype, rows_per_expert: int, ou
     if device.type == "cpu":
         return _interpreter_tile(rows_per_expert, out_features, in_features)
     if dtype == torch.float32:
-        # IEEE fp32 products run on the plain FMA units: registers, not shared memory, are the limit.
+        # IEEE fp32 products run on the plain FMA units: registers, not shared memory, are the limit. Gate and up spill
+        # a few bytes on eight warps, the three products of the activation gradient on four.
         warps = 4 if accumulators == 2 else 8
         return Tile(_power_of_two_at_least(rows_per_expert, 16, 64), 64, 32, num_warps=warps, num_stages=2)
     if _is_odd(out_features) or _is_odd(in_features):
@@ -85,7 +85,7 @@ def gemm_tile(device: torch.device, dtype: torch.dtype, rows_per_expert: int, ou
 
 
 def _is_odd(size: int) -> bool:
-    """Whether rows of that size start anywhere; below a tile it makes no difference."""
+    """Whether rows of that size start anywhere; the router passes no more than 64, which says nothing of its rows."""
     return size > 64 and size % ALIGNED != 0
 
 
