@@ -1,7 +1,5 @@
 """torch.ops.moe_fast of the parallel forms: torch's own checks, and what rows, halves and orders are."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch.library import opcheck
@@ -12,9 +10,6 @@ from moe_fast.operators.merged_down import merged_down, merged_down_backward
 from moe_fast.operators.moved_rows import order_rows, sum_rows, take_rows
 from moe_ref.contract.errors import UsageTypeError, UsageValueError
 from tests.test_api import Forbid
-from tests.test_cross_compile import SHARED_MEMORY_LIMIT, Launch, captured
-
-__all__ = ["captured"]
 
 HIDDEN, OUTPUTS, WIDTH, SHARED = 20, 6, 9, 7
 KINDS = [torch.float32, torch.bfloat16]
@@ -187,27 +182,3 @@ def test_second_derivatives_of_the_halves_are_refused() -> None:
         (slope,) = torch.autograd.grad(operator(*leaves).sum(), leaves[0], create_graph=True)
         with pytest.raises(UsageValueError, match="only first gradients"):
             slope.square().sum().backward()
-
-
-KERNELS = ("order_kernel", "take_kernel", "gather_sum_kernel", "projection_gradient_kernel", "down_gradient_kernel")
-
-
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("num_tokens", "dtype"), [(1, torch.bfloat16), (512, torch.bfloat16), (64, torch.float32)])
-def test_every_kernel_compiles_and_fits(num_tokens: int, dtype: torch.dtype, capability: int,
-                                        captured: Callable[[str], list[Launch]]) -> None:
-    """For the GPUs they are meant for, with a GPU's tiles, decode-sized and prefill-sized; none is run."""
-    launches = captured("v1-T1.H16.I16.E2.K1-bf16")
-    launches.clear()
-    ids_TK, hosted_E = torch.zeros(num_tokens, 2, dtype=torch.int64), torch.arange(4)
-    x_TH, w13_EGIH, w2_EHI = (torch.zeros(*shape, dtype=dtype, requires_grad=True)
-                              for shape in ((num_tokens, 256), (4, 2, 128, 256), (4, 64, 128)))
-    act_RI = act_rows(x_TH, ids_TK, hosted_E, w13_EGIH, "silu")
-    y_TH = merged_down(act_RI, ids_TK, torch.ones(num_tokens, 2), hosted_E, w2_EHI, None, None, None)
-    sum_rows(y_TH, torch.arange(num_tokens), torch.arange(num_tokens)[:, None]).sum().backward()
-    order_rows(ids_TK, 4)
-    found = {(launch.name, launch.types): launch for launch in launches if launch.name in KERNELS}
-    assert {name for name, _ in found} == set(KERNELS)
-    for (name, _), launch in found.items():
-        compiled = launch.compile(capability)
-        assert compiled.metadata.shared <= SHARED_MEMORY_LIMIT[capability], f"{name}: {compiled.metadata.shared} bytes"

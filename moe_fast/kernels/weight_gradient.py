@@ -6,7 +6,7 @@ import triton.language as tl
 
 from moe_fast.kernels.align import Alignment
 from moe_fast.launch import launch
-from moe_fast.tiles import gemm_tile
+from moe_fast.tiles import ALIGNED, gemm_tile
 
 
 @triton.jit
@@ -48,7 +48,9 @@ def weight_gradient(rows_RGI: torch.Tensor, tokens_TH: torch.Tensor, result_EGIH
     """
     num_experts, num_parts, num_features, width = result_EGIH.shape
     rows_per_expert = -(-len(rows_RGI) // max(num_experts, 1))
-    tile = gemm_tile(rows_RGI.device, rows_RGI.dtype, num_features, width, rows_per_expert, accumulators=2)
+    # The inner size counts rows, which are aligned however many they are.
+    inner = triton.cdiv(rows_per_expert, ALIGNED) * ALIGNED
+    tile = gemm_tile(rows_RGI.device, rows_RGI.dtype, num_features, width, inner, accumulators=2)
     num_tiles = triton.cdiv(num_features, tile.block_m) * triton.cdiv(width, tile.block_n)
     stride_E, stride_G, stride_I, stride_H = result_EGIH.stride()
     launch(weight_gradient_kernel, (num_experts * num_parts * num_tiles,), rows_RGI.device, rows=rows_RGI,

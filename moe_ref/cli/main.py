@@ -14,6 +14,7 @@ _VERBS = {
     "verify": "moe_ref.cli.verify_commands:verify_command", "replay": "moe_ref.cli.verify_commands:replay_command",
     "diverge": "moe_ref.cli.diverge_commands:diverge_command",
     "report": "moe_ref.cli.report_commands:report_command", "accept": "moe_ref.cli.report_commands:accept_command",
+    "compile": "moe_ref.cli.compile_commands:compile_command",
     "fingerprint": "moe_ref.cli.hardware_commands:fingerprint_command",
 }
 
