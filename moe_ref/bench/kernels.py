@@ -1,0 +1,71 @@
+"""Where the time of one call goes, by torch's profiler: kernels on CUDA, operators on a CPU.
+
+A kernel's part is that of the range that it runs in, `part_range`, or of its name: PART or PART_kernel. Parts that
+moe_ref.bench.work knows get their operations and bytes; anything else has a time alone.
+"""
+
+from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from moe_ref.bench.timing import Call, CudaClock, HostClock
+
+PARTS = ("router", "align", "gate_up", "down", "combine", "shared")
+_CALL, _CALLS = "moe_ref.bench call", 3
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Seconds and starts in one call, both averages over a few; part: "" where nothing says which."""
+
+    name: str
+    part: str
+    starts: float
+    seconds: float
+
+
+def part_range(part: str) -> AbstractContextManager[object]:
+    """A range that names a part of a layer to the profiler, and costs nothing where none is at work."""
+    return record_function(part) if torch.autograd._profiler_enabled() else nullcontext()
+
+
+def profiled(call: Call, clock: HostClock | CudaClock) -> list[Kernel]:
+    """The kernels of a call, started by the host with a cold cache, the longest first."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (clock.device == "cuda")
+    with profile(activities=activities) as found:
+        for _ in range(_CALLS):
+            clock.flush()
+            with record_function(_CALL):
+                call()
+        clock.finish()
+    starts, seconds = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    for event in found.events() or ():
+        if event.name == _CALL and event.device_type == torch.autograd.DeviceType.CPU:
+            _collect(event, "", clock.device == "cuda", starts, seconds)
+    kernels = [Kernel(name, part, starts[name, part] / _CALLS, microseconds / 1e6 / _CALLS)
+               for (name, part), microseconds in seconds.items()]
+    return sorted(kernels, key=lambda one: one.seconds, reverse=True)
+
+
+def _collect(event: Any, part: str, on_device: bool, starts: Counter[tuple[str, str]],
+             seconds: Counter[tuple[str, str]]) -> None:
+    """Add what this event and those within it took."""
+    part = event.name if event.name in PARTS else part
+    # The profiler lists a kernel with the operator that started it.
+    own = [(kernel.name, kernel.duration) for kernel in event.kernels] if on_device else (
+        [] if event.name in (_CALL, *PARTS) else [(event.name, event.self_cpu_time_total)])
+    for name, duration in own:
+        key = (name, part or part_of(name))
+        starts[key] += 1
+        seconds[key] += duration
+    for child in event.cpu_children:
+        _collect(child, part, on_device, starts, seconds)
+
+
+def part_of(name: str) -> str:
+    """The part that a kernel's name says it is, or ""."""
+    return next((part for part in PARTS if name == part or name.startswith(f"{part}_kernel")), "")
