@@ -161,7 +161,7 @@ class Judge:
              slots: tuple[RankSums, torch.Tensor] | None) -> None:
         """One expert's part of the gradients of tokens and of routing weights."""
         hidden, inner = expert.w2_HI.shape
-        part = MLPBackward(back, expert, mlp, [Cut((0, inner), (0, inner), (0, hidden))]).run(rows).parts[0]
+        part = MLPBackward(back, expert, mlp, [Cut((0, inner), (0, inner), (0, hidden))]).parts(rows)[0]
         (sums, token_R), first_R = tokens, torch.zeros_like(tokens[1])
         sums.add(first_R, token_R, part.x)
         if slots is not None and part.weights is not None:

@@ -1,9 +1,9 @@
 """Where the time of one call goes, by torch's profiler: kernels on CUDA, operators on a CPU.
 
-A kernel's part is that of the range that it runs in, `part_range`, or of its name: PART or PART_kernel. Parts that
-moe_ref.bench.work knows get their operations and bytes; anything else has a time alone.
+A kernel's part is that of the range that it runs in, `part_range`, or of its name: PART or PART_kernel.
 """
 
+import os
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +16,9 @@ from moe_ref.bench.timing import Call, CudaClock, HostClock
 
 PARTS = ("router", "align", "gate_up", "down", "combine", "shared")
 _CALL, _CALLS = "moe_ref.bench call", 3
+
+# torch's profiler writes two lines to standard error whenever it is used, at every level but one beyond all.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 @dataclass(frozen=True)

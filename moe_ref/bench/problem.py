@@ -19,9 +19,9 @@ from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.vocabulary import Dtype
 from moe_ref.contract.weights import MoEWeights, parameter_shapes
 from moe_ref.models.registry import cut_experts, find_model
-from moe_ref.oracle.router import route, selection_score
+from moe_ref.oracle.router import route, score, selection_score
 
-NUM_PROBES = 4
+NUM_PROBES = 2
 _CANDIDATES = 256
 _WITH_EXPERTS = re.compile(r"(?P<model>.+)\.E(?P<experts>\d+)")
 
@@ -109,15 +109,14 @@ def draw_probes(layer: RankLayer, weights: MoEWeights, device: str, seed: int = 
 
 
 def _gap(x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec) -> torch.Tensor:
-    """How far the last chosen score is from the first that is not, (T,)."""
+    """How far the last chosen score is from the first that is not, relative to it, (T,)."""
     routing, router = route(x_TH, weights, spec), spec.router
     if router is None or router.top_k == router.num_choices or routing.logits_TE is None:
         return torch.zeros(len(x_TH), device=x_TH.device)
-    # Logits, since scores near 1 hide what is between them.
-    plain = replace(router, score="softmax", num_groups=1, num_groups_kept=1, group_score="max")
-    best_TK = selection_score(routing.logits_TE, routing.logits_TE, weights.selection_bias_E, plain).topk(
-        router.top_k + 1).values
-    return best_TK[:, -2] - best_TK[:, -1]
+    logits_TE = routing.logits_TE
+    selection_TE = selection_score(score(logits_TE, router), logits_TE, weights.selection_bias_E, router)
+    best_TK = selection_TE.topk(router.top_k + 1).values
+    return (best_TK[:, -2] - best_TK[:, -1]) / best_TK[:, -2].abs()
 
 
 def given_routing(x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec) -> Routing:

@@ -12,7 +12,7 @@ import torch
 from msgspec.structs import replace
 
 from moe_ref.bench.judge import Judge
-from moe_ref.bench.kernels import Kernel, profiled
+from moe_ref.bench.kernels import PARTS, Kernel, profiled
 from moe_ref.bench.limits import measure_limits
 from moe_ref.bench.memory import free_bytes, needed_bytes
 from moe_ref.bench.problem import Batch, Operation, RankLayer, draw_batch, draw_probes, draw_weights, rank_layer
@@ -23,7 +23,7 @@ from moe_ref.contract.dtypes import TORCH_DTYPES
 from moe_ref.contract.errors import UsageError, positive_faults, raise_faults, size_faults
 from moe_ref.contract.vocabulary import Dtype
 from moe_ref.contract.weights import MoEWeights
-from moe_ref.records.bench import BenchLine, BenchRecordLine, KernelResult, LimitLine, TimingLine
+from moe_ref.records.bench import BenchLine, BenchRecordLine, KernelResult, LimitLine, PartResult, TimingLine
 from moe_ref.records.schema import EndLine, Number, to_number
 from moe_ref.tolerances.load import load_tolerances
 from moe_ref.verify.hardware import hardware_class
@@ -203,7 +203,8 @@ class _Bench:
                 kernels = profiled(calls[name], clock) if self.plan.kernels else []
                 lines[name] = replace(lines[name], mode=prepared[name].mode, mode_reason=prepared[name].reason,
                                       seconds=_numbers(spread), repetitions=spread.repetitions,
-                                      kernels=_kernels(kernels, shape))
+                                      parts=_parts(kernels, shape),
+                                      kernels=_kernels(kernels))
         work, load = operation_work(shape.layer.spec, shape.operation, shape.load), shape.load
         for line in lines.values():
             self._keep(replace(line, rows=load.rows, visited=load.visited, flop=work.flop, num_bytes=work.num_bytes))
@@ -213,12 +214,14 @@ class _Bench:
         if refused := subject.refusal(shape.layer, shape.operation, self.plan.device):
             return "NOT RUN", refused, "nan"
         try:
-            calls[subject.name] = subject.call(shape.operation, shape.layer, shape.weights, shape.batch)
-            got = calls[subject.name]()
+            call = subject.call(shape.operation, shape.layer, shape.weights, shape.batch)
+            got, calls[subject.name] = call(), call
         except (UsageError, ImportError, NotImplementedError, torch.OutOfMemoryError) as error:
             return "NOT RUN", _words(error), "nan"
         except Exception as error:  # a subject may raise anything
             return "CRASHED", _words(error), "nan"
+        if not isinstance(got, torch.Tensor | dict):
+            return "CRASHED", f"returned {type(got).__name__}, but should return a tensor", "nan"
         ratio = shape.judge.ratio(shape.operation, subject.numerics(shape.layer), shape.batch, got)
         if math.isnan(ratio):
             return "NOT RUN", "no probe has a certain choice of experts, so that nothing can be compared", "nan"
@@ -253,15 +256,19 @@ def _numbers(spread: Spread) -> tuple[Number, Number, Number]:
     return to_number(spread.median), to_number(spread.low), to_number(spread.high)
 
 
-def _kernels(kernels: list[Kernel], shape: _Shape) -> list[KernelResult]:
-    """The longest kernels, with the work of a part where one kernel alone does it."""
-    parts = Counter(one.part for one in kernels)
+def _kernels(kernels: list[Kernel]) -> list[KernelResult]:
+    return [KernelResult(name=one.name, part=one.part, starts=to_number(one.starts), seconds=to_number(one.seconds))
+            for one in kernels[:_KEPT_KERNELS]]
+
+
+def _parts(kernels: list[Kernel], shape: _Shape) -> list[PartResult]:
+    """Time of every part that has kernels; a backward pass has other products, and none of these names."""
+    seconds = Counter[str]()
+    for one in kernels:
+        seconds[one.part] += one.seconds  # type: ignore[assignment]
     results = []
-    for one in kernels[:_KEPT_KERNELS]:
-        work = part_work(shape.layer.spec, one.part, shape.load)
-        # A backward pass has other products, and parts that share their name with those of the forward pass.
-        alone = parts[one.part] == 1 and one.starts == 1 and shape.operation is not Operation.BACKWARD
-        known = work if work is not None and alone else Work(0.0, 0.0)
-        results.append(KernelResult(name=one.name, part=one.part, starts=to_number(one.starts),
-                                    seconds=to_number(one.seconds), flop=known.flop, num_bytes=known.num_bytes))
+    for part in (part for part in PARTS if part in seconds and shape.operation is not Operation.BACKWARD):
+        work = part_work(shape.layer.spec, part, shape.load) or Work(0.0, 0.0)
+        results.append(PartResult(name=part, seconds=to_number(seconds[part]), flop=work.flop,
+                                  num_bytes=work.num_bytes))
     return results

@@ -84,8 +84,13 @@ def loop_experts(x_TH: torch.Tensor, routing: Routing, weights: MoEWeights, spec
 def grouped_experts(x_TH: torch.Tensor, routing: Routing, weights: MoEWeights, spec: MoESpec) -> torch.Tensor:
     """Rows sorted by expert, two torch.nn.functional.grouped_mm, and a batched product that weighs and adds up slots.
 
-    Ids must all be those of experts: a row of none would have no group.
+    Ids must all be those of experts: a row of none would have no group. Raises UsageValueError where rows of x or of
+    the activation are no multiple of 16 bytes, which grouped_mm asks for.
     """
+    itemsize = x_TH.element_size()
+    sizes = {"hidden_size": spec.hidden_size, "intermediate_size": spec.intermediate_size}
+    raise_faults("torch grouped_mm", [f"{name}={size} of {itemsize} bytes, but should be a multiple of 16 bytes"
+                                      for name, size in sizes.items() if size * itemsize % 16])
     (num_tokens, top_k), hidden = routing.ids_TK.shape, x_TH.shape[1]
     with part_range("align"):
         sorted_R, order_R = routing.ids_TK.flatten().sort(stable=True)

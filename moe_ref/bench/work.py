@@ -55,7 +55,10 @@ def part_work(spec: MoESpec, part: str, load: Load) -> Work | None:
     """Of the routed experts' `gate_up` (with the activation), `down`, or `combine`; None of any other part.
 
     Parts hand their rows on through memory: gate_up reads tokens and writes (R, I), down reads that and writes (R, H).
+    None of layers with a shared expert too, whose rows an implementation may put through the same kernels.
     """
+    if spec.shared is not None:
+        return None
     hidden, inner, rows, size = spec.hidden_size, spec.intermediate_size, load.rows, load.itemsize
     projections = spec.experts.num_projections
     if part == "gate_up":

@@ -14,7 +14,15 @@ from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import Dtype
 from moe_ref.records.bench import BenchLine, BenchRecordLine, BenchRun, add_line, read_bench
 from moe_ref.records.store import RecordWriter
-from moe_ref.report.bench import NO_EVIDENCE, bench_document, bench_words, kernel_tables, limit_table, timing_tables
+from moe_ref.report.bench import (
+    NO_EVIDENCE,
+    bench_document,
+    bench_words,
+    kernel_tables,
+    limit_table,
+    part_table,
+    timing_tables,
+)
 from moe_ref.report.bench_plot import plot_bench
 
 _LEAST_WIDTH = 150
@@ -92,7 +100,8 @@ class _Collected:
     """Lines as they come: into the record, if there is one, and into the run that is shown."""
 
     def __init__(self, folder: Path | None) -> None:
-        self._writer, self._run = RecordWriter(folder) if folder else None, None
+        self._writer = RecordWriter(folder) if folder else None
+        self._run: BenchRun | None = None
 
     @property
     def run(self) -> BenchRun:
@@ -137,7 +146,7 @@ def _show(run: BenchRun, plot: Path | None, as_json: bool) -> int:
         click.echo(json.dumps(bench_document(run), indent=1))
     else:
         console = Console(width=max(_LEAST_WIDTH, Console().width), emoji=False)
-        for table in (limit_table(run), *timing_tables(run), *kernel_tables(run)):
+        for table in (limit_table(run), *timing_tables(run), part_table(run), *kernel_tables(run)):
             console.print(table)
         for words in bench_words(run):
             console.print(words, highlight=False, markup=False)

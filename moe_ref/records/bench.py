@@ -50,11 +50,18 @@ class LimitLine(msgspec.Struct, frozen=True, kw_only=True, tag="limit", tag_fiel
 
 
 class KernelResult(msgspec.Struct, frozen=True, kw_only=True):
-    """A kernel, or on a CPU an operator, in one call; flop and bytes of the part whose only kernel it is, else 0."""
+    """A kernel, or on a CPU an operator, in one call; part: of the layer, "" where nothing says which."""
 
     name: str
     part: str
     starts: Number
+    seconds: Number
+
+
+class PartResult(msgspec.Struct, frozen=True, kw_only=True):
+    """All kernels of a part in one call; flop and num_bytes: the least that it needs, 0 where no formula has it."""
+
+    name: str
     seconds: Number
     flop: Number = 0.0
     num_bytes: Number = 0.0
@@ -64,7 +71,8 @@ class TimingLine(msgspec.Struct, frozen=True, kw_only=True, tag="timing", tag_fi
     """One subject on one shape. status: TIMED, WRONG (not timed, ratio above 1), CRASHED or NOT RUN, with `reason`.
 
     NOT INSTALLED is of a subject as a whole. mode: graph or eager, and mode_reason why not a graph. seconds: median and
-    quartiles. flop, num_bytes: the least that the operation needs. ratio: largest error over what is allowed.
+    quartiles. flop, num_bytes: the least that the operation needs. ratio: largest error over what is allowed. parts and
+    kernels: of the profiler; the longest kernels alone, and parts of the forward pass.
     """
 
     schema: int = SCHEMA
@@ -85,6 +93,7 @@ class TimingLine(msgspec.Struct, frozen=True, kw_only=True, tag="timing", tag_fi
     seconds: tuple[Number, Number, Number] = ("nan", "nan", "nan")
     repetitions: int = 0
     ratio: Number = "nan"
+    parts: list[PartResult] = []
     kernels: list[KernelResult] = []
 
 

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import msgspec
 from rich.table import Table
 
-from moe_ref.records.bench import BenchRun, TimingLine
+from moe_ref.records.bench import BenchRun, PartResult, TimingLine
 from moe_ref.records.schema import Number, from_number
 
 NO_EVIDENCE = "NO EVIDENCE: times of a CPU"
-_SHOWN_KERNELS = 8
+_SHOWN_KERNELS = 5
 
 
 def bench_document(run: BenchRun) -> dict[str, object]:
@@ -128,24 +128,46 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.3f} ms"
 
 
+def part_table(run: BenchRun) -> Table:
+    """Parts of the forward pass, by all kernels of each, beside each other: a row per shape, part and subject."""
+    kind = "kernels" if run.header.device == "cuda" else "operators"
+    table = Table("model", "tp", "operation", "tokens", "part", "subject", "time", "TFLOP/s", "GB/s", "of limit",
+                  title=_marked(run, f"parts: the sum of their {kind}, started by the host"), title_justify="left")
+    for model, tp, operation, lines in groups(run):
+        tokens = max((line.tokens for line in lines if line.parts), default=0)
+        shown = [line for line in lines if line.tokens == tokens]
+        names = dict.fromkeys(part.name for line in shown for part in line.parts)
+        for name in names:
+            for line in shown:
+                for part in (part for part in line.parts if part.name == name):
+                    table.add_row(model, str(tp), operation, str(tokens), name, line.subject, *_part_cells(run, part))
+    return table
+
+
+def _part_cells(run: BenchRun, part: PartResult) -> tuple[str, ...]:
+    seconds, flop, num_bytes = (from_number(one) for one in (part.seconds, part.flop, part.num_bytes))
+    if not flop or not seconds:
+        return _time(seconds), "", "", ""
+    return (_time(seconds), f"{flop / seconds / 1e12:.3g}", f"{num_bytes / seconds / 1e9:.4g}",
+            f"{of_limit(run, flop, num_bytes, seconds):.1%}")
+
+
 def kernel_tables(run: BenchRun) -> Iterator[Table]:
     """Per model, degree and operation the longest kernels of every timed subject, at its largest number of tokens."""
+    kind = "kernel" if run.header.device == "cuda" else "operator"
     for model, tp, operation, lines in groups(run):
         last = {line.subject: line for line in lines if line.status == "TIMED" and line.kernels}
         if not last:
             continue
-        kind = "kernels" if run.header.device == "cuda" else "operators"
-        table = Table("tokens", "subject", "part", "kernel", "starts", "time", "share", "TFLOP/s", "of limit",
-                      title=_marked(run, f"{model}, tp {tp}, {operation}: {kind}, started by the host"),
+        table = Table("tokens", "subject", "part", kind, "starts", "time", "share",
+                      title=_marked(run, f"{model}, tp {tp}, {operation}: the longest {kind}s, started by the host"),
                       title_justify="left")
         for line in last.values():
             total = sum(from_number(one.seconds) for one in line.kernels)
             for one in line.kernels[:_SHOWN_KERNELS]:
-                seconds, flop = from_number(one.seconds), from_number(one.flop)
-                rates = ("", "") if not flop or not seconds else (
-                    f"{flop / seconds / 1e12:.3g}", f"{of_limit(run, one.flop, one.num_bytes, seconds):.1%}")
+                seconds = from_number(one.seconds)
                 table.add_row(str(line.tokens), line.subject, one.part, one.name[:60], f"{from_number(one.starts):g}",
-                              _time(seconds), f"{seconds / total:.0%}" if total else "-", *rates)
+                              _time(seconds), f"{seconds / total:.0%}" if total else "-")
         yield table
 
 

@@ -24,8 +24,8 @@ def output_bound(x_TH: torch.Tensor, routing: Routing, weights: WeightSource, sp
     when the routing lacks the weights of shared experts that the router gates, OverflowError when a sum has no bound.
     """
     steps = Steps(spec, numerics, model)
-    output = output_rows(x_TH, routing.ids_TK, exact(routing.weights_TK), _gates(x_TH, routing, weights, steps), weights,
-                         steps)
+    gates = _gates(x_TH, routing, weights, steps)
+    output = output_rows(x_TH, routing.ids_TK, exact(routing.weights_TK), gates, weights, steps)
     return output.value, output.bound
 
 
