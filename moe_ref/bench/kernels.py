@@ -1,6 +1,6 @@
 """Where the time of one call goes, by torch's profiler: kernels on CUDA, operators on a CPU.
 
-A kernel's part is that of the range that it runs in, `part_range`, or of its name: PART or PART_kernel.
+A kernel's part is that of the range that it runs in, `part_range`, or of its name, PART_kernel.
 """
 
 import os
@@ -58,10 +58,10 @@ def _collect(event: Any, part: str, on_device: bool, starts: Counter[tuple[str, 
              seconds: Counter[tuple[str, str]]) -> None:
     """Add what this event and those within it took."""
     part = event.name if event.name in PARTS else part
-    # The profiler lists a kernel with the operator that started it.
-    own = [(kernel.name, kernel.duration) for kernel in event.kernels] if on_device else (
-        [] if event.name in (_CALL, *PARTS) else [(event.name, event.self_cpu_time_total)])
-    for name, duration in own:
+    # The profiler lists a kernel with the operator that started it, and on a device ranges beside them.
+    own = [(kernel.name, kernel.duration) for kernel in event.kernels] if on_device else [
+        (event.name, event.self_cpu_time_total)]
+    for name, duration in ((name, duration) for name, duration in own if name not in (_CALL, *PARTS)):
         key = (name, part or part_of(name))
         starts[key] += 1
         seconds[key] += duration
@@ -71,4 +71,4 @@ def _collect(event: Any, part: str, on_device: bool, starts: Counter[tuple[str, 
 
 def part_of(name: str) -> str:
     """The part that a kernel's name says it is, or ""."""
-    return next((part for part in PARTS if name == part or name.startswith(f"{part}_kernel")), "")
+    return next((part for part in PARTS if name.startswith(f"{part}_kernel")), "")

@@ -19,10 +19,13 @@ from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.vocabulary import Dtype
 from moe_ref.contract.weights import MoEWeights, parameter_shapes
 from moe_ref.models.registry import cut_experts, find_model
-from moe_ref.oracle.router import route, score, selection_score
+from moe_ref.oracle.router import route
 
 NUM_PROBES = 2
-_CANDIDATES = 256
+_MORE_LOGIT, _OTHERS = 3.0, 0.25
+"""What a probe's chosen logits gain, and what is left of all, whose standard deviation is 1."""
+_SMALL = 0.02
+"""Standard deviation of biases, and of scales about 1: large ones would send every token to the same experts."""
 _WITH_EXPERTS = re.compile(r"(?P<model>.+)\.E(?P<experts>\d+)")
 
 
@@ -85,14 +88,15 @@ def draw_weights(layer: RankLayer, device: str, seed: int = 0) -> MoEWeights:
     generator, drawn = torch.Generator(device).manual_seed(seed), {}
     for name, shape in parameter_shapes(layer.spec).items():
         dtype = torch.float32 if name in ("selection_bias_E", "weight_scale_E") else TORCH_DTYPES[layer.dtype]
-        fan_in = shape[-1] if len(shape) > 1 and "bias" not in name else 4
-        drawn[name] = torch.empty(shape, dtype=dtype, device=device).normal_(0, fan_in**-0.5, generator=generator)
+        small = len(shape) == 1 or "bias" in name
+        drawn[name] = torch.empty(shape, dtype=dtype, device=device).normal_(
+            float(name == "weight_scale_E"), _SMALL if small else shape[-1]**-0.5, generator=generator)
     return MoEWeights(**drawn)
 
 
 @dataclass(frozen=True)
 class Probes:
-    """Tokens whose results are compared, those of the clearest choice of experts first; grad_PH: of their outputs."""
+    """Tokens whose results are compared; grad_PH: of their outputs. Their choice of experts is a clear one."""
 
     x_PH: torch.Tensor
     grad_PH: torch.Tensor
@@ -100,23 +104,20 @@ class Probes:
 
 
 def draw_probes(layer: RankLayer, weights: MoEWeights, device: str, seed: int = 0) -> Probes:
-    """NUM_PROBES of many tokens, with a routing in fp32 by the oracle."""
-    x_TH, grad_TH = (_normal((_CANDIDATES, layer.spec.hidden_size), layer, device, seed + 1 + number)
+    """NUM_PROBES tokens and the oracle's routing of them; logits of the chosen experts are moved away from the others.
+
+    A choice that roundings could change would leave nothing to compare a layer with that routes by itself.
+    """
+    x_PH, grad_PH = (_normal((NUM_PROBES, layer.spec.hidden_size), layer, device, seed + 1 + number)
                      for number in range(2))
-    order_T = _gap(x_TH, weights, layer.spec).argsort(descending=True)[:NUM_PROBES]
-    x_PH = x_TH[order_T].contiguous()
-    return Probes(x_PH, grad_TH[order_T].contiguous(), given_routing(x_PH, weights, layer.spec))
-
-
-def _gap(x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec) -> torch.Tensor:
-    """How far the last chosen score is from the first that is not, relative to it, (T,)."""
-    routing, router = route(x_TH, weights, spec), spec.router
-    if router is None or router.top_k == router.num_choices or routing.logits_TE is None:
-        return torch.zeros(len(x_TH), device=x_TH.device)
-    logits_TE = routing.logits_TE
-    selection_TE = selection_score(score(logits_TE, router), logits_TE, weights.selection_bias_E, router)
-    best_TK = selection_TE.topk(router.top_k + 1).values
-    return (best_TK[:, -2] - best_TK[:, -1]) / best_TK[:, -2].abs()
+    found = route(x_PH, weights, layer.spec)
+    if weights.router_EH is not None and found.logits_TE is not None:
+        more_PE = (_OTHERS - 1) * found.logits_TE
+        more_PE = more_PE.scatter_add(1, found.ids_TK, torch.full_like(found.weights_TK, _MORE_LOGIT))
+        router_EH = weights.router_EH.double()
+        # The shortest step that has these logits.
+        x_PH = (x_PH + torch.linalg.solve(router_EH @ router_EH.T, more_PE.T).T @ router_EH).to(x_PH.dtype)
+    return Probes(x_PH, grad_PH, given_routing(x_PH, weights, layer.spec))
 
 
 def given_routing(x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec) -> Routing:

@@ -62,20 +62,23 @@ def _selection(score_TE: torch.Tensor, bias_E: torch.Tensor | None, router: Rout
 
 
 def loop_experts(x_TH: torch.Tensor, routing: Routing, weights: MoEWeights, spec: MoESpec) -> torch.Tensor:
-    """One expert after the other, every operation in x's dtype, as MixtralSparseMoeBlock of transformers did it."""
+    """One expert after the other, every operation in x's dtype, as MixtralSparseMoeBlock of transformers did it.
+
+    Experts are unbound at once: the gradient of an index would be as large as all experts, once per expert.
+    """
     weights_TK, activate = routing.weights_TK.to(x_TH.dtype), _ACTIVATIONS[spec.experts.activation]
     merged_TH = torch.zeros_like(x_TH)
-    for e in range(spec.num_experts):
+    for e, (w13_GIH, w2_HI) in enumerate(zip(weights.w13_EGIH.unbind(), weights.w2_EHI.unbind(), strict=True)):
         with part_range("align"):
             token_R, slot_R = (routing.ids_TK == e).nonzero(as_tuple=True)
             if not len(token_R):
                 continue
             x_RH = x_TH[token_R]
         with part_range("gate_up"):
-            gate_RI, up_RI = (F.linear(x_RH, w_IH) for w_IH in weights.w13_EGIH[e])
+            gate_RI, up_RI = (F.linear(x_RH, w_IH) for w_IH in w13_GIH.unbind())
             act_RI = activate(gate_RI) * up_RI
         with part_range("down"):
-            down_RH = F.linear(act_RI, weights.w2_EHI[e])
+            down_RH = F.linear(act_RI, w2_HI)
         with part_range("combine"):
             merged_TH.index_add_(0, token_R, down_RH * weights_TK[token_R, slot_R, None])
     return merged_TH
@@ -114,7 +117,7 @@ def shared_rows(x_TH: torch.Tensor, routing: Routing, weights: MoEWeights, spec:
     assert spec.shared is not None
     assert weights.shared_w13_GIH is not None
     assert weights.shared_w2_HI is not None
-    gate_TI, up_TI = (F.linear(x_TH, w_IH) for w_IH in weights.shared_w13_GIH)
+    gate_TI, up_TI = (F.linear(x_TH, w_IH) for w_IH in weights.shared_w13_GIH.unbind())
     shared_TH = F.linear(_ACTIVATIONS[spec.shared.mlp.activation](gate_TI) * up_TI, weights.shared_w2_HI)
     return shared_TH if routing.shared_TS is None else shared_TH * routing.shared_TS.to(x_TH.dtype)
 

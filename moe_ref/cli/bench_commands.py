@@ -20,12 +20,12 @@ from moe_ref.report.bench import (
     bench_words,
     kernel_tables,
     limit_table,
-    part_table,
+    part_tables,
     timing_tables,
 )
 from moe_ref.report.bench_plot import plot_bench
 
-_LEAST_WIDTH = 150
+_LEAST_WIDTH = 170
 _TELL_EVERY_SECONDS = 15.0
 
 
@@ -38,7 +38,7 @@ _TELL_EVERY_SECONDS = 15.0
 @click.option("--tokens", help="Numbers of tokens: 1:16384 doubles, 1,8,32 names them.")
 @click.option("--operations", help="Of layer, experts (routing given), backward (of experts), with commas.")
 @click.option("--against", default="torch:loop,torch:grouped", show_default=True,
-              help="Whom to compare with; also vllm and triton_kernels, where they are installed. Empty: nobody.")
+              help="Whom to compare with; also vllm, triton_kernels, or peers, which is both. Empty: nobody.")
 @click.option("--dtype", default="bf16", show_default=True, type=click.Choice([str(one) for one in Dtype]))
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 @click.option("--seconds", default=0.3, show_default=True, type=click.FloatRange(0),
@@ -65,6 +65,7 @@ def bench_command(subjects: tuple[str, ...], preset: str, models: tuple[str, ...
     if not subjects:
         raise UsageValueError("no implementation; name some, as in `moe-ref bench moe_fast`")
     # Imported here, so that a record can be shown without torch.
+    from moe_ref.bench.peers import PEERS
     from moe_ref.bench.problem import Operation
     from moe_ref.bench.run import BenchPlan, run_bench
     from moe_ref.diverge.problem import ladder
@@ -74,8 +75,9 @@ def bench_command(subjects: tuple[str, ...], preset: str, models: tuple[str, ...
     wanted = operations.split(",") if operations else chosen.operations
     if unknown := [one for one in wanted if one not in list(Operation)]:
         raise UsageValueError(f"--operations: {', '.join(unknown)}, but should be of {', '.join(Operation)}")
+    others = [name for word in against.split(",") if word for name in (PEERS if word == "peers" else [word])]
     plan = BenchPlan(
-        subjects=tuple(dict.fromkeys([*subjects, *filter(None, against.split(","))])), models=models or chosen.models,
+        subjects=tuple(dict.fromkeys([*subjects, *others])), models=models or chosen.models,
         tp=_numbers("--tp", degrees) if degrees else chosen.tp, tokens=ladder(tokens) if tokens else chosen.tokens,
         operations=tuple(map(Operation, wanted)), dtype=Dtype(dtype), seed=seed, budget=seconds, deadline=deadline,
         kernels=kernels, device=default_device() if device == "auto" else device, preset=preset, labels=chosen.labels)
@@ -146,7 +148,7 @@ def _show(run: BenchRun, plot: Path | None, as_json: bool) -> int:
         click.echo(json.dumps(bench_document(run), indent=1))
     else:
         console = Console(width=max(_LEAST_WIDTH, Console().width), emoji=False)
-        for table in (limit_table(run), *timing_tables(run), part_table(run), *kernel_tables(run)):
+        for table in (limit_table(run), *timing_tables(run), *part_tables(run), *kernel_tables(run)):
             console.print(table)
         for words in bench_words(run):
             console.print(words, highlight=False, markup=False)

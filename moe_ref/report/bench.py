@@ -128,20 +128,22 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.3f} ms"
 
 
-def part_table(run: BenchRun) -> Table:
-    """Parts of the forward pass, by all kernels of each, beside each other: a row per shape, part and subject."""
+def part_tables(run: BenchRun) -> Iterator[Table]:
+    """Per model, degree and operation the parts of the forward pass beside each other, at the most tokens timed."""
     kind = "kernels" if run.header.device == "cuda" else "operators"
-    table = Table("model", "tp", "operation", "tokens", "part", "subject", "time", "TFLOP/s", "GB/s", "of limit",
-                  title=_marked(run, f"parts: the sum of their {kind}, started by the host"), title_justify="left")
     for model, tp, operation, lines in groups(run):
         tokens = max((line.tokens for line in lines if line.parts), default=0)
-        shown = [line for line in lines if line.tokens == tokens]
-        names = dict.fromkeys(part.name for line in shown for part in line.parts)
-        for name in names:
-            for line in shown:
-                for part in (part for part in line.parts if part.name == name):
-                    table.add_row(model, str(tp), operation, str(tokens), name, line.subject, *_part_cells(run, part))
-    return table
+        shown = [(part, line.subject) for line in lines if line.tokens == tokens for part in line.parts]
+        if not shown:
+            continue
+        title = f"{model}, tp {tp}, {operation}, {tokens} tokens: parts, the sum of their {kind}, started by the host"
+        table = Table("part", "subject", "time", "TFLOP/s", "GB/s", "of limit", title=_marked(run, title),
+                      title_justify="left")
+        for name in dict.fromkeys(part.name for part, _ in shown):
+            for part, subject in shown:
+                if part.name == name:
+                    table.add_row(name, subject, *_part_cells(run, part))
+        yield table
 
 
 def _part_cells(run: BenchRun, part: PartResult) -> tuple[str, ...]:

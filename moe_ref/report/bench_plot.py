@@ -68,6 +68,7 @@ def _draw(axes: "Axes", run: BenchRun, title: str, lines: list[TimingLine]) -> N
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(list(least), [str(tokens) for tokens in least], rotation=40)
+    axes.yaxis.set_major_formatter(lambda value, place: f"{value:.0e}")
     axes.minorticks_off()
     axes.set_xlabel("T, tokens")
     axes.set_ylabel("seconds")
