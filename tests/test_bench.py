@@ -1,11 +1,15 @@
 """Protects what `moe-ref bench` counts, draws and times: a rank's shapes, useful work, probes, turns."""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from moe_ref.bench import timing
 from moe_ref.bench.kernels import part_of, part_range, profiled
 from moe_ref.bench.limits import measure_limits
 from moe_ref.bench.memory import needed_bytes
@@ -81,12 +85,6 @@ def test_work_of_parts_counted_by_hand() -> None:
     assert part_work(MIXTRAL_TP8.spec, "align", load) is None
 
 
-def test_the_slower_limit_counts() -> None:
-    """At 1 operation and 10 bytes a second, 6 operations take 6 seconds and 100 bytes take 10."""
-    assert Work(6, 100).seconds(1, 10) == 10
-    assert Work(60, 100).seconds(1, 10) == 60
-
-
 def test_memory_grows_with_what_is_held() -> None:
     """Each subject keeps rows, and in a backward pass gradients of all weights."""
     forward, backward, more = (needed_bytes(MIXTRAL_TP8, *rest) for rest in (
@@ -140,6 +138,57 @@ def test_a_spread_is_median_and_quartiles() -> None:
     times = iter([5.0, 1.0, 2.0, 100.0, 3.0])
     spread = interleaved({"a": lambda: next(times)}, Ticking(), 0.0)["a"]
     assert (spread.median, spread.low, spread.high) == (3.0, 2.0, 5.0)
+
+
+class FakeCuda:
+    """What CudaClock uses of torch.cuda, on a machine that has none; can_capture: whether a capture succeeds."""
+
+    Stream = Event = MagicMock
+
+    def __init__(self, can_capture: bool) -> None:
+        self.can_capture, self.mode, self.captured = can_capture, 0, MagicMock()
+
+    def get_sync_debug_mode(self) -> int:
+        return self.mode
+
+    def set_sync_debug_mode(self, mode: int | str) -> None:
+        self.mode = 2 if mode == "error" else int(mode)
+
+    def synchronize(self) -> None:
+        """Nothing runs."""
+
+    def CUDAGraph(self) -> MagicMock:
+        return self.captured
+
+    @contextmanager
+    def graph(self, graph: MagicMock, stream: MagicMock) -> Iterator[None]:
+        yield
+        if not self.can_capture:
+            raise RuntimeError("capture failed\nfor a reason")
+
+
+@pytest.mark.parametrize(("waits", "can_capture", "mode", "reason"), [
+    (False, True, "graph", ""), (False, False, "eager", "capture failed"),
+    (True, True, "eager", "waits for the device: called a synchronizing operation")])
+def test_what_can_be_captured_is_replayed(waits: bool, can_capture: bool, mode: str, reason: str,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that waits for the device is asked first and never captured; what was asked leaves torch as it was."""
+    cuda, calls = FakeCuda(can_capture), list[int]()
+
+    def call() -> None:
+        calls.append(cuda.mode)
+        if waits and cuda.mode == 2:
+            raise RuntimeError("called a synchronizing operation")
+    monkeypatch.setattr(timing.torch, "cuda", cuda)
+    monkeypatch.setattr(timing, "_FLUSHED_BYTES", 16)
+    monkeypatch.setattr(timing.CudaClock, "device", "cpu")
+    clock = timing.CudaClock()
+    prepared = clock.prepare(call)
+    assert (prepared.mode, prepared.reason, cuda.mode) == (mode, reason, 0)
+    before = len(calls)
+    prepared.call()
+    assert len(calls) - before == (mode == "eager")
+    assert cuda.captured.replay.call_count == (mode == "graph")
 
 
 def test_limits_are_measured_in_bytes_and_operations() -> None:

@@ -118,6 +118,13 @@ def test_no_peer_is_imported_unasked() -> None:
     assert found.stdout == "[]\n"
 
 
+def test_a_record_is_shown_without_torch() -> None:
+    """On a machine that has nothing but the record."""
+    script = "import sys, moe_ref.cli.bench_commands; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout == "False False\n"
+
+
 def test_an_installed_peer_is_an_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a peer's own code gets and returns: w13 as (E, 2I, H), ids, fp32 weights; then it is judged as everybody."""
     def fused_experts(x_TH: Any, w13: Any, w2: Any, weights_TK: Any, ids_TK: Any) -> torch.Tensor:
@@ -190,7 +197,7 @@ def test_a_cpu_run_end_to_end(tmp_path: Path) -> None:
     """The command times kernels and torch, forward and backward, and every output says that a CPU is no evidence."""
     folder, plot = tmp_path / "run", tmp_path / "times.svg"
     ran = CliRunner().invoke(bench_command, [
-        "moe_fast", "--preset", "cpu-quick", "--tokens", "2", "--device", "cpu", "--record", str(folder), "--plot",
+        "moe_fast", "--tokens", "2", "--device", "cpu", "--record", str(folder), "--plot",
         str(plot)], standalone_mode=False)
     assert ran.return_value == 0, ran.output
     assert ran.stdout.count(NO_EVIDENCE) >= 6

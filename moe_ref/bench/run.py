@@ -222,7 +222,10 @@ class _Bench:
             return "CRASHED", _words(error), "nan"
         if not isinstance(got, torch.Tensor | dict):
             return "CRASHED", f"returned {type(got).__name__}, but should return a tensor", "nan"
-        ratio = shape.judge.ratio(shape.operation, subject.numerics(shape.layer), shape.batch, got)
+        try:
+            ratio = shape.judge.ratio(shape.operation, subject.numerics(shape.layer), shape.batch, got)
+        except OverflowError as error:
+            return "NOT RUN", str(error), "nan"
         if math.isnan(ratio):
             return "NOT RUN", "no probe has a certain choice of experts, so that nothing can be compared", "nan"
         if ratio > 1:

@@ -23,10 +23,6 @@ class Work:
     def __add__(self, other: "Work") -> "Work":
         return Work(self.flop + other.flop, self.num_bytes + other.num_bytes)
 
-    def seconds(self, flop_per_s: float, bytes_per_s: float) -> float:
-        """The least time at these limits: of the slower of the two (roofline, doi 10.1145/1498765.1498785)."""
-        return max(self.flop / flop_per_s, self.num_bytes / bytes_per_s)
-
 
 @dataclass(frozen=True)
 class Load:

@@ -31,8 +31,9 @@ _TELL_EVERY_SECONDS = 15.0
 
 @click.command("bench")
 @click.argument("subjects", metavar="[IMPL]...", nargs=-1)
-@click.option("--preset", default="default", show_default=True, type=click.Choice(list(PRESETS)),
-              help="Models, degrees, numbers of tokens and operations; options below replace parts of it.")
+@click.option("--preset", type=click.Choice(list(PRESETS)),
+              help="Models, degrees, numbers of tokens and operations; options below replace parts of it. If none is "
+                   "named: default on CUDA, cpu-quick on a CPU.")
 @click.option("--model", "models", multiple=True, help="A registered model; mixtral.8x7b.E2 has two of its experts.")
 @click.option("--tp", "degrees", help="Degrees of tensor parallelism, as 1,8: one rank's shapes, nothing sent.")
 @click.option("--tokens", help="Numbers of tokens: 1:16384 doubles, 1,8,32 names them.")
@@ -50,7 +51,7 @@ _TELL_EVERY_SECONDS = 15.0
 @click.option("--read", "read_from", type=click.Path(path_type=Path), help="Show a record; runs nothing.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw times into a .svg or .png file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-def bench_command(subjects: tuple[str, ...], preset: str, models: tuple[str, ...], degrees: str | None,
+def bench_command(subjects: tuple[str, ...], preset: str | None, models: tuple[str, ...], degrees: str | None,
                   tokens: str | None, operations: str | None, against: str, dtype: str, seed: int, seconds: float,
                   deadline: float, kernels: bool, device: str, record: Path | None, read_from: Path | None,
                   plot: Path | None, as_json: bool) -> int:
@@ -71,6 +72,8 @@ def bench_command(subjects: tuple[str, ...], preset: str, models: tuple[str, ...
     from moe_ref.diverge.problem import ladder
     from moe_ref.verify.run.environment import default_device, environment
 
+    device = default_device() if device == "auto" else device
+    preset = preset or ("default" if device == "cuda" else "cpu-quick")
     chosen = PRESETS[preset]
     wanted = operations.split(",") if operations else chosen.operations
     if unknown := [one for one in wanted if one not in list(Operation)]:
@@ -80,12 +83,12 @@ def bench_command(subjects: tuple[str, ...], preset: str, models: tuple[str, ...
         subjects=tuple(dict.fromkeys([*subjects, *others])), models=models or chosen.models,
         tp=_numbers("--tp", degrees) if degrees else chosen.tp, tokens=ladder(tokens) if tokens else chosen.tokens,
         operations=tuple(map(Operation, wanted)), dtype=Dtype(dtype), seed=seed, budget=seconds, deadline=deadline,
-        kernels=kernels, device=default_device() if device == "auto" else device, preset=preset, labels=chosen.labels)
-    if plan.device == "cpu":
+        kernels=kernels, device=device, preset=preset, labels=chosen.labels)
+    if device == "cpu":
         click.echo(f"{NO_EVIDENCE}; kernels run in an interpreter, if at all", err=True)
     collected = _Collected(record)
     try:
-        run_bench(plan, environment(plan.device), collected.keep, _teller(plan.num_shapes))
+        run_bench(plan, environment(device), collected.keep, _teller(plan.num_shapes))
     finally:
         collected.close()
     return _show(collected.run, plot, as_json)

@@ -43,7 +43,10 @@ def median(line: TimingLine) -> float:
 
 
 def of_limit(run: BenchRun, flop: Number, num_bytes: Number, seconds: float) -> float:
-    """Least time at the limits of the run over the time taken; NaN where a limit is missing."""
+    """Least time at the limits of the run over the time taken; NaN where a limit is missing.
+
+    The least is that of the slower of operations and bytes: the roofline, doi 10.1145/1498765.1498785.
+    """
     if not {"copy", "product"} <= run.limits.keys():
         return math.nan
     product, copy = (from_number(run.limits[name].per_s) for name in ("product", "copy"))
