@@ -127,14 +127,14 @@ def test_subjects_take_turns() -> None:
     clock = Ticking()
     spreads = interleaved({"a": lambda: 1.0, "b": lambda: 2.0, "c": lambda: 3.0}, clock, 0.0)
     rounds = [tuple(clock.turns[start:start + 3]) for start in range(0, len(clock.turns), 3)]
-    assert rounds == [(1, 2, 3), (2, 3, 1), (3, 1, 2), (1, 2, 3), (2, 3, 1)]
-    assert spreads["b"].median == 2.0
-    assert spreads["b"].repetitions == 5
+    assert rounds == [(1, 2, 3), (2, 3, 1)]
+    assert (spreads["b"].median, spreads["b"].repetitions) == (2.0, 2)
     assert interleaved({}, clock, 0.0) == {}
 
 
-def test_a_spread_is_median_and_quartiles() -> None:
+def test_a_spread_is_median_and_quartiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """One slow repetition of five moves neither."""
+    monkeypatch.setitem(timing.LEAST_ROUNDS, "cpu", 5)
     times = iter([5.0, 1.0, 2.0, 100.0, 3.0])
     spread = interleaved({"a": lambda: next(times)}, Ticking(), 0.0)["a"]
     assert (spread.median, spread.low, spread.high) == (3.0, 2.0, 5.0)

@@ -208,7 +208,7 @@ def test_a_cpu_run_end_to_end(tmp_path: Path) -> None:
     assert [(line.operation, line.subject, line.status) for line in run.timings] == [
         (operation, subject, "TIMED") for operation in ("layer", "experts", "backward")
         for subject in ("moe_fast", "torch:loop", "torch:grouped")]
-    assert all(line.kernels and line.repetitions >= 5 and line.rows == 8 for line in run.timings)
+    assert all(line.kernels and line.repetitions == 2 and line.rows == 8 for line in run.timings)
     assert {part.name for part in run.timings[1].parts} == {"router", "align", "gate_up", "down", "combine"}
     again = CliRunner().invoke(bench_command, ["--read", str(folder), "--plot", str(plot)], standalone_mode=False)
     assert (again.return_value, again.stdout) == (0, ran.stdout)

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from moe_ref.bench.timing import Call, CudaClock, HostClock
 
 PARTS = ("router", "align", "gate_up", "down", "combine", "shared")
-_CALL, _CALLS = "moe_ref.bench call", 3
+_CALL, _CALLS = "moe_ref.bench call", {"cpu": 1, "cuda": 3}
 
 # torch's profiler writes two lines to standard error whenever it is used, at every level but one beyond all.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -38,9 +38,10 @@ def part_range(part: str) -> AbstractContextManager[object]:
 
 def profiled(call: Call, clock: HostClock | CudaClock) -> list[Kernel]:
     """The kernels of a call, started by the host with a cold cache, the longest first."""
+    calls = _CALLS[clock.device]
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (clock.device == "cuda")
     with profile(activities=activities) as found:
-        for _ in range(_CALLS):
+        for _ in range(calls):
             clock.flush()
             with record_function(_CALL):
                 call()
@@ -49,7 +50,7 @@ def profiled(call: Call, clock: HostClock | CudaClock) -> list[Kernel]:
     for event in found.events() or ():
         if event.name == _CALL and event.device_type == torch.autograd.DeviceType.CPU:
             _collect(event, "", clock.device == "cuda", starts, seconds)
-    kernels = [Kernel(name, part, starts[name, part] / _CALLS, microseconds / 1e6 / _CALLS)
+    kernels = [Kernel(name, part, starts[name, part] / calls, microseconds / 1e6 / calls)
                for (name, part), microseconds in seconds.items()]
     return sorted(kernels, key=lambda one: one.seconds, reverse=True)
 

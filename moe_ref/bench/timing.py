@@ -15,7 +15,8 @@ import torch
 
 Call = Callable[[], object]
 
-LEAST_ROUNDS, MOST_ROUNDS = 5, 200
+LEAST_ROUNDS, MOST_ROUNDS = {"cpu": 2, "cuda": 5}, 200
+"""An interpreted kernel is slow, and its time means nothing."""
 _FLUSHED_BYTES = 2**28
 """More than twice the L2 cache of any device so far."""
 _WARM_CALLS, _WARM_SECONDS = 3, 0.2
@@ -151,8 +152,8 @@ def interleaved(calls: Mapping[str, Call], clock: HostClock | CudaClock, budget:
     while names and clock.device == "cuda" and time.perf_counter() - began < _WARM_SECONDS:
         for name in names:
             clock.seconds(calls[name])
-    began, rounds = time.perf_counter(), 0
-    while names and rounds < MOST_ROUNDS and (rounds < LEAST_ROUNDS or time.perf_counter() - began < budget):
+    began, rounds, least = time.perf_counter(), 0, LEAST_ROUNDS[clock.device]
+    while names and rounds < MOST_ROUNDS and (rounds < least or time.perf_counter() - began < budget):
         for place in range(len(names)):
             name = names[(place + rounds) % len(names)]
             taken[name].append(clock.seconds(calls[name]))

@@ -43,7 +43,7 @@ _TELL_EVERY_SECONDS = 15.0
 @click.option("--dtype", default="bf16", show_default=True, type=click.Choice([str(one) for one in Dtype]))
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0))
 @click.option("--seconds", default=0.3, show_default=True, type=click.FloatRange(0),
-              help="Time for one subject on one shape; five repetitions at least, all that a CPU gets.")
+              help="Time for one subject on one shape, five repetitions at least; a CPU gets two.")
 @click.option("--deadline", default=math.inf, help="Seconds after which no further shape is started.")
 @click.option("--kernels/--no-kernels", default=True, show_default=True, help="Profile every kernel of a call too.")
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
