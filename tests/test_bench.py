@@ -175,10 +175,11 @@ def test_what_can_be_captured_is_replayed(waits: bool, can_capture: bool, mode: 
     """A call that waits for the device is asked first and never captured; what was asked leaves torch as it was."""
     cuda, calls = FakeCuda(can_capture), list[int]()
 
-    def call() -> None:
+    def call() -> str:
         calls.append(cuda.mode)
         if waits and cuda.mode == 2:
             raise RuntimeError("called a synchronizing operation")
+        return "result"
     monkeypatch.setattr(timing.torch, "cuda", cuda)
     monkeypatch.setattr(timing, "_FLUSHED_BYTES", 16)
     monkeypatch.setattr(timing.CudaClock, "device", "cpu")
@@ -186,7 +187,7 @@ def test_what_can_be_captured_is_replayed(waits: bool, can_capture: bool, mode: 
     prepared = clock.prepare(call)
     assert (prepared.mode, prepared.reason, cuda.mode) == (mode, reason, 0)
     before = len(calls)
-    prepared.call()
+    assert prepared.call() == "result"
     assert len(calls) - before == (mode == "eager")
     assert cuda.captured.replay.call_count == (mode == "graph")
 

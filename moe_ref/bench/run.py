@@ -103,6 +103,10 @@ class _Shape:
         return Load(len(self.batch.x_TH), self.batch.num_rows, self.batch.num_visited,
                     TORCH_DTYPES[self.layer.dtype].itemsize)
 
+    @property
+    def work(self) -> Work:
+        return operation_work(self.layer.spec, self.operation, self.load)
+
 
 @dataclass
 class _Bench:
@@ -184,38 +188,36 @@ class _Bench:
         return f"does not fit: needs about {num_bytes / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
 
     def _shape(self, shape: _Shape, clock: AnyClock) -> None:
-        """Compare every subject with the truth, time those that are right in turns, and write all lines."""
-        lines, prepared, calls = dict[str, TimingLine](), dict[str, Prepared](), dict[str, Call]()
-        place = _Place(shape.layer, len(shape.batch.x_TH), shape.operation)
+        """Prepare every subject, compare what will be timed with the truth, time who is right in turns, write all."""
+        lines, calls = dict[str, TimingLine](), dict[str, tuple[Call, Prepared]]()
+        place, work, load = _Place(shape.layer, len(shape.batch.x_TH), shape.operation), shape.work, shape.load
         with clock.running():
             for subject in self.installed:
-                line = _line(self.name, subject, place, "TIMED", "")
-                status, reason, ratio = self._compared(subject, shape, calls)
-                if status == "TIMED":
-                    try:
-                        prepared[subject.name] = clock.prepare(calls[subject.name])
-                    except Exception as error:  # a subject may raise anything
-                        status, reason = "CRASHED", _words(error)
-                lines[subject.name] = replace(line, status=status, reason=reason, ratio=ratio)
-            spreads = interleaved({name: one.call for name, one in prepared.items()}, clock,
-                                  self.plan.budget * len(prepared) if self.plan.device == "cuda" else 0.0)
+                status, reason, ratio = self._compared(subject, shape, clock, calls)
+                lines[subject.name] = replace(
+                    _line(self.name, subject, place, status, reason), ratio=ratio, rows=load.rows, visited=load.visited,
+                    flop=work.flop, num_bytes=work.num_bytes)
+            ranked = [name for name, line in lines.items() if line.status == "TIMED"]
+            spreads = interleaved({name: calls[name][1].call for name in ranked}, clock,
+                                  self.plan.budget * len(ranked) if self.plan.device == "cuda" else 0.0)
             for name, spread in spreads.items():
-                kernels = profiled(calls[name], clock) if self.plan.kernels else []
-                lines[name] = replace(lines[name], mode=prepared[name].mode, mode_reason=prepared[name].reason,
+                call, prepared = calls[name]
+                kernels, reason = self._profiled(call, clock)
+                lines[name] = replace(lines[name], mode=prepared.mode, mode_reason=prepared.reason, reason=reason,
                                       seconds=_numbers(spread), repetitions=spread.repetitions,
-                                      parts=_parts(kernels, shape),
-                                      kernels=_kernels(kernels))
-        work, load = operation_work(shape.layer.spec, shape.operation, shape.load), shape.load
+                                      parts=_parts(kernels, shape), kernels=_kernels(kernels))
         for line in lines.values():
-            self._keep(replace(line, rows=load.rows, visited=load.visited, flop=work.flop, num_bytes=work.num_bytes))
+            self._keep(line)
 
-    def _compared(self, subject: Subject, shape: _Shape, calls: dict[str, Call]) -> tuple[str, str, Number]:
-        """(status, reason, ratio) of a first call, which is left in `calls`."""
+    def _compared(self, subject: Subject, shape: _Shape, clock: AnyClock,
+                  calls: dict[str, tuple[Call, Prepared]]) -> tuple[str, str, Number]:
+        """(status, reason, ratio) of the very call that is timed, which is left in `calls`: a graph is replayed."""
         if refused := subject.refusal(shape.layer, shape.operation, self.plan.device):
             return "NOT RUN", refused, "nan"
         try:
             call = subject.call(shape.operation, shape.layer, shape.weights, shape.batch)
-            got, calls[subject.name] = call(), call
+            prepared = clock.prepare(call)
+            got, calls[subject.name] = prepared.call(), (call, prepared)
         except (UsageError, ImportError, NotImplementedError, torch.OutOfMemoryError) as error:
             return "NOT RUN", _words(error), "nan"
         except Exception as error:  # a subject may raise anything
@@ -231,6 +233,16 @@ class _Bench:
         if ratio > 1:
             return "WRONG", f"an error is {ratio:.2g} times what is allowed", to_number(ratio)
         return "TIMED", "", to_number(ratio)
+
+    def _profiled(self, call: Call, clock: AnyClock) -> tuple[list[Kernel], str]:
+        """The kernels of a call, and why there are none; times are kept where a machine does not let itself be seen."""
+        if not self.plan.kernels:
+            return [], ""
+        try:
+            kernels = profiled(call, clock)
+        except RuntimeError as error:
+            return [], f"not profiled: {_words(error)}"
+        return kernels, "" if kernels else "not profiled: no kernel was seen"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ whose time it then may show; a record says which. Subjects take turns, so that a
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is timed in place of a call; mode: "graph" or "eager", and why not a graph."""
+    """What is timed in place of a call, with its results; mode: "graph" or "eager", and why not a graph."""
 
     call: Call
     mode: str
@@ -102,8 +103,9 @@ class CudaClock:
             self.finish()
             return Prepared(call, "eager", str(error).partition("\n")[0])
 
-        def replay(results: object = kept) -> None:
+        def replay() -> object:
             graph.replay()
+            return kept
         return Prepared(replay, "graph")
 
     def seconds(self, call: Call) -> float:
@@ -132,7 +134,9 @@ def clock_of(device: str) -> HostClock | CudaClock:
 def _waits_for_device(call: Call) -> str:
     """Why the call cannot be captured, asked before a capture fails and leaves torch's generators in disorder."""
     mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it does not see everything, which a failed capture makes up for
+        torch.cuda.set_sync_debug_mode("error")
     try:
         call()
     except RuntimeError as error:

@@ -68,7 +68,8 @@ class PartResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TimingLine(msgspec.Struct, frozen=True, kw_only=True, tag="timing", tag_field="type"):
-    """One subject on one shape. status: TIMED, WRONG (not timed, ratio above 1), CRASHED or NOT RUN, with `reason`.
+    """One subject on one shape. status: TIMED, WRONG (not timed, ratio above 1), CRASHED or NOT RUN. reason: why it has
+    no times, or no kernels.
 
     NOT INSTALLED is of a subject as a whole. mode: graph or eager, and mode_reason why not a graph. seconds: median and
     quartiles. flop, num_bytes: the least that the operation needs. ratio: largest error over what is allowed. parts and

@@ -177,10 +177,10 @@ def kernel_tables(run: BenchRun) -> Iterator[Table]:
 
 
 def bench_words(run: BenchRun) -> list[str]:
-    """Below the tables: what was not run, wrong or crashed and why, and the count of everything."""
+    """Below the tables: what was not run, wrong, crashed or not profiled and why, and the count of everything."""
     reasons: dict[tuple[str, str, str], int] = {}
     for line in run.timings:
-        if line.status != "TIMED":
+        if line.reason:
             key = (line.status, line.subject, line.reason)
             reasons[key] = reasons.get(key, 0) + 1
     words = [f"{status} {subject}{f' ({count} times)' * (count > 1)}: {reason}"
