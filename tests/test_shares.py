@@ -4,7 +4,9 @@ from itertools import product
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moe_ref.contract import hosting
 from moe_ref.contract.case import Case
 from moe_ref.contract.case_id import format_case, parse_case
 from moe_ref.contract.errors import UsageValueError
@@ -52,13 +54,13 @@ def test_uneven_tokens_by_hand() -> None:
     assert [share.merged_tokens for share in shares] == [(0, 17), (0, 17), (17, 33), (17, 33)]
 
 
-@pytest.mark.parametrize(("hosting", "expected"), [
+@pytest.mark.parametrize(("rule", "expected"), [
     (Hosting.CONTIGUOUS, ((0, 1, 2, 3), (4, 5, 6), (7, 0, 5))),
     (Hosting.ROUND_ROBIN, ((0, 3, 6, 5), (1, 4, 7), (2, 5, 0))),
 ])
-def test_hosted_experts_by_hand(hosting: Hosting, expected: tuple[tuple[int, ...], ...]) -> None:
+def test_hosted_experts_by_hand(rule: Hosting, expected: tuple[tuple[int, ...], ...]) -> None:
     """Copies follow the experts as further places and are dealt out with them; 10 places over 3 ranks are 4, 3, 3."""
-    assert Parallel(ep=3, hosting=hosting, redundant=(0, 5)).hosted(8) == expected
+    assert Parallel(ep=3, hosting=rule, redundant=(0, 5)).hosted(8) == expected
 
 
 def test_fewer_experts_than_ranks() -> None:
@@ -67,10 +69,10 @@ def test_fewer_experts_than_ranks() -> None:
     assert [e for experts in Parallel(ep=4).hosted(2) for e in experts] == [0, 1]
 
 
-@pytest.mark.parametrize(("hosting", "redundant"), list(product(Hosting, [(), (0, 5), (3, 3)])))
-def test_each_slot_is_served_once(hosting: Hosting, redundant: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("rule", "redundant"), list(product(Hosting, [(), (0, 5), (3, 3)])))
+def test_each_slot_is_served_once(rule: Hosting, redundant: tuple[int, ...]) -> None:
     """By a rank that hosts its expert, at that expert's place; copies take tokens in turn; other ids by nobody."""
-    parallel = Parallel(ep=3, hosting=hosting, redundant=redundant)
+    parallel = Parallel(ep=3, hosting=rule, redundant=redundant)
     hosted = parallel.hosted(8)
     ids_TK = torch.tensor([[t % 8, (3 * t + 1) % 8, -1, 8] for t in range(24)])
     rank_TK, place_TK = serving_copies(ids_TK, parallel, 8)
@@ -84,6 +86,26 @@ def test_each_slot_is_served_once(hosting: Hosting, redundant: tuple[int, ...]) 
         used = {(int(rank_TK[t, k]), int(place_TK[t, k])) for t, k in product(range(24), range(2))
                 if ids_TK[t, k] == e}
         assert used == places, f"expert {e}"
+
+
+def test_tables_of_copies_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made in every call they would be copied to the device, which waits for it and cannot be captured in a graph.
+
+    Fake tensors have their own: they cannot meet real ones, before or after.
+    """
+    parallel, ids_TK = Parallel(ep=3), torch.tensor([[0, 5, 2], [4, 7, -1]])
+    monkeypatch.setattr(hosting, "_TABLES", {})
+    with FakeTensorMode() as mode:
+        serving_copies(mode.from_tensor(ids_TK), parallel, 6)
+    assert not hosting._TABLES
+    with torch.inference_mode():
+        first = serving_copies(ids_TK, parallel, 6)
+    monkeypatch.setattr(hosting, "_make_tables", None)
+    again = serving_copies(ids_TK, parallel, 6)
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    monkeypatch.undo()
+    with FakeTensorMode() as mode:
+        assert serving_copies(mode.from_tensor(ids_TK), parallel, 6)[0].shape == ids_TK.shape
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

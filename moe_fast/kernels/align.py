@@ -1,8 +1,8 @@
-"""Grouping routed rows by expert: a counting sort in three kernels with fixed grids.
+"""Grouping routed rows by expert: a counting sort in three kernels with fixed grids, or one for few rows.
 
 No torch.sort and no host synchronisation, so that it can be captured in a CUDA graph. A routed row is
 r = token * K + slot; rows of one expert keep that order, which makes every later sum repeatable. The first
-kernel also finds the place of every id among the experts at hand, which may be some of all, in any order.
+step also finds the place of every id among the experts at hand, which may be some of all, in any order.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,16 @@ CHUNK = 128
 """Rows counted by one program; ranks inside a chunk come from a CHUNK x CHUNK comparison."""
 CHUNKS_AT_ONCE = 16
 BLOCKS_AT_ONCE = 64
+SINGLE_WARPS = 8
+"""Of a kernel that is one program, with an element for every block and expert in registers."""
 EXPERTS_AT_ONCE = 32
 """Experts a chunk is compared with at a time: CHUNK x 32 fits in the registers of a program."""
+FEW_ROWS, FEW_ROWS_INTERPRETED, ROWS_AT_ONCE = 256, 32, 32
+"""Rows up to which one program does it all: starts of kernels cost more than its work, as in decoding.
+
+The interpreter's limit is low, so that layers of a few dozen tokens run both ways. ROWS_AT_ONCE: rows that each is
+compared with at a time.
+"""
 
 
 @dataclass(frozen=True)
@@ -45,19 +53,73 @@ class Alignment:
 
 
 @triton.jit
-def count_kernel(ids, hosted, local_ids, counts, num_rows, num_experts, CHUNK: tl.constexpr, EXPERTS: tl.constexpr,
+def hosted_place(ids, hosted, row, num_rows, num_experts, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
                  EXPERTS_AT_ONCE: tl.constexpr):
-    """local_ids[row] = place of its id in `hosted`, or -1; counts[chunk, e] = rows of chunk at place e."""
-    chunk = tl.program_id(0)
-    row = chunk * CHUNK + tl.arange(0, CHUNK)
+    """Place of each row's id in `hosted`, EXPERTS where it has none."""
     # Compared in 64 bits, so that no id wraps into range.
     wide = tl.load(ids + row, mask=row < num_rows, other=-1).to(tl.int64)
-    expert = tl.full((CHUNK,), EXPERTS, tl.int32)
+    expert = tl.full((ROWS,), EXPERTS, tl.int32)
     for first in range(0, num_experts, EXPERTS_AT_ONCE):
         place = first + tl.arange(0, EXPERTS_AT_ONCE)
         held = tl.load(hosted + place, mask=place < num_experts, other=-1)
         is_held = (wide[:, None] == held[None, :]) & (wide >= 0)[:, None]
         expert = tl.minimum(expert, tl.min(tl.where(is_held, place[None, :], EXPERTS), axis=1))
+    return expert
+
+
+@triton.jit
+def write_layout(rows_E, offsets, block_expert, block_row, block_row_end, num_blocks, BLOCK_M: tl.constexpr,
+                 EXPERTS: tl.constexpr, BLOCKS: tl.constexpr):
+    """First position of each expert, and the block table, from the number of rows of each expert."""
+    expert = tl.arange(0, EXPERTS)
+    end_E = tl.cumsum(rows_E, axis=0)
+    start_E = end_E - rows_E
+    tl.store(offsets + expert, start_E)
+    tl.store(offsets + 1 + expert, end_E, mask=expert == EXPERTS - 1)
+    blocks_E = (rows_E + BLOCK_M - 1) // BLOCK_M
+    last_block_E = tl.cumsum(blocks_E, axis=0)
+    for first in range(0, num_blocks, BLOCKS):
+        block = first + tl.arange(0, BLOCKS)
+        owner = tl.sum((last_block_E[None, :] <= block[:, None]).to(tl.int32), axis=1)
+        is_owner = expert[None, :] == owner[:, None]
+        inner = block[:, None] - (last_block_E - blocks_E)[None, :]
+        row = tl.sum(tl.where(is_owner, start_E[None, :] + inner * BLOCK_M, 0), axis=1)
+        row_end = tl.sum(tl.where(is_owner, end_E[None, :], 0), axis=1)
+        inside = block < num_blocks
+        tl.store(block_expert + block, tl.where(owner < EXPERTS, owner, -1), mask=inside)
+        tl.store(block_row + block, row, mask=inside)
+        tl.store(block_row_end + block, row_end, mask=inside)
+
+
+@triton.jit
+def few_rows_kernel(ids, hosted, local_ids, sorted_rows, offsets, block_expert, block_row, block_row_end, num_rows,
+                    num_experts, num_blocks, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
+                    EXPERTS_AT_ONCE: tl.constexpr, BLOCKS: tl.constexpr, ROWS_AT_ONCE: tl.constexpr):
+    """All of the three kernels below, by one program that holds every row."""
+    row = tl.arange(0, ROWS)
+    expert = hosted_place(ids, hosted, row, num_rows, num_experts, ROWS, EXPERTS, EXPERTS_AT_ONCE)
+    valid = expert < EXPERTS
+    tl.store(local_ids + row, tl.where(valid, expert, -1), mask=row < num_rows)
+    rows_E = tl.histogram(tl.where(valid, expert, 0), EXPERTS, mask=valid)
+    write_layout(rows_E, offsets, block_expert, block_row, block_row_end, num_blocks, BLOCK_M, EXPERTS, BLOCKS)
+    # Threads read below what others of this program have written.
+    tl.debug_barrier()
+    position = tl.zeros((ROWS,), tl.int32)
+    for first in range(0, num_rows, ROWS_AT_ONCE):
+        other_row = first + tl.arange(0, ROWS_AT_ONCE)
+        other = tl.load(local_ids + other_row, mask=other_row < num_rows, other=-1)[None, :]
+        earlier = (other == expert[:, None]) & (other_row[None, :] < row[:, None])
+        position += tl.sum(((other >= 0) & ((other < expert[:, None]) | earlier)).to(tl.int32), axis=1)
+    tl.store(sorted_rows + position, row, mask=valid)
+
+
+@triton.jit
+def count_kernel(ids, hosted, local_ids, counts, num_rows, num_experts, CHUNK: tl.constexpr, EXPERTS: tl.constexpr,
+                 EXPERTS_AT_ONCE: tl.constexpr):
+    """local_ids[row] = place of its id in `hosted`, or -1; counts[chunk, e] = rows of chunk at place e."""
+    chunk = tl.program_id(0)
+    row = chunk * CHUNK + tl.arange(0, CHUNK)
+    expert = hosted_place(ids, hosted, row, num_rows, num_experts, CHUNK, EXPERTS, EXPERTS_AT_ONCE)
     valid = expert < EXPERTS
     tl.store(local_ids + row, tl.where(valid, expert, -1), mask=row < num_rows)
     histogram = tl.histogram(tl.where(valid, expert, 0), EXPERTS, mask=valid)
@@ -77,23 +139,7 @@ def layout_kernel(counts, bases, offsets, block_expert, block_row, block_row_end
         count = tl.load(counts + at, mask=inside, other=0)
         tl.store(bases + at, tl.cumsum(count, axis=0) - count + rows_E[None, :], mask=inside)
         rows_E += tl.sum(count, axis=0)
-    end_E = tl.cumsum(rows_E, axis=0)
-    start_E = end_E - rows_E
-    tl.store(offsets + expert, start_E)
-    tl.store(offsets + 1 + expert, end_E, mask=expert == EXPERTS - 1)
-    blocks_E = (rows_E + BLOCK_M - 1) // BLOCK_M
-    last_block_E = tl.cumsum(blocks_E, axis=0)
-    for first in range(0, num_blocks, BLOCKS):
-        block = first + tl.arange(0, BLOCKS)
-        owner = tl.sum((last_block_E[None, :] <= block[:, None]).to(tl.int32), axis=1)
-        is_owner = expert[None, :] == owner[:, None]
-        inner = block[:, None] - (last_block_E - blocks_E)[None, :]
-        row = tl.sum(tl.where(is_owner, start_E[None, :] + inner * BLOCK_M, 0), axis=1)
-        row_end = tl.sum(tl.where(is_owner, end_E[None, :], 0), axis=1)
-        inside = block < num_blocks
-        tl.store(block_expert + block, tl.where(owner < EXPERTS, owner, -1), mask=inside)
-        tl.store(block_row + block, row, mask=inside)
-        tl.store(block_row_end + block, row_end, mask=inside)
+    write_layout(rows_E, offsets, block_expert, block_row, block_row_end, num_blocks, BLOCK_M, EXPERTS, BLOCKS)
 
 
 @triton.jit
@@ -120,22 +166,28 @@ def align(ids_TK: torch.Tensor, hosted_E: torch.Tensor, block_m: int) -> Alignme
     num_rows, num_experts, device = ids_TK.numel(), hosted_E.numel(), ids_TK.device
     ids_R, hosted_E = ids_TK.contiguous(), hosted_E.contiguous()
     experts = triton.next_power_of_2(max(num_experts, 1))
-    num_chunks = triton.cdiv(num_rows, CHUNK)
     num_blocks = (num_rows + min(num_experts, num_rows) * (block_m - 1)) // block_m
 
     def table(size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.int32, device=device)
 
-    counts, bases = table(num_chunks * experts), table(num_chunks * experts)
     result = Alignment(table(num_rows), table(num_rows), table(experts + 1), table(num_blocks), table(num_blocks),
                        table(num_blocks))
-    launch(count_kernel, (num_chunks,), device, ids=ids_R, hosted=hosted_E, local_ids=result.local_ids_R,
-           counts=counts, num_rows=num_rows, num_experts=num_experts, CHUNK=CHUNK, EXPERTS=experts,
-           EXPERTS_AT_ONCE=min(experts, EXPERTS_AT_ONCE))
-    launch(layout_kernel, (1,), device, counts=counts, bases=bases, offsets=result.offsets,
-           block_expert=result.block_expert, block_row=result.block_row, block_row_end=result.block_row_end,
-           num_chunks=num_chunks, num_blocks=num_blocks, BLOCK_M=block_m, EXPERTS=experts,
-           CHUNKS=CHUNKS_AT_ONCE, BLOCKS=BLOCKS_AT_ONCE)
+    ids = {"ids": ids_R, "hosted": hosted_E, "local_ids": result.local_ids_R, "num_rows": num_rows,
+           "num_experts": num_experts, "EXPERTS": experts, "EXPERTS_AT_ONCE": min(experts, EXPERTS_AT_ONCE)}
+    layout = {"offsets": result.offsets, "block_expert": result.block_expert, "block_row": result.block_row,
+              "block_row_end": result.block_row_end, "num_blocks": num_blocks, "BLOCK_M": block_m,
+              "BLOCKS": BLOCKS_AT_ONCE}
+    if num_rows <= (FEW_ROWS_INTERPRETED if device.type == "cpu" else FEW_ROWS):
+        rows = max(16, triton.next_power_of_2(num_rows))
+        launch(few_rows_kernel, (1,), device, **ids, **layout, sorted_rows=result.sorted_rows_R, ROWS=rows,
+               ROWS_AT_ONCE=min(rows, ROWS_AT_ONCE), num_warps=SINGLE_WARPS)
+        return result
+    num_chunks = triton.cdiv(num_rows, CHUNK)
+    counts, bases = table(num_chunks * experts), table(num_chunks * experts)
+    launch(count_kernel, (num_chunks,), device, **ids, counts=counts, CHUNK=CHUNK)
+    launch(layout_kernel, (1,), device, **layout, counts=counts, bases=bases, num_chunks=num_chunks, EXPERTS=experts,
+           CHUNKS=CHUNKS_AT_ONCE, num_warps=SINGLE_WARPS)
     launch(scatter_kernel, (num_chunks,), device, local_ids=result.local_ids_R, bases=bases, offsets=result.offsets,
            sorted_rows=result.sorted_rows_R, num_rows=num_rows, CHUNK=CHUNK, EXPERTS=experts)
     return result

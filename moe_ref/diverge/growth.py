@@ -14,7 +14,6 @@ from moe_ref.diverge.measure import Point
 from moe_ref.tolerances.load import load_tolerances
 from moe_ref.tolerances.schema import GrowthRules
 
-
 _LENGTHS = 3
 """Lengths of which a law is told."""
 

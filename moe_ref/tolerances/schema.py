@@ -77,14 +77,13 @@ class StageCheck(Entry, frozen=True):
 class OutputCheck(Entry, frozen=True):
     """Errors of the output in sigmas.
 
-    The largest and each of the filters at most sigmas_factor * tau(count, alpha), the root mean square at most
-    rms_base + rms_spread / sqrt(2 n).
+    The largest and each of the filters at most sigmas_factor * tau(count, alpha), the root mean square at most what
+    errors whose sigmas are rms_base times the predicted ones exceed with probability alpha.
     """
 
     sigmas_factor: Annotated[float, msgspec.Meta(ge=1.0, le=100.0)]
     alpha: Probability
     rms_base: Annotated[float, msgspec.Meta(ge=1.0, le=100.0)]
-    rms_spread: Annotated[float, msgspec.Meta(ge=0.0, le=100.0)]
     filters: tuple[Literal["sign", "slots", "ranks"], ...]
 
 

@@ -21,6 +21,7 @@ from moe_ref.records.schema import Statistic, to_number
 from moe_ref.tolerances.quantile import tau
 from moe_ref.tolerances.schema import OutputCheck
 from moe_ref.verify.bounds.rows import Rows, relative_variance
+from moe_ref.verify.measure.shared_errors import SharedErrors
 
 SAMPLED_ROWS = 2
 """Rows per expert whose parts by rank are looked at: a partial sum that is lost is lost in all of them."""
@@ -145,7 +146,7 @@ class OutputStatistics:
         self.scale_TH = (size_TH + size_TH.square().mean(-1, keepdim=True).sqrt()).clamp(min=1e-300)
         self.sign_TH = self.y_TH.sign() / self.scale_TH
         self.sign_shared_T = torch.zeros(len(y_TH), dtype=torch.float64)
-        self.by_weight_TH = torch.zeros_like(self.y_TH)
+        self.alike = SharedErrors(len(y_TH), y_TH.shape[1], coarsest)
         self.drift_TH = torch.zeros_like(self.y_TH)
         self.unpredicted_T = torch.zeros(len(y_TH), dtype=torch.bool)
         self.slots, self.ranks, self.left_out = Directions(), Directions(), 0
@@ -162,7 +163,7 @@ class OutputStatistics:
             weight = replace(weight, value=torch.ones_like(weight.value), variance=relative_variance(weight))
         sign_RH = self.sign_TH[token_R]
         self.sign_shared_T.index_add_(0, token_R, _shared(sign_RH, w2_HI, act, weight, added_RH))
-        self.by_weight_TH.index_add_(0, token_R, relative_variance(weight) * added_RH.square())
+        self._alike(token_R, w2_HI, act, weight, added_RH)
         if not self.keep:
             self.left_out += len(token_R)
             return
@@ -183,11 +184,17 @@ class OutputStatistics:
     def unpredicted(self, token_R: torch.Tensor, weight: Rows, added_RH: torch.Tensor) -> None:
         """Rows whose errors are shared by columns in a way that is not followed: nothing is said of their sums."""
         self.unpredicted_T[token_R] = True
-        self.by_weight_TH.index_add_(0, token_R, relative_variance(weight) * (_DEGREE * added_RH).square())
+        self.alike.along(token_R, _DEGREE * added_RH, relative_variance(weight))
 
     def shared(self, w2_HI: torch.Tensor, act: Rows, gate: Rows, added_TH: torch.Tensor) -> None:
         """Rows of the shared expert, of all tokens."""
         self.sign_shared_T += _shared(self.sign_TH, w2_HI, act, gate, added_TH)
+        self._alike(torch.arange(len(added_TH)), w2_HI, act, gate, added_TH)
+
+    def _alike(self, token_R: torch.Tensor, w2_HI: torch.Tensor, act: Rows, weight: Rows,
+               added_RH: torch.Tensor) -> None:
+        self.alike.of_activations(token_R, w2_HI, act, weight.value)
+        self.alike.along(token_R, added_RH, relative_variance(weight))
 
     def _direction(self, part_RH: torch.Tensor, token_R: torch.Tensor) -> torch.Tensor:
         """Along a part of the output, where it is some units of the coarsest store: what is smaller is lost in stores.
@@ -200,11 +207,8 @@ class OutputStatistics:
             v_RH = torch.where(part_RH.abs() < _UNITS * unit_in_last_place(scale_RH, self.coarsest), 0.0, v_RH)
         return v_RH / v_RH.abs().amax(-1, keepdim=True).clamp(min=1e-300)
 
-    def finish(self, output: Rows, intermediate: int, error_TH: torch.Tensor | None = None) -> list[Statistic]:
-        """All statistics of the tokens whose variance is known; intermediate: activations that a token passes.
-
-        error_TH: to be looked at in place of the subject's.
-        """
+    def finish(self, output: Rows, error_TH: torch.Tensor | None = None) -> list[Statistic]:
+        """All statistics of the tokens whose variance is known; error_TH: to be looked at in place of the subject's."""
         assert output.variance is not None
         error_TH = self.y_TH - output.value if error_TH is None else error_TH
         variance_TH = output.variance
@@ -216,7 +220,7 @@ class OutputStatistics:
         # errors are independent than numbers are different; of the truth, since a subject's own may all be the same.
         kept = output.value[known_TH]
         distinct = len((kept if self.coarsest is None else round_to(kept, self.coarsest)).unique())
-        found = [self._rms(error_TH, variance_TH, known_TH, intermediate, distinct)]
+        found = [self._rms(error_TH, variance_TH, known_TH, distinct)]
         if self.beside.late:
             return found
         found.append(self._sign(error_TH, variance_TH, distinct))
@@ -246,18 +250,12 @@ class OutputStatistics:
                          token=found.token, expert=found.expert, rank=found.rank)
 
     def _rms(self, error_TH: torch.Tensor, variance_TH: torch.Tensor, known_TH: torch.Tensor,
-             intermediate: int, distinct: int) -> Statistic:
-        """Its spread falls with the number of independent errors: elements, activations, weights by their part."""
+             distinct: int) -> Statistic:
         number = int(known_TH.sum())
         if number == 0:
             return Statistic(name="rms", value=0.0, allowed=1.0, number=0)
-        part_TH = torch.where(known_TH, self.by_weight_TH / variance_TH.clamp(min=1e-300), 0.0).clamp(max=1.0)
-        tokens = max(1, int(known_TH.any(-1).sum()))
-        part = float(part_TH.sum() / number)
-        independent = 1 / (1 / min(number, max(1, distinct)) + 1 / (tokens * max(1, intermediate))
-                           + part**2 / tokens)
         value = float((error_TH.square() / variance_TH.clamp(min=1e-300)).sum() / number) ** 0.5
-        allowed = self.check.rms_base + self.check.rms_spread / (2 * independent) ** 0.5
+        allowed = self.alike.rms_allowed(variance_TH, known_TH, distinct, self.check.rms_base, self.check.alpha)
         return Statistic(name="rms", value=to_number(value), allowed=to_number(allowed), number=number)
 
 

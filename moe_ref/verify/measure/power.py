@@ -133,7 +133,7 @@ class Mutants:
             want = want.masked(~self.followed.judged_T[token_R, None]).columns(*self.widest.outputs)
             self._rows_changed("tp_partial", Stage.MERGED, want.value - part_RH, want, Place(0, token_R))
 
-    def output(self, judged: Rows, statistics: OutputStatistics, intermediate: int) -> None:
+    def output(self, judged: Rows, statistics: OutputStatistics) -> None:
         """What only the output shows: at its elements or by its statistics; see OutputStatistics.finish."""
         self.signal = self._signal(judged)
         for name, error_TH in self.at_output.items():
@@ -143,7 +143,7 @@ class Mutants:
             self._rows_changed(name, Stage.OUTPUT, (judged.value + error_TH)[token_R], judged.rows(token_R),
                                Place(0, token_R))
             # The sign is that of the subject's own output, which the mistake would have changed.
-            for one in (one for one in statistics.finish(judged, intermediate, error_TH) if one.name != "sign"):
+            for one in (one for one in statistics.finish(judged, error_TH) if one.name != "sign"):
                 self._keep(name, from_number(one.value) / from_number(one.allowed), f"{Stage.OUTPUT} {one.name}")
 
     def _signal(self, judged: Rows) -> float:

@@ -275,12 +275,11 @@ class Comparison:
             for share, tensors in zip(self.shares, self.ranks, strict=True):
                 at, place = slice(*share.tokens), Place(share.rank, torch.arange(*share.tokens))
                 self.meters[stage].add(tensors[Stage.REDUCED], judged.rows(at), place)
-        width = self.spec.top_k * self.spec.intermediate_size
         known = output.masked((~self.followed.judged_T | self.tainted_T)[:, None])
-        self.meters[Stage.OUTPUT].statistics = self.statistics.finish(known, width)
+        self.meters[Stage.OUTPUT].statistics = self.statistics.finish(known)
         if left := self.statistics.left_out:
             self.meters[Stage.OUTPUT].notes.append(f"sums along {left} routed rows left out: too many to keep")
-        self.mutants.output(known, self.statistics, width)
+        self.mutants.output(known, self.statistics)
         first: dict[Range, torch.Tensor] = {}
         for share, tensors in zip(self.shares, self.ranks, strict=True):
             mine = bits(tensors[Stage.REDUCED])
