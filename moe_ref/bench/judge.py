@@ -136,7 +136,7 @@ class Judge:
         spec, count = self._layer.spec, min(_BACKWARD_PROBES, len(self._x_PH))
         sums, weight_sums = RankSums(1, count, spec.hidden_size), RankSums(1, count, spec.top_k)
         ids_TK, weights = self._routing.ids_TK[:count], self._stored(self._routing.weights_TK[:count], back.steps)
-        x_PH, grad_PH = self._x_PH[:count].double(), self._grad_PH[:count].double()
+        x_PH, grad_PH = self._x_PH[:count].double(), self._merged(self._grad_PH[:count])
         for e in ids_TK.unique().tolist():
             if not 0 <= e < spec.num_experts:
                 continue
@@ -147,7 +147,8 @@ class Judge:
         if (shared := self._source.shared_expert()) and spec.shared is not None:
             gates = self._routing.shared_TS
             weight = None if gates is None else self._stored(gates[:count], back.steps)
-            rows = MLPRows(x_PH, grad_PH, weight)
+            by_router = spec.shared.gate == "router"
+            rows = MLPRows(x_PH, grad_PH, blocks=weight) if by_router else MLPRows(x_PH, grad_PH, weight)
             self._add(back, shared, spec.shared.mlp, rows, (sums, torch.arange(count)), None)
         parts = weight_sums.parts()
         times = 2
@@ -155,6 +156,11 @@ class Judge:
                           parts.variance + back.stores(parts.squares, back.weights_in, times))
         return {"x_TH": back.finished(token_gradient(back, sums, [])),
                 "weights_TK": back.finished(weights_TK, Format.FP32)}
+
+    def _merged(self, grad_TH: torch.Tensor) -> torch.Tensor:
+        """Gradient of the merged rows: half of the output's where routed and shared experts are averaged."""
+        shared = self._layer.spec.shared
+        return grad_TH.cpu().double() / (2 if shared is not None and shared.merge == "mean" else 1)
 
     @staticmethod
     def _add(back: BackwardSteps, expert: ExpertWeights, mlp: MLP, rows: MLPRows, tokens: tuple[RankSums, torch.Tensor],
@@ -181,7 +187,7 @@ class Judge:
                                None if w13_bias_GI is None else w13_bias_GI[:, column_I], w2_bias_H)
         weight = self._stored(batch.routing.weights_TK[token_R.to(batch.place_P.device)].cpu(), back.steps)
         on_device_R = token_R.to(batch.place_P.device)
-        rows = MLPRows(batch.x_TH[on_device_R].cpu().double(), batch.grad_TH[on_device_R].cpu().double(),
+        rows = MLPRows(batch.x_TH[on_device_R].cpu().double(), self._merged(batch.grad_TH[on_device_R]),
                        weight.mapped(lambda one: one.gather(1, slot_R[:, None])), spec.weight_on == "input")
         whole = (0, len(column_I))
         cut = Cut(whole, whole, (0, spec.hidden_size))
