@@ -12,6 +12,8 @@ TOTAL_SECONDS = 530.0
 NUMERICS_SECONDS, MATRIX_SECONDS, LAYERS_SECONDS, BENCH_SECONDS = 50.0, 230.0, 100.0, 80.0
 GROWTH = ("moe_fast:ieee", "moe_fast:bf16", "moe_fast:fp16", "torch:loop:bf16", "model:sm90:bf16")
 """Measured curves of the kernels and of torch beside the one that was predicted before a device was seen."""
+BENCH = ("-m", "moe_ref", "bench", "moe_fast", "--device", "cuda", "--tp", "8,1", "--tokens", "1,16,256,4096",
+         "--operations", "experts")
 LAYERS = ("mixtral.8x7b.T32", "mixtral.8x7b.T4096.E2", "qwen3.30b.a3b.T256", "deepseek.v3.T64.E16", "olmoe.1b.7b.T1")
 """Published widths: a whole Mixtral layer, a prefill, many experts, DeepSeek-V3's widths, a decode step."""
 
@@ -31,7 +33,7 @@ def step(title: str, arguments: list[str], seconds: float) -> int:
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
 def main(folder: Path) -> None:
-    """Fill FOLDER with growth/, matrix/, layers/ (records and pages) and bench.json; exits with the worst code."""
+    """Fill FOLDER with growth/, matrix/, layers/ and bench/ (records and pages); exits with the worst code."""
     import torch
     if not torch.cuda.is_available():
         raise click.ClickException("no CUDA device here; on a CPU run ci/verify")
@@ -48,8 +50,8 @@ def main(folder: Path) -> None:
     named = [option for name in LAYERS for option in ("--case", f"v1-{name}-bf16")]
     codes.append(step("model layers", [*verify, *named, "--tp", "1,8", "--deadline", str(LAYERS_SECONDS - 60),
                                        "--record", str(layers)], LAYERS_SECONDS))
-    codes.append(step("benchmark", ["ci/bench.py", "--out", str(folder / "bench.json"), "--seconds",
-                                    str(BENCH_SECONDS - 20)], BENCH_SECONDS))
+    codes.append(step("benchmark", [*BENCH, "--deadline", str(BENCH_SECONDS - 30), "--record", str(folder / "bench")],
+                      BENCH_SECONDS))
     left = TOTAL_SECONDS - (time.monotonic() - started)
     for run in (matrix, layers):
         codes.append(step(f"report of {run.name}", ["-m", "moe_ref", "report", str(run), "--out", str(run)], left / 2))

@@ -13,6 +13,7 @@ _VERBS = {
     "list": "moe_ref.cli.case_commands:list_command", "show": "moe_ref.cli.case_commands:show_command",
     "verify": "moe_ref.cli.verify_commands:verify_command", "replay": "moe_ref.cli.verify_commands:replay_command",
     "diverge": "moe_ref.cli.diverge_commands:diverge_command",
+    "bench": "moe_ref.cli.bench_commands:bench_command",
     "report": "moe_ref.cli.report_commands:report_command", "accept": "moe_ref.cli.report_commands:accept_command",
     "compile": "moe_ref.cli.compile_commands:compile_command",
     "fingerprint": "moe_ref.cli.hardware_commands:fingerprint_command",

@@ -53,6 +53,22 @@ class RankPart:
 
 
 @dataclass(frozen=True)
+class _Passed:
+    """What rows leave behind on their way back: what products took, and the gradients of what came out of them.
+
+    relative: variance of the weights, shared by whole rows. grads: of gate and up without the former.
+    """
+
+    tokens: Rows
+    act: Rows
+    taken: Rows
+    grad_taken: Rows
+    complete_down: Rows
+    grads: list[Rows]
+    relative: torch.Tensor | None
+
+
+@dataclass(frozen=True)
 class MLPGradients:
     """Of the parameters, in the order of ExpertWeights and before their last store; every rank's part of the rest."""
 
@@ -70,6 +86,24 @@ class MLPBackward:
 
     def run(self, rows: MLPRows) -> MLPGradients:
         """All gradients of these rows."""
+        back, passed = self.back, self._passed(rows)
+        complete = [_with_shared(one, passed.relative) for one in passed.grads]
+        w13 = [back.outer(one, passed.tokens) for one in complete]
+        biases = [back.down_columns(one) for one in complete] if self.expert.w13_bias_GI is not None else []
+        parameters = (_stacked(w13), back.outer(passed.complete_down, passed.taken),
+                      _stacked(biases) if biases else None,
+                      None if self.expert.w2_bias_H is None else back.down_columns(passed.complete_down))
+        return MLPGradients(parameters, self._parts(rows, passed))
+
+    def parts(self, rows: MLPRows) -> list[RankPart]:
+        """What ranks add to the gradients of tokens and weights alone, without the parameters' own."""
+        return self._parts(rows, self._passed(rows))
+
+    def _parts(self, rows: MLPRows, passed: _Passed) -> list[RankPart]:
+        return [self._part(number, rows, passed.grads, passed.relative, passed.act, passed.grad_taken)
+                for number in range(len(self.cuts))]
+
+    def _passed(self, rows: MLPRows) -> _Passed:
         back, grad = self.back, exact(rows.grad_RH)
         tokens = self.steps.tokens(rows.x_RH, rows.weight) if rows.on_input and rows.weight else exact(rows.x_RH)
         gate_up = back.saved(self.steps.gate_up(tokens, self.expert), Stage.GATE_UP)
@@ -84,14 +118,8 @@ class MLPBackward:
         if rows.blocks is not None:
             relative, columns = relative_variance(rows.blocks), self._columns(rows.blocks)
             taken, grad_act = back.product(act, columns), back.product(grad_taken, _without_variance(columns))
-        grads = self._activation_backward(grad_act, gate_up)
-        complete = [_with_shared(one, relative) for one in grads]
-        w13 = [back.outer(one, tokens) for one in complete]
-        biases = [back.down_columns(one) for one in complete] if self.expert.w13_bias_GI is not None else []
-        parameters = (_stacked(w13), back.outer(complete_down, taken), _stacked(biases) if biases else None,
-                      None if self.expert.w2_bias_H is None else back.down_columns(complete_down))
-        return MLPGradients(parameters, [self._part(number, rows, grads, relative, act, grad_taken)
-                                         for number in range(len(self.cuts))])
+        return _Passed(tokens, act, taken, grad_taken, complete_down, self._activation_backward(grad_act, gate_up),
+                       relative)
 
     def _through_w2(self, grad_down: Rows) -> Rows:
         """Gradient of what w2 took; where w2 is cut by output it is a sum over ranks."""

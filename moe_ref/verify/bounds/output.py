@@ -24,20 +24,31 @@ def output_bound(x_TH: torch.Tensor, routing: Routing, weights: WeightSource, sp
     when the routing lacks the weights of shared experts that the router gates, OverflowError when a sum has no bound.
     """
     steps = Steps(spec, numerics, model)
+    gates = _gates(x_TH, routing, weights, steps)
+    output = output_rows(x_TH, routing.ids_TK, exact(routing.weights_TK), gates, weights, steps)
+    return output.value, output.bound
+
+
+def output_rows(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: Rows, gates: Rows | None, weights: WeightSource,
+                steps: Steps) -> Rows:
+    """The same truth and bound with the variance that is predicted, (T, H), for routing weights that carry errors.
+
+    gates: of the shared expert, (T, S), None without gates.
+    """
+    spec = steps.spec
     chain = OutputChain(steps, x_TH, Parallel(), spread(spec, len(x_TH), Parallel()))
     for e in range(spec.num_choices):
-        token_R, slot_R = (routing.ids_TK == e).nonzero(as_tuple=True)
+        token_R, slot_R = (ids_TK == e).nonzero(as_tuple=True)
         if len(token_R) == 0:
             continue
-        weight = exact(routing.weights_TK[token_R, slot_R, None])
+        weight = weights_TK.mapped(lambda one, at=(token_R, slot_R): one[*at, None])
         if e < spec.num_experts:
             chain.routed(token_R, weights.expert(e), weight, torch.zeros_like(token_R))
         else:
             chain.identity(token_R, weight)
     if expert := weights.shared_expert():
-        chain.shared(expert, _gates(x_TH, routing, weights, steps))
-    output = chain.finish(None, weights.output_bias_H)
-    return output.value, output.bound
+        chain.shared(expert, gates)
+    return chain.finish(None, weights.output_bias_H)
 
 
 def _gates(x_TH: torch.Tensor, routing: Routing, weights: WeightSource, steps: Steps) -> Rows | None:
