@@ -12,7 +12,7 @@ from moe_fast.capabilities import CAPABILITIES
 from moe_fast.distributed.roles import Role, of_tensor
 from moe_fast.operators.experts import experts
 from moe_fast.operators.router_logits import FLOATING, router_logits
-from moe_fast.operators.select import select
+from moe_fast.operators.select import select_by
 from moe_ref.contract.checks import check_is, check_residual, check_tokens
 from moe_ref.contract.errors import UsageTypeError, raise_faults
 from moe_ref.contract.features import Feature
@@ -79,9 +79,7 @@ def _route(x_TH: DTensor, held: Mapping[str, DTensor], spec: MoESpec) -> tuple[D
 
 def _choose(x_TH: DTensor, router_EH: DTensor, selection_bias_E: DTensor | None,
             router: Router) -> tuple[DTensor, DTensor]:
-    return select(router_logits(x_TH, router_EH), selection_bias_E, router.top_k, router.score, router.num_groups,
-                  router.num_groups_kept, router.group_score, router.renormalize, router.renormalize_epsilon,
-                  router.scaling_factor)
+    return select_by(router, router_logits(x_TH, router_EH, None), None, selection_bias_E, None)[:2]
 
 
 def _placed(x_TH: torch.Tensor, weights: MoEWeights) -> tuple[dict[str, DTensor], list[Role]]:

@@ -27,6 +27,7 @@ BY_TOKEN = (Role.REPLICATED, Role.TOKENS)
 BY_WEIGHT = (Role.REPLICATED, Role.COLUMNS, Role.EXPERTS)
 """Roles for operators with rows in (token, slot) order: those of shards of tokens are no shards of T * K rows."""
 
+ROUTER = ("x_TH", "router_EH", "router_bias_E")
 SHARED = ("shared_w13_GIH", "shared_w2_HI", "shared_gate_T1")
 EXPERTS = ("x_TH", "ids_TK", "weights_TK", "hosted_E", "w13_EGIH", "w2_EHI", *SHARED)
 ACT_ROWS = ("x_TH", "ids_TK", "hosted_E", "w13_EGIH")
@@ -50,13 +51,14 @@ def rules_of(results: Iterable[str], tensors: tuple[str, ...], roles: Iterable[R
 
 
 RULES = {
-    torch.ops.moe_fast.router_logits.default: rules_of(("logits_TE",), ("x_TH", "router_EH"), BY_TOKEN),
-    torch.ops.moe_fast.router_logits_backward.default: rules_of(
-        ("x_TH", "router_EH"), ("grad_TE", "x_TH", "router_EH"), BY_TOKEN),
+    torch.ops.moe_fast.router_logits.default: rules_of(("logits_TE",), ROUTER, BY_TOKEN),
+    torch.ops.moe_fast.router_logits_backward.default: rules_of(ROUTER, ("grad_TE", *ROUTER), BY_TOKEN),
     torch.ops.moe_fast.select.default: rules_of(
-        ("ids_TK", "weights_TK"), ("logits_TE", "selection_bias_E"), BY_TOKEN),
+        ("ids_TK", "weights_TK", "shared_TS"),
+        ("logits_TE", "shared_logits_TS", "selection_bias_E", "weight_scale_E"), BY_TOKEN),
     torch.ops.moe_fast.select_backward.default: rules_of(
-        ("logits_TE",), ("grad_TK", "logits_TE", "ids_TK"), BY_TOKEN),
+        ("logits_TE", "shared_logits_TS", "weight_scale_E"),
+        ("grad_TK", "grad_TS", "logits_TE", "shared_logits_TS", "weight_scale_E", "ids_TK"), BY_TOKEN),
     torch.ops.moe_fast.experts.default: rules_of(("merged_TH",), EXPERTS, Role),
     torch.ops.moe_fast.experts_backward.default: rules_of(
         ("x_TH", "weights_TK", "w13_EGIH", "w2_EHI", *SHARED), ("grad_TH", *EXPERTS), Role),
