@@ -117,7 +117,7 @@ def warm_up() -> None:
     import moe_fast.distributed
     assert moe_fast.distributed
     with FakeTensorMode():
-        torch.ops.moe_fast.router_logits(torch.ones(2, 4), torch.ones(3, 4))
+        torch.ops.moe_fast.router_logits(torch.ones(2, 4), torch.ones(3, 4), None)
     given = problem("gated shared")
     loaded(given)(given.inputs.x_TH).backward(given.inputs.grad_y_TH)
 

@@ -32,7 +32,13 @@ CASES = {
     "v1-T512.H256.I128.E4.K2-fp16-gelu": "prefill, fp16, gelu",
     "v1-T64.H256.I128.E8.K2-fp32-gelutanh-sh64": "fp32 on the plain units",
     "v1-T1.H256.I1.E2.K1-bf16": "every size that can be 1",
+    "v1-T64.H256.I128.E8.K3-bf16-norm-eps0.5-bias-g4.2-scale2.5-fillzero-epsclamp-learnscale-routerbias-logitcap1.5":
+        "most options of a router",
+    "v1-T64.H256.I128.E8.K3-bf16-sigmoid-norm-biaslogit-cap8-capweight-capafter": "a capacity by weight",
+    "v1-T64.H256.I128.E6.K3-bf16-norm-sqrtsoftplus-expertscale-capfactor1-capchoice-capseq16": "and by choice",
 }
+ROUTER_KERNELS = {"product_kernel", "select_kernel", "select_gradient_kernel"}
+DROP_KERNELS = {"drop_kernel", "drop_gradient_kernel"}
 
 
 @dataclass(frozen=True)
@@ -105,8 +111,8 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Launch]]:
 def test_every_kernel_compiles_and_fits(case_id: str, capability: int, captured: Callable[[str], list[Launch]]) -> None:
     launches = {(launch.name, launch.types): launch for launch in captured(case_id)}
     assert {"count_kernel", "layout_kernel", "scatter_kernel", "gate_up_kernel", "down_kernel", "combine_kernel",
-            "product_kernel", "select_kernel", "act_gradient_kernel", "row_gradient_kernel", "weight_gradient_kernel",
-            "select_gradient_kernel"} == {name for name, _ in launches}
+            "act_gradient_kernel", "row_gradient_kernel", "weight_gradient_kernel",
+            *ROUTER_KERNELS, *(DROP_KERNELS if "-cap" in case_id else ())} == {name for name, _ in launches}
     for (name, _), launch in launches.items():
         compiled = launch.compile(capability)
         assert compiled.metadata.shared <= SHARED_MEMORY_LIMIT[capability], f"{name}: {compiled.metadata.shared} bytes"

@@ -15,10 +15,8 @@ import moe_fast
 import moe_fast.interpreter.launch as interpreter
 from moe_fast.operators.experts import experts_forward
 from moe_fast.operators.experts_backward import experts_backward
-from moe_ref import MoEWeights, Router, Trace
+from moe_ref import MoEWeights, Trace
 from moe_ref.contract.errors import UsageTypeError, UsageValueError
-from moe_ref.oracle import router as formula
-from moe_ref.oracle.backward.weights import score_backward, weigh_backward
 from tests.backward_cases import draw
 from tests.test_api import Forbid
 from tests.test_fast_backward import CASES, gradients, inputs_of
@@ -59,24 +57,6 @@ def test_torch_checks_the_experts(num_tokens: int, hosted: tuple[int, ...], shar
     opcheck(ops.experts.default, given)
     plain = [one.detach() if isinstance(one, torch.Tensor) else one for one in given]
     opcheck(ops.experts_backward.default, [uniform(num_tokens, HIDDEN, seed=8, dtype=dtype), *plain])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_tokens", [6, 0])
-def test_torch_checks_the_router(num_tokens: int, dtype: torch.dtype) -> None:
-    """The same of the logits and of the selection, whose gradient through torch.compile has a test of its own:
-    opcheck adds outputs up and cannot add weights to ids."""
-    x_TH, router_EH = uniform(num_tokens, HIDDEN, seed=1, dtype=dtype), uniform(8, HIDDEN, seed=2, dtype=dtype)
-    opcheck(ops.router_logits.default, (x_TH.requires_grad_(), router_EH.requires_grad_()))
-    logits_TE, bias_E = uniform(num_tokens, 8, seed=3), uniform(8, seed=4)
-    opcheck(ops.router_logits_backward.default, (logits_TE, x_TH.detach(), router_EH.detach()))
-    for options in ((None, 2, "softmax", 1, 1, "max", True, 0.125, 2.0),
-                    (bias_E, 3, "sigmoid", 4, 2, "top2_sum", False, 0.0, 1.0)):
-        opcheck(ops.select.default, (logits_TE, *options))
-        opcheck(ops.select.default, (logits_TE.clone().requires_grad_(), *options),
-                test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
-    ids_TK, weights_TK = ops.select(logits_TE, *options)
-    opcheck(ops.select_backward.default, (weights_TK, logits_TE, ids_TK, "sigmoid", False, 0.0, 1.0))
 
 
 def results(given: list[object]) -> list[torch.Tensor]:
@@ -129,60 +109,6 @@ def test_nothing_gives_zeros(options: dict, reached: set[int]) -> None:
     assert {place for place, one in enumerate(found) if one.any()} == reached
 
 
-def test_the_routers_product_back() -> None:
-    """Plain sums: each element within (n + 1) roundings of the sum of absolute values, n its number of terms."""
-    x_TH, router_EH, grad_TE = uniform(70, 130, seed=1), uniform(6, 130, seed=2), uniform(70, 6, seed=3)
-    for found, left, right in zip(ops.router_logits_backward(grad_TE, x_TH, router_EH),
-                                  (grad_TE.double(), grad_TE.T.double()), (router_EH.double(), x_TH.double()),
-                                  strict=True):
-        bound = (left.shape[1] + 1) * 2**-24 * (left.abs() @ right.abs())
-        assert ((found.double() - left @ right).abs() <= bound).all()
-
-
-ROUTERS = {
-    "softmax": Router(num_experts=6, top_k=3), "softmax of one": Router(num_experts=6, top_k=1, renormalize=True),
-    "softmax renormalised": Router(num_experts=6, top_k=3, renormalize=True, scaling_factor=2.5),
-    "softmax groups": Router(num_experts=6, top_k=2, num_groups=3, num_groups_kept=2, renormalize_epsilon=0.5,
-                             renormalize=True),
-    "sigmoid": Router(num_experts=6, top_k=3, score="sigmoid", scaling_factor=0.75),
-    "sigmoid, everything": Router(num_experts=6, top_k=2, score="sigmoid", num_groups=2, num_groups_kept=1,
-                                  group_score="top2_sum", selection_bias="score", renormalize=True,
-                                  renormalize_epsilon=1e-20, scaling_factor=2.5),
-    "every expert": Router(num_experts=6, top_k=6, renormalize=True),
-}
-
-
-@pytest.mark.parametrize("name", ROUTERS)
-def test_gradients_of_the_selection(name: str) -> None:
-    """Against the formulas in fp64; the bound is the formula with absolute values times what its factors lose.
-
-    A score loses what its exponent's argument does (at most 8), a sum over 6 experts, a function and a division: 24
-    roundings; a path has at most four scores, a sum over slots and over experts, and 12 steps more.
-    """
-    router = ROUTERS[name]
-    logits_TE, bias_E = 4 * uniform(40, 6, seed=1), uniform(6, seed=2) if router.selection_bias else None
-    grad_TK = uniform(40, router.top_k, seed=3)
-    ids_TK, _ = ops.select(logits_TE, bias_E, router.top_k, router.score, router.num_groups, router.num_groups_kept,
-                           router.group_score, router.renormalize, router.renormalize_epsilon, router.scaling_factor)
-    found_TE = ops.select_backward(grad_TK, logits_TE, ids_TK, router.score, router.renormalize,
-                                   router.renormalize_epsilon, router.scaling_factor).double()
-    score_TE, wide_TK = formula.score(logits_TE.double(), router), ids_TK.long()
-    grads = weigh_backward(grad_TK, score_TE[:, :0], score_TE, wide_TK, router, None, score_TE[:, :0])
-    truth_TE = score_backward(grads.score_TE, logits_TE.double(), router)
-    chosen_TK, size_TK = score_TE.gather(1, wide_TK), router.scaling_factor * grad_TK.double().abs()
-    divisor_T1 = chosen_TK.sum(1, keepdim=True) + router.renormalize_epsilon if router.renormalize else 1.0
-    size_TK = (size_TK + router.renormalize * (size_TK * chosen_TK / divisor_T1).sum(1, keepdim=True)) / divisor_T1
-    size_TE = torch.zeros_like(score_TE).scatter_add(1, wide_TK, size_TK)
-    if router.score == "softmax":
-        size_TE = score_TE * (size_TE + (score_TE * size_TE).sum(1, keepdim=True))
-    else:
-        size_TE = score_TE * (1 - score_TE) * size_TE
-    assert ((found_TE - truth_TE).abs() <= (4 * 24 + 3 + 6 + 12) * 2**-24 * size_TE).all()
-    if router.score == "sigmoid":
-        chosen_TE = torch.zeros_like(score_TE, dtype=torch.bool).scatter(1, wide_TK, True)
-        assert not found_TE[~chosen_TE].any(), "what was not selected has no gradient"
-
-
 def test_the_layer_compiles_to_the_same_bits() -> None:
     """torch.compile without a graph break, forward and backward; one graph does for every number of tokens."""
     spec = CASES["everything"]
@@ -219,16 +145,11 @@ def test_torch_does_none_of_the_work_inside() -> None:
 
 
 def test_gradients_of_gradients_are_refused() -> None:
-    """By name, for every operator, instead of a graph that ends in silence."""
+    """By name, instead of a graph that ends in silence."""
     x_TH = uniform(6, HIDDEN, seed=1, grad=True)
-    given = [x_TH, *arguments()[1:]]
-    logits_TE = uniform(6, 4, seed=3, grad=True)
-    selected_TK = ops.select(logits_TE, None, 2, "softmax", 1, 1, "max", True, 0.0, 1.0)[1]
-    for result, leaf in ((ops.experts(*given), x_TH), (ops.router_logits(x_TH, uniform(4, HIDDEN, seed=2)), x_TH),
-                         (selected_TK, logits_TE)):
-        first, = torch.autograd.grad(result.square().sum(), leaf, create_graph=True)
-        with pytest.raises(UsageValueError, match="only first gradients are implemented"):
-            first.sum().backward()
+    first, = torch.autograd.grad(ops.experts(x_TH, *arguments()[1:]).square().sum(), x_TH, create_graph=True)
+    with pytest.raises(UsageValueError, match="only first gradients are implemented"):
+        first.sum().backward()
 
 
 @pytest.mark.parametrize(("place", "wrong", "error", "message"), [
@@ -260,23 +181,8 @@ def test_wrong_arguments_are_told_with_numbers(place: int, wrong: object, error:
         ops.experts_backward(uniform(*given[0].shape, seed=8), *given)
 
 
-def test_wrong_arguments_of_the_router() -> None:
-    """Likewise; and a gradient that is not the result's."""
-    x_TH, logits_TE = uniform(6, HIDDEN, seed=1), uniform(6, 4, seed=2)
-    with pytest.raises(UsageValueError, match=re.escape("router_EH: shape (4, 21), but should be (4, 20)")):
-        ops.router_logits(x_TH, uniform(4, 21, seed=1))
-    with pytest.raises(UsageTypeError, match=re.escape("x_TH: dtype torch.float64, but should be")):
-        ops.router_logits(x_TH.double(), uniform(4, HIDDEN, seed=1))
-    with pytest.raises(UsageTypeError, match=re.escape("logits_TE: dtype torch.bfloat16, but should be torch.float32")):
-        ops.select(logits_TE.bfloat16(), None, 2, "softmax", 1, 1, "max", True, 0.0, 1.0)
-    with pytest.raises(UsageValueError, match=re.escape("selection_bias_E: shape (5,), but should be (4,)")):
-        ops.select(logits_TE, uniform(5, seed=1), 2, "softmax", 1, 1, "max", True, 0.0, 1.0)
-    with pytest.raises(UsageValueError, match="score='tanh', but should be one of softmax, sigmoid"):
-        ops.select(logits_TE, None, 2, "tanh", 1, 1, "max", True, 0.0, 1.0)
-    with pytest.raises(UsageValueError, match="num_groups=3, but should divide the 4 experts"):
-        ops.select(logits_TE, None, 2, "softmax", 3, 1, "max", True, 0.0, 1.0)
-    with pytest.raises(UsageValueError, match="top_k=3, but should be from 1 to 2, the experts to choose from"):
-        ops.select(logits_TE, None, 3, "softmax", 2, 1, "max", True, 0.0, 1.0)
+def test_a_gradient_of_another_shape() -> None:
+    """Is told with both shapes."""
     with pytest.raises(UsageValueError, match=re.escape("grad_TH: (6, 19) torch.float32, but should be (6, 20)")):
         ops.experts_backward(uniform(6, 19, seed=1), *arguments())
 

@@ -120,7 +120,7 @@ def _check_backward(grad_TK: torch.Tensor, grad_TS: torch.Tensor, logits_TE: tor
     check_dtypes(operator, {"grad_TK": grad_TK, "grad_TS": grad_TS}, (torch.float32,))
     check_dtypes(operator, {"ids_TK": ids_TK}, (torch.int32,))
     return _check(operator, logits_TE, shared_logits_TS, None, weight_scale_E,
-                  (ids_TK.shape[1], None, 1, 1, "max", "minus_inf", *options))
+                  (int(ids_TK.shape[1]), None, 1, 1, "max", "minus_inf", *options))
 
 
 def _check(operator: str, logits_TE: torch.Tensor, shared_logits_TS: torch.Tensor | None,
@@ -128,7 +128,7 @@ def _check(operator: str, logits_TE: torch.Tensor, shared_logits_TS: torch.Tenso
     logits = {"logits_TE": logits_TE, "shared_logits_TS": shared_logits_TS}
     parameters = {"selection_bias_E": selection_bias_E, "weight_scale_E": weight_scale_E}
     check_shapes(operator, logits | {"selection_bias_E": selection_bias_E}, {})
-    # An axis of the router is never dynamic; int makes it a plain number under torch.compile.
+    # Axes of the router are never dynamic; int makes a plain number of one under torch.compile.
     router = _router(int(logits_TE.shape[1]), options)
     check_shapes(operator, {"weight_scale_E": weight_scale_E},
                  {"E": 1 if router.learned_scale == "layer" else router.num_experts})
