@@ -58,7 +58,8 @@ def _route(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, logits_TE: 
     router = spec.router
     if router is None:
         ids_TK = torch.zeros(len(x_TH), 1, dtype=torch.int32, device=x_TH.device)
-        return Routing(ids_TK, torch.ones_like(ids_TK, dtype=torch.float32), shared_TS=_shared_gate(x_TH, weights, spec))
+        weights_TK = torch.ones_like(ids_TK, dtype=torch.float32)
+        return Routing(ids_TK, weights_TK, shared_TS=_shared_gate(x_TH, weights, spec))
     if logits_TE is None:
         assert weights.router_EH is not None
         logits_TE = router_logits(x_TH, weights.router_EH, weights.router_bias_E)

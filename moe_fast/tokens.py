@@ -45,8 +45,8 @@ def router_over_tokens(weights: MoEWeights, rank: Rank) -> MoEWeights:
     if not rank.with_other_tokens:
         return weights
     held = {name: getattr(weights, name) for name in ("router_EH", "router_bias_E", "weight_scale_E", "shared_gate_SH")}
-    return replace(weights, **{name: None if tensor is None else enter(tensor, *rank.with_other_tokens)
-                               for name, tensor in held.items()})
+    return replace(weights, **{name: enter(tensor, *rank.with_other_tokens)
+                               for name, tensor in held.items() if tensor is not None})
 
 
 def enter_tokens(x_TH: torch.Tensor, routing: Routing, gate_TS: torch.Tensor | None, rank: Rank) -> GroupTokens:

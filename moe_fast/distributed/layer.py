@@ -79,7 +79,8 @@ def _route(x_TH: DTensor, held: Mapping[str, DTensor], spec: MoESpec) -> tuple[D
 
 def _choose(x_TH: DTensor, router_EH: DTensor, selection_bias_E: DTensor | None,
             router: Router) -> tuple[DTensor, DTensor]:
-    return select_by(router, router_logits(x_TH, router_EH, None), None, selection_bias_E, None)[:2]
+    chosen = select_by(router, router_logits(x_TH, router_EH, None), None, selection_bias_E, None)
+    return chosen[:2]  # type: ignore[return-value]
 
 
 def _placed(x_TH: torch.Tensor, weights: MoEWeights) -> tuple[dict[str, DTensor], list[Role]]:

@@ -107,12 +107,13 @@ def drop(ids_TK: torch.Tensor, scores_TK: torch.Tensor, shared_TS: torch.Tensor,
     (num_tokens, top_k), device, capacity = ids_TK.shape, ids_TK.device, router.capacity
     assert capacity is not None
     length = max(min(capacity.sequence_length or num_tokens, num_tokens), 1)
-    limits = [min(capacity.limit(size, top_k, router.num_experts), num_tokens) for size in (length, num_tokens % length)]
+    limit, last_limit = (min(capacity.limit(size, top_k, router.num_experts), num_tokens)
+                         for size in (length, num_tokens % length))
     kept_TK, weights_TK, weights_TS = torch.empty_like(ids_TK), torch.empty_like(scores_TK), torch.empty_like(shared_TS)
     block_t, others = (32, 256) if device.type == "cpu" else (32, 128)
     launch(drop_kernel, (triton.cdiv(num_tokens, block_t),), device, ids=ids_TK, scores=scores_TK, shared=shared_TS,
            kept_ids=kept_TK, weights=weights_TK, shared_weights=weights_TS, num_tokens=num_tokens,
-           num_experts=router.num_experts, sequence_length=length, limit=limits[0], last_limit=limits[1],
+           num_experts=router.num_experts, sequence_length=length, limit=limit, last_limit=last_limit,
            scaling_factor=router.scaling_factor, PRIORITY=capacity.priority, BLOCK_T=block_t, OTHERS=others,
            **slot_arguments(scores_TK, shared_TS, weight_scale_E, router))
     return kept_TK, weights_TK, weights_TS
