@@ -13,6 +13,7 @@ from moe_fast.operators.drop import before_drop, drop_by
 from moe_fast.operators.router_logits import router_logits
 from moe_fast.operators.select import select_by
 from moe_fast.tokens import agreed_tokens, complete, enter_tokens, router_over_tokens
+from moe_fast.whole import with_whole_shared
 from moe_ref.contract.checks import (
     check_capacity,
     check_groups,
@@ -138,13 +139,15 @@ def _experts(x_TH: torch.Tensor, routing: Routing, weights: MoEWeights, spec: Mo
     if not reduce:
         return merged_TH
     y_TH = merged_TH if rank.by_slot else complete(merged_TH, tokens.counts, rank)
-    if spec.shared is None or not rank.whole_shared:
+    if not rank.whole_shared:
         return y_TH
-    whole_gate_TS = None if gate_TS is None else gate_TS.to(torch.float32)
-    shared_TH = shared_rows(x_TH, whole_gate_TS, weights, spec, rank.with_other_tokens)
-    if trace is not None:
-        trace.record(Stage.SHARED, shared_TH)
-    return y_TH + shared_TH
+    shared_TH = None
+    if spec.shared is not None:
+        whole_gate_TS = None if gate_TS is None else gate_TS.to(torch.float32)
+        shared_TH = shared_rows(x_TH, whole_gate_TS, weights, weights.shared_w2_bias_H, spec, rank.with_other_tokens)
+        if trace is not None:
+            trace.record(Stage.SHARED, shared_TH)
+    return with_whole_shared(y_TH, shared_TH, weights, spec, rank)
 
 
 def moe(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, parallel: Parallel | None = None,

@@ -34,6 +34,8 @@ CASES = {name: spec for name, spec in backward_cases.CASES.items() if not CAPABI
     "everything": layer(Router(**(vars(SIGMOID) | {"num_groups": 2, "selection_bias": "score", "scaling_factor": 2.5})),
                         experts=MLP(activation="gelu"),
                         shared=SharedExpert(intermediate_size=8, gate="sigmoid", mlp=MLP(activation="gelu_tanh"))),
+    "every bias": layer(SIGMOID, experts=MLP(bias=True, limit=0.75, sigmoid_scale=1.702, up_offset=1.0), output_bias=True,
+                        shared=SharedExpert(intermediate_size=8, gate="sigmoid", merge="mean", mlp=MLP(bias=True))),
     "one choice": layer(Router(num_experts=6, top_k=1)),
     "every choice": layer(Router(num_experts=6, top_k=6, renormalize=True), shared=SHARED),
 }
@@ -130,7 +132,8 @@ def test_gradients_in_bf16(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["routed", "routing"])
-@pytest.mark.parametrize("name", ["everything", "softmax", "dense, gated shared"])
+@pytest.mark.parametrize("name", ["everything", "softmax", "dense, gated shared", "every bias", "weight on input",
+                                  "shared mean", "relu_squared, not gated"])
 def test_gradients_on_uneven_ranks(name: str, mode: Mode) -> None:
     """Shards' gradients stay local; tokens, routing weights, router and gates are complete on every rank."""
     check(name, mode, parallel=UNEVEN)
@@ -202,7 +205,7 @@ def test_the_layer_chains_its_operators(dtype: torch.dtype) -> None:
     inputs, spec, ops = inputs_of("everything", dtype), CASES["everything"], torch.ops.moe_fast
     weights, router, x_TH = inputs.weights, CASES["everything"].router, inputs.x_TH
     routing = moe_fast.route(x_TH, weights, spec)
-    of_x_TH, of_weights_TK, w13_EGIH, w2_EHI, shared_w13_GIH, shared_w2_HI, of_gate_T1 = ops.experts_backward(
+    of_x_TH, of_weights_TK, w13_EGIH, w2_EHI, shared_w13_GIH, shared_w2_HI, of_gate_T1, *_ = ops.experts_backward(
         inputs.grad_y_TH, x_TH, routing.ids_TK, routing.weights_TK, torch.arange(6), weights.w13_EGIH, weights.w2_EHI,
         weights.shared_w13_GIH, weights.shared_w2_HI, routing.shared_TS, "gelu", "gelu_tanh")
     nothing_T0 = torch.empty(6, 0)

@@ -13,6 +13,8 @@ from torch.library import opcheck
 
 import moe_fast
 import moe_fast.interpreter.launch as interpreter
+from moe_fast.form import parse_form
+from moe_fast.operators.arguments import ExpertsArguments
 from moe_fast.operators.experts import experts_forward
 from moe_fast.operators.experts_backward import experts_backward
 from moe_ref import MoEWeights, Trace
@@ -32,17 +34,25 @@ def uniform(*shape: int, seed: int, dtype: torch.dtype = torch.float32, grad: bo
 
 
 def arguments(num_tokens: int = 6, hosted: tuple[int, ...] = (4, 0, 2), shared: str = "gated",
-              intermediate: int = 9, dtype: torch.dtype = torch.float32, grad: bool = False) -> list[object]:
-    """Arguments of moe_fast::experts: ids of 0 to 4 and what is no id; two slots per token."""
+              intermediate: int = 9, dtype: torch.dtype = torch.float32, grad: bool = False,
+              forms: tuple[str, str] = ("silu", "gelu"), biases: bool = False) -> list[object]:
+    """Arguments of moe_fast::experts: ids of 0 to 4 and what is no id; two slots per token; biases: all, and a mean."""
     ids_TK = torch.tensor([[0, 4], [2, -1], [3, 4], [1, 0], [2**32 + 2, 2], [5, 3]])[:num_tokens]
     kinds = {"dtype": dtype, "grad": grad}
+    num_parts, shared_parts = (parse_form(form).num_projections for form in forms)
+    added: list[object] = []
+    if biases:
+        added = [uniform(NUM_IDS, num_parts, intermediate, seed=9, dtype=dtype)[list(hosted)].requires_grad_(grad),
+                 uniform(NUM_IDS, HIDDEN, seed=10, dtype=dtype)[list(hosted)].requires_grad_(grad),
+                 uniform(shared_parts, SHARED, seed=11, **kinds) if shared else None,
+                 uniform(HIDDEN, seed=12, **kinds) if shared else None, uniform(HIDDEN, seed=13, **kinds), bool(shared)]
     return [uniform(num_tokens, HIDDEN, seed=1, **kinds), ids_TK, uniform(num_tokens, 2, seed=2, grad=grad),
             torch.tensor(hosted, dtype=torch.int64),
-            uniform(NUM_IDS, 2, intermediate, HIDDEN, seed=3, dtype=dtype)[list(hosted)].requires_grad_(grad),
+            uniform(NUM_IDS, num_parts, intermediate, HIDDEN, seed=3, dtype=dtype)[list(hosted)].requires_grad_(grad),
             uniform(NUM_IDS, HIDDEN, intermediate, seed=4, dtype=dtype)[list(hosted)].requires_grad_(grad),
-            uniform(2, SHARED, HIDDEN, seed=5, **kinds) if shared else None,
+            uniform(shared_parts, SHARED, HIDDEN, seed=5, **kinds) if shared else None,
             uniform(HIDDEN, SHARED, seed=6, **kinds) if shared else None,
-            uniform(num_tokens, 1, seed=7, grad=grad) if shared == "gated" else None, "silu", "gelu"]
+            uniform(num_tokens, 1, seed=7, grad=grad) if shared == "gated" else None, *forms, *added]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -69,7 +79,7 @@ def test_experts_may_stand_in_any_order() -> None:
     straight, mixed = results(arguments(hosted=(0, 1, 2, 3, 4))), results(arguments(hosted=(3, 0, 4, 1, 2)))
     for place in (3, 4):
         straight[place] = straight[place][[3, 0, 4, 1, 2]]
-    assert [torch.equal(one, two) for one, two in zip(straight, mixed, strict=True)] == [True] * 8
+    assert [torch.equal(one, two) for one, two in zip(straight, mixed, strict=True)] == [True] * 13
 
 
 def test_ids_of_other_ranks_contribute_nothing() -> None:
@@ -79,7 +89,7 @@ def test_ids_of_other_ranks_contribute_nothing() -> None:
     local_TK = torch.tensor([[places.get(e, -1) for e in row] for row in given[1].tolist()])
     relabelled = [given[0], local_TK, given[2], torch.arange(3), *given[4:]]
     first, second = results(given), results(relabelled)
-    assert [torch.equal(one, two) for one, two in zip(first, second, strict=True)] == [True] * 8
+    assert [torch.equal(one, two) for one, two in zip(first, second, strict=True)] == [True] * 13
     assert torch.equal(first[2] != 0, local_TK >= 0)
 
 
@@ -104,7 +114,7 @@ def test_nothing_gives_zeros(options: dict, reached: set[int]) -> None:
         found = results(given)
     finally:
         torch.use_deterministic_algorithms(False)
-    wanted = [given[0], given[0], given[2], *given[4:9]]
+    wanted = [given[0], given[0], given[2], *given[4:9], *(None,) * 5]
     assert [tuple(one.shape) for one in found] == [(0,) if one is None else tuple(one.shape) for one in wanted]
     assert {place for place, one in enumerate(found) if one.any()} == reached
 
@@ -138,7 +148,7 @@ def test_torch_does_none_of_the_work_inside() -> None:
     """No product, sort or scatter of torch in the experts, forward or backward, and nothing that waits for the host."""
     given = arguments()
     with Forbid() as mode:
-        experts_forward(*given)
+        experts_forward(ExpertsArguments(*given))
         experts_backward._init_fn(uniform(6, HIDDEN, seed=8), *given)
     assert mode.seen["empty"] > 0
     assert mode.seen["_local_scalar_dense"] == 0
@@ -168,8 +178,12 @@ def test_gradients_of_gradients_are_refused() -> None:
     (6, None, UsageValueError, "only shared_w2_HI and shared_gate_T1 given, but a shared expert needs"),
     (7, uniform(20, 8, seed=1), UsageValueError, "shared_w2_HI: shape (20, 8), but should be (20, 7)"),
     (8, uniform(6, 2, seed=1), UsageValueError, "shared_gate_T1: shape (6, 2), but should be (6, 1)"),
-    (9, "relu", UsageValueError, "activation='relu', but should be one of silu, gelu, gelu_tanh"),
-    (10, "swish", UsageValueError, "shared_activation='swish', but should be one of silu, gelu, gelu_tanh"),
+    (9, "swish", UsageValueError, "form 'swish': activation='swish', but should be one of silu, gelu, gelu_tanh, relu"),
+    (9, "silu gated=False", UsageValueError, "w13_EGIH: shape (3, 2, 9, 20), but should be (3, 1, 9, 20)"),
+    (10, "silu limit=seven", UsageValueError, "limit='seven', but should be a number"),
+    (10, "silu cap=7.0", UsageValueError, "'cap', but should be one of gated, weight_on_input, limit"),
+    (10, "silu limit_at=between", UsageValueError, "limit_at='between', but should be before or after"),
+    (10, "silu weight_on_input=True", UsageValueError, "but the gate is on the shared expert's output"),
 ])
 def test_wrong_arguments_are_told_with_numbers(place: int, wrong: object, error: type, message: str) -> None:
     """Before any kernel starts, forward and backward."""

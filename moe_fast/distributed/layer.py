@@ -10,6 +10,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from moe_fast.capabilities import CAPABILITIES
 from moe_fast.distributed.roles import Role, of_tensor
+from moe_fast.form import form_of, routed_form
 from moe_fast.operators.experts import experts
 from moe_fast.operators.router_logits import FLOATING, router_logits
 from moe_fast.operators.select import select_by
@@ -62,12 +63,12 @@ def _experts(x_TH: DTensor, held: Mapping[str, DTensor], spec: MoESpec, roles: S
     # Without a source rank every rank cuts its own copy, and nothing travels.
     hosted_E = distribute_tensor(torch.arange(spec.num_experts, device=x_TH.device), x_TH.device_mesh,
                                  [of_tensor("hosted_E", role) for role in roles], src_data_rank=None)
-    activation = spec.experts.activation
+    form = routed_form(spec)
     return experts(x_TH.redistribute(placements=entry), ids_TK.redistribute(placements=entry),
                    weights_TK.redistribute(placements=entry), hosted_E, held["w13_EGIH"], held["w2_EHI"],
                    held.get("shared_w13_GIH"), held.get("shared_w2_HI"),
-                   None if gate_T1 is None else gate_T1.redistribute(placements=entry), activation,
-                   activation if spec.shared is None else spec.shared.mlp.activation)
+                   None if gate_T1 is None else gate_T1.redistribute(placements=entry), form,
+                   form_of(spec.experts if spec.shared is None else spec.shared.mlp))
 
 
 def _route(x_TH: DTensor, held: Mapping[str, DTensor], spec: MoESpec) -> tuple[DTensor, DTensor]:
