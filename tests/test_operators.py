@@ -119,6 +119,35 @@ def test_nothing_gives_zeros(options: dict, reached: set[int]) -> None:
     assert {place for place, one in enumerate(found) if one.any()} == reached
 
 
+FORMS = {
+    "gpt-oss": ("silu limit=0.75 sigmoid_scale=1.702 up_offset=1.0", "silu"),
+    "one projection": ("relu_squared gated=False", "relu gated=False"),
+    "weight on input": ("silu weight_on_input=True", "gelu_tanh"),
+    "softcaps": ("silu gate_softcap=1.25 up_softcap=1.5", "silu limit=0.5 limit_at=after"),
+}
+
+
+@pytest.mark.parametrize("shared", ["gated", ""])
+@pytest.mark.parametrize("name", FORMS)
+def test_torch_checks_every_form(name: str, shared: str) -> None:
+    """The same of the other options of an MLP, of the mean, and of biases."""
+    given = arguments(shared=shared, forms=FORMS[name], biases=name != "weight on input", grad=True)
+    opcheck(ops.experts.default, given)
+    plain = [one.detach() if isinstance(one, torch.Tensor) else one for one in given]
+    opcheck(ops.experts_backward.default, [uniform(6, HIDDEN, seed=8), *plain])
+
+
+def test_a_bias_reaches_the_gradients_of_routing_weights() -> None:
+    """Without columns the bias alone is weighted: its product with the gradient, within (n + 1) roundings."""
+    given = arguments(hosted=(0, 1, 2, 3, 4), intermediate=0, shared="", biases=True)
+    grad_TH, ids_TK, bias_EH = uniform(6, HIDDEN, seed=8), given[1], given[12]
+    found_TK = ops.experts_backward(grad_TH, *given)[1]
+    inside_TK = (ids_TK >= 0) & (ids_TK < NUM_IDS)
+    terms_TKH = grad_TH[:, None].double() * bias_EH[ids_TK.where(inside_TK, 0)].double() * inside_TK[..., None]
+    assert ((found_TK - terms_TKH.sum(2)).abs() <= (HIDDEN + 1) * 2**-24 * terms_TKH.abs().sum(2)).all()
+    assert found_TK[inside_TK].all()
+
+
 def test_the_layer_compiles_to_the_same_bits() -> None:
     """torch.compile without a graph break, forward and backward; one graph does for every number of tokens."""
     spec = CASES["everything"]
@@ -146,7 +175,7 @@ def test_the_layer_compiles_to_the_same_bits() -> None:
 
 def test_torch_does_none_of_the_work_inside() -> None:
     """No product, sort or scatter of torch in the experts, forward or backward, and nothing that waits for the host."""
-    given = arguments()
+    given = arguments(forms=FORMS["gpt-oss"], biases=True)
     with Forbid() as mode:
         experts_forward(ExpertsArguments(*given))
         experts_backward._init_fn(uniform(6, HIDDEN, seed=8), *given)
@@ -181,18 +210,29 @@ def test_gradients_of_gradients_are_refused() -> None:
     (9, "swish", UsageValueError, "form 'swish': activation='swish', but should be one of silu, gelu, gelu_tanh, relu"),
     (9, "silu gated=False", UsageValueError, "w13_EGIH: shape (3, 2, 9, 20), but should be (3, 1, 9, 20)"),
     (10, "silu limit=seven", UsageValueError, "limit='seven', but should be a number"),
+    (11, uniform(3, 1, 9, seed=1), UsageValueError, "w13_bias_EGI: shape (3, 1, 9), but should be (3, 2, 9)"),
+    (12, uniform(3, 19, seed=1), UsageValueError, "w2_bias_EH: shape (3, 19), but should be (3, 20)"),
+    (13, uniform(2, 7, seed=1).bfloat16(), UsageTypeError,
+     "shared_w13_bias_GI: dtype torch.bfloat16, but should be torch.float32"),
+    (15, torch.empty(20, device="meta"), UsageTypeError, "output_bias_H: device meta, but should be cpu as x_TH"),
     (10, "silu cap=7.0", UsageValueError, "'cap', but should be one of gated, weight_on_input, limit"),
     (10, "silu limit_at=between", UsageValueError, "limit_at='between', but should be before or after"),
     (10, "silu weight_on_input=True", UsageValueError, "but the gate is on the shared expert's output"),
 ])
 def test_wrong_arguments_are_told_with_numbers(place: int, wrong: object, error: type, message: str) -> None:
     """Before any kernel starts, forward and backward."""
-    given = arguments()
+    given = arguments(biases=place > 10)
     given[place] = wrong
     with pytest.raises(error, match=re.escape(message)):
         ops.experts(*given)
     with pytest.raises(error, match=re.escape(message)):
         ops.experts_backward(uniform(*given[0].shape, seed=8), *given)
+
+
+def test_a_mean_needs_two_parts() -> None:
+    """Half of the routed experts alone is no mean."""
+    with pytest.raises(UsageValueError, match="mean=True, but without a shared expert"):
+        ops.experts(*arguments(shared=""), None, None, None, None, None, True)
 
 
 def test_a_gradient_of_another_shape() -> None:
