@@ -144,7 +144,8 @@ def _experts(x_TH: torch.Tensor, routing: Routing, weights: MoEWeights, spec: Mo
     shared_TH = None
     if spec.shared is not None:
         whole_gate_TS = None if gate_TS is None else gate_TS.to(torch.float32)
-        shared_TH = shared_rows(x_TH, whole_gate_TS, weights, weights.shared_w2_bias_H, spec, rank.with_other_tokens)
+        shared_TH = shared_rows(x_TH, whole_gate_TS, weights, weights.shared_w2_bias_H, spec, rank.with_other_tokens,
+                                (0, spec.shared.intermediate_size))
         if trace is not None:
             trace.record(Stage.SHARED, shared_TH)
     return with_whole_shared(y_TH, shared_TH, weights, spec, rank)
