@@ -67,6 +67,16 @@ FORWARD = {
     "a last, shorter sequence with the limit of others": Defect(
         "kernels/drop.py", "num_tokens, last_limit, limit)", "num_tokens, limit, limit)",
         "v1-T21.H48.I40.E8.K2-fp32-norm-capfactor0.75-capseq8", "ids"),
+    "identity experts that return nothing": Defect(
+        "slot_rows.py", "(tokens.ids_TK < spec.num_choices)", "(tokens.ids_TK < spec.num_experts)",
+        "v1-T21.H48.I40.E8.K3-fp32-bias-scale6-zero4", "down"),
+    "shared columns left out of the sum": Defect(
+        "kernels/weigh.py", "must be 0.\"\"\"\n    total = tl.sum(score, axis=1)\n    if HAS_SHARED:",
+        "must be 0.\"\"\"\n    total = tl.sum(score, axis=1)\n    if HAS_SHARED and CLAMP:",
+        "v1-T21.H48.I40.E8.K3-bf16-sigmoid-norm-bias-sh26-shrouter2", "weights"),
+    "shared experts with one weight": Defect(
+        "slot_rows.py", "return [(block, cut) for block, cut in cuts", "return [(0, cut) for block, cut in cuts",
+        "v1-T21.H48.I40.E8.K3-fp32-sigmoid-sh26-shrouter2", "shared"),
 }
 BACKWARD = {
     "no slope of the cap": Defect(
