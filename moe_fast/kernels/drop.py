@@ -64,7 +64,7 @@ def drop_kernel(ids, scores, shared, weight_scale, kept_ids, weights, shared_wei
     score = tl.zeros((BLOCK_T, SLOTS), tl.float32)
     scale = tl.zeros((BLOCK_T, SLOTS), tl.float32) + scaling_factor
     any_kept = t < 0
-    for k in tl.static_range(TOP_K):
+    for k in range(TOP_K):
         own = t * TOP_K + k
         expert = tl.load(ids + own, mask=in_tokens, other=-1)
         before = slots_before(ids, scores, t, expert, rank_of(scores, own, in_tokens), k, first, last, sequence_length,
@@ -110,7 +110,7 @@ def drop(ids_TK: torch.Tensor, scores_TK: torch.Tensor, shared_TS: torch.Tensor,
     limit, last_limit = (min(capacity.limit(size, top_k, router.num_experts), num_tokens)
                          for size in (length, num_tokens % length))
     kept_TK, weights_TK, weights_TS = torch.empty_like(ids_TK), torch.empty_like(scores_TK), torch.empty_like(shared_TS)
-    block_t, others = (32, 256) if device.type == "cpu" else (32, 128)
+    block_t, others = (32, 256) if device.type == "cpu" else (32, 64)
     launch(drop_kernel, (triton.cdiv(num_tokens, block_t),), device, ids=ids_TK, scores=scores_TK, shared=shared_TS,
            kept_ids=kept_TK, weights=weights_TK, shared_weights=weights_TS, num_tokens=num_tokens,
            num_experts=router.num_experts, sequence_length=length, limit=limit, last_limit=last_limit,

@@ -47,7 +47,7 @@ def drop_gradient_kernel(grad_weights, grad_shared, ids, scores, shared, weight_
         if PER_EXPERT:
             place = tl.arange(0, EXPERTS)
             by_expert = tl.zeros((BLOCK_T, EXPERTS), tl.float32)
-            for k in tl.static_range(TOP_K):
+            for k in range(TOP_K):
                 chosen = tl.load(ids + wide_t * TOP_K + k, mask=in_tokens, other=-1)
                 part = tl.sum(tl.where(slot[None, :] == k, of_slot, 0.0), axis=1)
                 by_expert = tl.where(place[None, :] == chosen[:, None], part[:, None], by_expert)

@@ -24,7 +24,7 @@ def keep_groups(selection, in_range, expert, group_size, EXPERTS: tl.constexpr, 
     """Which experts sit in one of the best GROUPS_KEPT groups; ties between groups go to the lower group."""
     group = tl.arange(0, GROUPS)
     group_score = tl.full((BLOCK_T, GROUPS), -float("inf"), tl.float32)
-    for g in tl.static_range(NUM_GROUPS):
+    for g in range(NUM_GROUPS):
         member = in_range & ((expert // group_size) == g)[None, :]
         first = best(selection, member, expert, EXPERTS)
         is_first = expert[None, :] == first[:, None]
@@ -35,7 +35,7 @@ def keep_groups(selection, in_range, expert, group_size, EXPERTS: tl.constexpr, 
         group_score = tl.where(group[None, :] == g, value[:, None], group_score)
     left = (group < NUM_GROUPS)[None, :] & (tl.zeros((BLOCK_T, GROUPS), tl.int32) == 0)
     kept = in_range & (expert < 0)[None, :]
-    for _ in tl.static_range(GROUPS_KEPT):
+    for _ in range(GROUPS_KEPT):
         chosen = best(group_score, left, group, GROUPS)
         left = left & (group[None, :] != chosen[:, None])
         kept = kept | (in_range & ((expert // group_size)[None, :] == chosen[:, None]))
@@ -84,7 +84,7 @@ def select_kernel(logits, shared_logits, selection_bias, weight_scale, ids, weig
             candidates = kept
     weight = tl.zeros((BLOCK_T, SLOTS), tl.float32)
     scale = tl.zeros((BLOCK_T, SLOTS), tl.float32) + scaling_factor
-    for k in tl.static_range(TOP_K):
+    for k in range(TOP_K):
         chosen = best(selection, candidates, expert, EXPERTS)
         candidates = candidates & (expert[None, :] != chosen[:, None])
         found = tl.sum(tl.where(expert[None, :] == chosen[:, None], score, 0.0), axis=1)

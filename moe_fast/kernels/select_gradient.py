@@ -35,7 +35,7 @@ def select_gradient_kernel(grad_weights, grad_shared, logits, shared_logits, wei
     score = score_of(value, in_range, in_tokens, SCORE)
     is_chosen = expert[None, :] < tl.zeros((BLOCK_T, 1), tl.int32)
     grad = tl.zeros((BLOCK_T, EXPERTS), tl.float32)
-    for k in tl.static_range(TOP_K):
+    for k in range(TOP_K):
         chosen = tl.load(ids + wide_t * TOP_K + k, mask=in_tokens, other=-1)
         grad_k = tl.load(grad_weights + wide_t * stride_grad_T + k * stride_grad_K, mask=in_tokens, other=0.0)
         is_slot = expert[None, :] == chosen[:, None]
