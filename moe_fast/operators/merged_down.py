@@ -133,7 +133,8 @@ def merged_down_forward(given: MergedDownArguments, trace: Trace | None = None) 
         trace.record(Stage.DOWN, down_RH.masked_fill(alignment.local_ids_R[:, None] < 0, 0.0))
         if shared_TH is not None:
             trace.record(Stage.SHARED, shared_TH)
-    return combine(down_RH, shared_TH, alignment.local_ids_R, *given.ids_TK.shape, given.output_bias_H, given.mean)
+    return combine(down_RH, shared_TH, alignment.local_ids_R, *given.ids_TK.shape, bias_H=given.output_bias_H,
+                   mean=given.mean)
 
 
 def _down_rows(rows: GroupedDown) -> tuple[Alignment, torch.Tensor]:
