@@ -6,7 +6,8 @@ import torch
 
 from moe_fast.form import form_of, routed_form
 from moe_fast.operators.act_rows import act_rows
-from moe_fast.operators.merged_down import MergedDownArguments, merged_down, merged_down_forward
+from moe_fast.operators.down_arguments import MergedDownArguments
+from moe_fast.operators.merged_down import merged_down, merged_down_forward
 from moe_fast.operators.rows import every_token
 from moe_fast.slot_rows import has_blocks, has_identity, merged_slots, merges_slots, shared_blocks, sum_of_blocks
 from moe_fast.tokens import GroupTokens

@@ -41,6 +41,10 @@ CASES = {
                group_score="top2_sum", selection_bias="score", scaling_factor=2.5),
         experts=MLP(activation="gelu"), shared=SharedExpert(intermediate_size=SHARED)),
     "dense": layer(None),
+    "every bias": layer(output_bias=True, experts=MLP(bias=True, limit=7.0, sigmoid_scale=1.702, up_offset=1.0),
+                        shared=SharedExpert(intermediate_size=SHARED, merge="mean",
+                                            mlp=MLP(activation="relu_squared", gated=False, bias=True))),
+    "weight on input": layer(Router(num_experts=EXPERTS, top_k=1, score="sigmoid"), weight_on="input"),
 }
 
 

@@ -279,26 +279,28 @@ def test_experts_without_rows(ids: list[int]) -> None:
     assert bool(found["x_TH"].any()) == bool(used)
 
 
+@pytest.mark.parametrize("name", ["everything", "every bias"])
 @pytest.mark.parametrize("storage", [one for one in Storage if one is not Storage.OUT_IN])
-def test_weights_in_another_order_in_memory(storage: Storage) -> None:
+def test_weights_in_another_order_in_memory(storage: Storage, name: str) -> None:
     """Strided views are read where they lie: the same bits, and gradients in the order of their parameters."""
-    inputs, spec = inputs_of("everything"), CASES["everything"]
+    inputs, spec = inputs_of(name), CASES[name]
     stored = {name: empty_stored(name, tuple(tensor.shape), storage, dtype=tensor.dtype, device="cpu").copy_(tensor)
               for name, tensor in inputs.weights.named_tensors()}
     assert not all(tensor.is_contiguous() for tensor in stored.values())
     plain = gradients(inputs, spec)
     strided = gradients(replace(inputs, weights=MoEWeights(**stored)), spec)
-    for name, tensor in stored.items():
-        assert (plain[name] is None) == (strided[name] is None)
-        if plain[name] is not None:
-            assert torch.equal(plain[name], strided[name]), name
-            assert strided[name].stride() == tensor.stride(), name
+    for field, tensor in stored.items():
+        assert (plain[field] is None) == (strided[field] is None)
+        if plain[field] is not None:
+            assert torch.equal(plain[field], strided[field]), field
+            assert strided[field].stride() == tensor.stride(), field
     assert torch.equal(plain["x_TH"], strided["x_TH"])
 
 
-def test_no_element_of_scratch_memory_reaches_a_gradient() -> None:
+@pytest.mark.parametrize("name", ["everything", "every bias"])
+def test_no_element_of_scratch_memory_reaches_a_gradient(name: str) -> None:
     """Fresh memory is NaN here, and some rows have no expert: the same bits as without, twice."""
-    inputs, spec = inputs_of("everything"), CASES["everything"]
+    inputs, spec = inputs_of(name), CASES[name]
     routing = replace(spread(inputs, [0, -1, 5]), shared_TS=torch.full((6, 1), 0.5))
     first, again = (gradients(inputs, spec, {"routing": routing}) for _ in range(2))
     torch.use_deterministic_algorithms(True)
@@ -307,10 +309,10 @@ def test_no_element_of_scratch_memory_reaches_a_gradient() -> None:
         filled = gradients(inputs, spec, {"routing": routing})
     finally:
         torch.use_deterministic_algorithms(False)
-    for name, tensor in first.items():
+    for field, tensor in first.items():
         if tensor is not None:
-            assert torch.equal(tensor, again[name])
-            assert torch.equal(tensor, filled[name])
+            assert torch.equal(tensor, again[field])
+            assert torch.equal(tensor, filled[field])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

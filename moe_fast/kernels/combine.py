@@ -37,7 +37,7 @@ def combine_kernel(down, shared, bias, local_ids, merged, num_tokens, hidden_siz
 
 
 def combine(down_RH: torch.Tensor, shared_TH: torch.Tensor | None, local_ids_R: torch.Tensor, num_tokens: int,
-            top_k: int, bias_H: torch.Tensor | None = None, mean: bool = False) -> torch.Tensor:
+            top_k: int, *, bias_H: torch.Tensor | None = None, mean: bool = False) -> torch.Tensor:
     """merged_TH in down's dtype; one program sums a whole token tile in a fixed order.
 
     down_RH: rows in (token, slot) order; those whose local_ids_R is -1 are not read. mean: half of the sum; the bias is

@@ -54,9 +54,10 @@ def gate_up_kernel(x, w13, w13_bias, row_weights, act, sorted_rows, block_expert
         w_mask = in_hidden[:, None] & in_columns[None, :]
         x_tile = tl.load(x_at, mask=in_rows[:, None] & in_hidden[None, :], other=0.0)
         w1_tile = tl.load(w_at, mask=w_mask, other=0.0)
-        gate = tl.dot(x_tile, w1_tile, gate, input_precision="ieee")
         if FORM.gated:
             w3_tile = tl.load(w_at + stride_w_G, mask=w_mask, other=0.0)
+        gate = tl.dot(x_tile, w1_tile, gate, input_precision="ieee")
+        if FORM.gated:
             up = tl.dot(x_tile, w3_tile, up, input_precision="ieee")
         x_at += BLOCK_H * stride_x_H
         w_at += BLOCK_H * stride_w_H

@@ -65,9 +65,10 @@ class ExpertsArguments:
         """The shared expert, a layer of one expert that every token visits; None without one."""
         if self.shared_w13_GIH is None or self.shared_w2_HI is None:
             return None
-        biases = (None if bias is None else bias[None] for bias in (self.shared_w13_bias_GI, self.shared_w2_bias_H))
+        w13_bias_GI, w2_bias_H = self.shared_w13_bias_GI, self.shared_w2_bias_H
         return GroupedMLP(self.x_TH, *every_token(self.x_TH, self.shared_gate_T1), self.shared_w13_GIH[None],
-                          self.shared_w2_HI[None], *biases, parse_form(self.shared_form))
+                          self.shared_w2_HI[None], None if w13_bias_GI is None else w13_bias_GI[None],
+                          None if w2_bias_H is None else w2_bias_H[None], parse_form(self.shared_form))
 
     def check(self, operator: str) -> None:
         """Raise UsageValueError / UsageTypeError unless the arguments fit together."""

@@ -67,7 +67,8 @@ def experts_forward(given: ExpertsArguments, trace: Trace | None = None) -> torc
     shared, shared_TH = given.shared(), None
     if shared is not None:
         _, _, shared_TH = mlp_rows(shared)
-    merged_TH = combine(down_RH, shared_TH, alignment.local_ids_R, *given.ids_TK.shape, given.output_bias_H, given.mean)
+    merged_TH = combine(down_RH, shared_TH, alignment.local_ids_R, *given.ids_TK.shape, bias_H=given.output_bias_H,
+                        mean=given.mean)
     if trace is not None:
         if shared_TH is not None:
             trace.record(Stage.SHARED, shared_TH)
