@@ -2,6 +2,7 @@
 
 from functools import cache
 
+from moe_fast.form import ACTIVATIONS
 from moe_ref.contract.capabilities import Capabilities, Numerics
 from moe_ref.contract.errors import raise_faults
 from moe_ref.contract.features import Feature
@@ -31,8 +32,12 @@ CAPABILITIES = Capabilities(
     name="moe_fast", version="0.1.0", numerics={dtype: _numerics(dtype) for dtype in Dtype},
     stages=(Stage.LOGITS, Stage.IDS, Stage.WEIGHTS, Stage.ACT, Stage.DOWN, Stage.SHARED, Stage.MERGED,
             Stage.REDUCED),
-    activations=("silu", "gelu", "gelu_tanh"), scores=("softmax", "sigmoid"),
-    features=(Feature.DENSE, Feature.GROUPS, Feature.SELECTION_BIAS, Feature.SHARED_EXPERT, Feature.RESIDUAL),
+    activations=ACTIVATIONS, scores=("softmax", "sigmoid", "sqrt_softplus"),
+    features=(Feature.DENSE, Feature.LOGIT_BIAS, Feature.LOGIT_CAP, Feature.GROUPS, Feature.GROUP_FILL_ZERO,
+              Feature.SELECTION_BIAS, Feature.SELECTION_BIAS_ON_LOGITS, Feature.EPSILON_CLAMP, Feature.LEARNED_SCALE,
+              Feature.ZERO_EXPERTS, Feature.CAPACITY, Feature.WEIGHT_ON_INPUT, Feature.NOT_GATED, Feature.MLP_BIAS,
+              Feature.LIMIT, Feature.SCALED_SWIGLU, Feature.SOFTCAP, Feature.SHARED_EXPERT, Feature.SHARED_ROUTER_GATE,
+              Feature.SHARED_MEAN, Feature.OUTPUT_BIAS, Feature.RESIDUAL),
     max_tp=64, max_ep=64, tokens=tuple(Tokens), hostings=tuple(Hosting), redundant=True,
     shared_placements=tuple(SharedPlacement), schedules=tuple(Schedule), storages=tuple(Storage), ranks=tuple(Ranks),
     directions=tuple(Direction), deterministic=True, equal_ranks=True, lower_id_ties=True, injected_routing=True,

@@ -9,10 +9,13 @@ import torch
 from moe_fast.capabilities import check_supported
 from moe_fast.merge import merged_tokens, shared_rows
 from moe_fast.observe import check_untracked, record_routing
+from moe_fast.operators.drop import before_drop, drop_by
 from moe_fast.operators.router_logits import router_logits
-from moe_fast.operators.select import select
+from moe_fast.operators.select import select_by
 from moe_fast.tokens import agreed_tokens, complete, enter_tokens, router_over_tokens
+from moe_fast.whole import with_whole_shared
 from moe_ref.contract.checks import (
+    check_capacity,
     check_groups,
     check_injected,
     check_logits,
@@ -35,6 +38,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Made once: torch.compile cannot make them inside a graph.
 ONE_RANK, ALONE = Parallel(), Groups()
+SIGMOID_GATE = Router(num_experts=1, top_k=1, score="sigmoid")
 
 
 def route(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, *,
@@ -52,30 +56,35 @@ def route(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, *,
 
 
 def _route(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, logits_TE: torch.Tensor | None) -> Routing:
-    shared_TS = _shared_gate(x_TH, weights)
-    if spec.router is None:
+    router = spec.router
+    if router is None:
         ids_TK = torch.zeros(len(x_TH), 1, dtype=torch.int32, device=x_TH.device)
-        return Routing(ids_TK, torch.ones_like(ids_TK, dtype=torch.float32), shared_TS=shared_TS)
+        weights_TK = torch.ones_like(ids_TK, dtype=torch.float32)
+        return Routing(ids_TK, weights_TK, shared_TS=_shared_gate(x_TH, weights, spec))
     if logits_TE is None:
         assert weights.router_EH is not None
-        logits_TE = router_logits(x_TH, weights.router_EH)
-    logits_TE = logits_TE.to(torch.float32)
-    ids_TK, weights_TK = _select(logits_TE, weights.selection_bias_E, spec.router)
-    return Routing(ids_TK, weights_TK, logits_TE, shared_TS)
+        logits_TE = router_logits(x_TH, weights.router_EH, weights.router_bias_E)
+    logits_TE, shared_logits_TS = logits_TE.to(torch.float32), None
+    if spec.shared is not None and spec.shared.gate == "router":
+        assert weights.shared_gate_SH is not None
+        shared_logits_TS = router_logits(x_TH, weights.shared_gate_SH, None)
+    if router.capacity is None:
+        ids_TK, weights_TK, shared_TS = select_by(router, logits_TE, shared_logits_TS, weights.selection_bias_E,
+                                                  weights.weight_scale_E)
+    else:
+        selected = select_by(before_drop(router), logits_TE, shared_logits_TS, weights.selection_bias_E, None)
+        ids_TK, weights_TK, shared_TS = drop_by(router, *selected, weights.weight_scale_E)
+    gates_TS = _shared_gate(x_TH, weights, spec) if shared_logits_TS is None else shared_TS
+    return Routing(ids_TK, weights_TK, logits_TE, gates_TS)
 
 
-def _shared_gate(x_TH: torch.Tensor, weights: WeightSource) -> torch.Tensor | None:
-    """The gate is a sigmoid router with one expert, so the router's operators compute it."""
-    if weights.shared_gate_SH is None:
+def _shared_gate(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec) -> torch.Tensor | None:
+    """The sigmoid gate is a router with one expert, so the router's operators compute it."""
+    if spec.shared is None or spec.shared.gate != "sigmoid":
         return None
-    gate_logits = router_logits(x_TH, weights.shared_gate_SH)
-    return _select(gate_logits, None, Router(num_experts=1, top_k=1, score="sigmoid"))[1]
-
-
-def _select(logits_TE: torch.Tensor, selection_bias_E: torch.Tensor | None,
-            router: Router) -> tuple[torch.Tensor, torch.Tensor]:
-    return select(logits_TE, selection_bias_E, router.top_k, router.score, router.num_groups, router.num_groups_kept,
-                  router.group_score, router.renormalize, router.renormalize_epsilon, router.scaling_factor)
+    assert weights.shared_gate_SH is not None
+    gate_logits = router_logits(x_TH, weights.shared_gate_SH, None)
+    return select_by(SIGMOID_GATE, gate_logits, None, None, None)[1]
 
 
 def experts(x_TH: torch.Tensor, routing: Routing, weights: WeightSource, spec: MoESpec,
@@ -122,7 +131,7 @@ def _experts(x_TH: torch.Tensor, routing: Routing, weights: MoEWeights, spec: Mo
     if trace is not None:
         record_routing(trace, routing)
     given_TS = routing.shared_TS
-    gate_TS = given_TS if given_TS is not None and given_TS.shape[1] else _shared_gate(x_TH, weights)
+    gate_TS = given_TS if given_TS is not None and given_TS.shape[1] else _shared_gate(x_TH, weights, spec)
     tokens = enter_tokens(x_TH, routing, gate_TS, rank)
     merged_TH = merged_tokens(tokens, weights, spec, rank, trace)
     if trace is not None:
@@ -130,13 +139,16 @@ def _experts(x_TH: torch.Tensor, routing: Routing, weights: MoEWeights, spec: Mo
     if not reduce:
         return merged_TH
     y_TH = merged_TH if rank.by_slot else complete(merged_TH, tokens.counts, rank)
-    if spec.shared is None or not rank.whole_shared:
+    if not rank.whole_shared:
         return y_TH
-    whole_gate_TS = None if gate_TS is None else gate_TS.to(torch.float32)
-    shared_TH = shared_rows(x_TH, whole_gate_TS, weights, spec, rank.with_other_tokens)
-    if trace is not None:
-        trace.record(Stage.SHARED, shared_TH)
-    return y_TH + shared_TH
+    shared_TH = None
+    if spec.shared is not None:
+        whole_gate_TS = None if gate_TS is None else gate_TS.to(torch.float32)
+        shared_TH = shared_rows(x_TH, whole_gate_TS, weights, weights.shared_w2_bias_H, spec, rank.with_other_tokens,
+                                (0, spec.shared.intermediate_size))
+        if trace is not None:
+            trace.record(Stage.SHARED, shared_TH)
+    return with_whole_shared(y_TH, shared_TH, weights, spec, rank)
 
 
 def moe(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, parallel: Parallel | None = None,
@@ -161,6 +173,7 @@ def moe(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, parallel: Para
         _check_traced(x_TH, in_memory, logits_TE, *injected)
     x_TH = agreed_tokens(x_TH, rank)
     if routing is None:
+        check_capacity(spec, rank.parallel)
         routing = _route(x_TH, in_memory, spec, logits_TE)
     y_TH = _experts(x_TH, routing, in_memory, spec, rank, True, trace)
     if residual_TH is not None:

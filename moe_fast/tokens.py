@@ -38,12 +38,15 @@ def agreed_tokens(x_TH: torch.Tensor, rank: Rank) -> torch.Tensor:
 
 
 def router_over_tokens(weights: MoEWeights, rank: Rank) -> MoEWeights:
-    """The weights, router and gates with gradients from all tokens, wherever those are: each rank routes its own."""
+    """The weights, those of router and gates with gradients from all tokens, wherever those are.
+
+    Each rank routes its own.
+    """
     if not rank.with_other_tokens:
         return weights
-    router_EH, shared_gate_SH = (None if tensor is None else enter(tensor, *rank.with_other_tokens)
-                                 for tensor in (weights.router_EH, weights.shared_gate_SH))
-    return replace(weights, router_EH=router_EH, shared_gate_SH=shared_gate_SH)
+    held = {name: getattr(weights, name) for name in ("router_EH", "router_bias_E", "weight_scale_E", "shared_gate_SH")}
+    return replace(weights, **{name: enter(tensor, *rank.with_other_tokens)
+                               for name, tensor in held.items() if tensor is not None})
 
 
 def enter_tokens(x_TH: torch.Tensor, routing: Routing, gate_TS: torch.Tensor | None, rank: Rank) -> GroupTokens:

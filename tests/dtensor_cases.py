@@ -41,6 +41,10 @@ CASES = {
                group_score="top2_sum", selection_bias="score", scaling_factor=2.5),
         experts=MLP(activation="gelu"), shared=SharedExpert(intermediate_size=SHARED)),
     "dense": layer(None),
+    "every bias": layer(output_bias=True, experts=MLP(bias=True, limit=7.0, sigmoid_scale=1.702, up_offset=1.0),
+                        shared=SharedExpert(intermediate_size=SHARED, merge="mean",
+                                            mlp=MLP(activation="relu_squared", gated=False, bias=True))),
+    "weight on input": layer(Router(num_experts=EXPERTS, top_k=1, score="sigmoid"), weight_on="input"),
 }
 
 
@@ -117,7 +121,7 @@ def warm_up() -> None:
     import moe_fast.distributed
     assert moe_fast.distributed
     with FakeTensorMode():
-        torch.ops.moe_fast.router_logits(torch.ones(2, 4), torch.ones(3, 4))
+        torch.ops.moe_fast.router_logits(torch.ones(2, 4), torch.ones(3, 4), None)
     given = problem("gated shared")
     loaded(given)(given.inputs.x_TH).backward(given.inputs.grad_y_TH)
 

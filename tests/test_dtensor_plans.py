@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,7 +97,24 @@ def test_fewer_tokens_than_ranks() -> None:
 
 def test_tensor_parallel_options() -> None:
     """Router options, an ungated shared expert, no shared expert, no router: other collectives, same rules."""
-    check("MoETensorParallel", (2,), ["plain", "groups, bias, shared", "dense"], ["R R", "S S"])
+    check("MoETensorParallel", (2,), ["plain", "groups, bias, shared", "dense", "weight on input"], ["R R", "S S"])
+
+
+@pytest.mark.parametrize(("plan", "shape"), [("MoETensorParallel", (3,)), ("MoEExpertParallel", (3,)),
+                                             ("MoETensorExpertParallel", (2, 2))])
+def test_biases_count_once(plan: str, shape: tuple[int, ...]) -> None:
+    """What every rank holds whole comes into the sum of their parts once, and needs no collective of its own."""
+    check(plan, shape, ["every bias"], ["R R", "S S"])
+
+
+def test_a_bias_that_every_rank_adds_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks above fail where parts of a bias are the bias itself."""
+    from moe_fast.distributed import parts
+
+    given = problem("every bias")
+    monkeypatch.setattr(parts, "torch", SimpleNamespace(zeros_like=lambda tensor: tensor))
+    for result in run_gloo_ranks(2, lambda rank: trained(given, "MoETensorParallel", (2,), "R R")):
+        assert result["excess"]["y_TH"] > 1
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import moe_fast
-from moe_ref import MLP, MoEWeights, Parallel
+from moe_ref import MoEWeights, Parallel, Router
 from moe_ref.contract.errors import UsageError, UsageValueError
 from moe_ref.contract.trace import Trace
 from tests.dtensor_cases import CASES, layer, parallel, problem
@@ -26,8 +26,8 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
         r"input_layouts=.*but should be Replicate\(\) or Shard\(0\) for each of 1"),
     "another module": (lambda: parallel(torch.nn.Linear(2, 2), "MoETensorParallel", (1,)),
                        r"module: Linear, but should be a moe_fast.MoELayer"),
-    "biases": (lambda: called(moe_fast.MoELayer(layer(experts=MLP(bias=True)))),
-               r"biases of experts is not implemented on DTensors"),
+    "identity experts": (lambda: called(moe_fast.MoELayer(layer(Router(num_experts=5, top_k=2, num_zero_experts=2)))),
+                         r"identity experts is not implemented on DTensors"),
     "a trace": (lambda: called(moe_fast.MoELayer(CASES["plain"]), trace=Trace()),
                 r"trace: given, but a layer on DTensors shows no stages"),
     "local weights": (lambda: moe_on_dtensors(lambda weights: weights),

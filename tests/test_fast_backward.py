@@ -34,6 +34,9 @@ CASES = {name: spec for name, spec in backward_cases.CASES.items() if not CAPABI
     "everything": layer(Router(**(vars(SIGMOID) | {"num_groups": 2, "selection_bias": "score", "scaling_factor": 2.5})),
                         experts=MLP(activation="gelu"),
                         shared=SharedExpert(intermediate_size=8, gate="sigmoid", mlp=MLP(activation="gelu_tanh"))),
+    "every bias": layer(SIGMOID, output_bias=True,
+                        experts=MLP(bias=True, limit=0.75, sigmoid_scale=1.702, up_offset=1.0),
+                        shared=SharedExpert(intermediate_size=8, gate="sigmoid", merge="mean", mlp=MLP(bias=True))),
     "one choice": layer(Router(num_experts=6, top_k=1)),
     "every choice": layer(Router(num_experts=6, top_k=6, renormalize=True), shared=SHARED),
 }
@@ -130,7 +133,8 @@ def test_gradients_in_bf16(name: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["routed", "routing"])
-@pytest.mark.parametrize("name", ["everything", "softmax", "dense, gated shared"])
+@pytest.mark.parametrize("name", ["everything", "softmax", "dense, gated shared", "every bias", "weight on input",
+                                  "shared mean", "relu_squared, not gated"])
 def test_gradients_on_uneven_ranks(name: str, mode: Mode) -> None:
     """Shards' gradients stay local; tokens, routing weights, router and gates are complete on every rank."""
     check(name, mode, parallel=UNEVEN)
@@ -145,7 +149,7 @@ def test_the_bounds_see_half_a_percent(name: str) -> None:
     truth = named(moe_backward(inputs.grad_y_TH, inputs.x_TH, inputs.weights, spec, **given))
     wrong: Named = {field: None if tensor is None else tensor * (1 + 2**-8) for field, tensor in truth.items()}
     ratios = excess(truth, wrong, bound)
-    unreached = {"selection_bias_E", "router_EH", "shared_gate_SH"}
+    unreached = {"selection_bias_E", "router_EH", "router_bias_E", "weight_scale_E", "shared_gate_SH"}
     assert [field for field in bound if field not in unreached and ratios[field] <= 1] == []
 
 
@@ -202,16 +206,18 @@ def test_the_layer_chains_its_operators(dtype: torch.dtype) -> None:
     inputs, spec, ops = inputs_of("everything", dtype), CASES["everything"], torch.ops.moe_fast
     weights, router, x_TH = inputs.weights, CASES["everything"].router, inputs.x_TH
     routing = moe_fast.route(x_TH, weights, spec)
-    of_x_TH, of_weights_TK, w13_EGIH, w2_EHI, shared_w13_GIH, shared_w2_HI, of_gate_T1 = ops.experts_backward(
+    of_x_TH, of_weights_TK, w13_EGIH, w2_EHI, shared_w13_GIH, shared_w2_HI, of_gate_T1, *_ = ops.experts_backward(
         inputs.grad_y_TH, x_TH, routing.ids_TK, routing.weights_TK, torch.arange(6), weights.w13_EGIH, weights.w2_EHI,
         weights.shared_w13_GIH, weights.shared_w2_HI, routing.shared_TS, "gelu", "gelu_tanh")
-    of_logits_TE = ops.select_backward(of_weights_TK, routing.logits_TE, routing.ids_TK, "sigmoid", True,
-                                       router.renormalize_epsilon, 2.5)
-    router_x_TH, router_EH = ops.router_logits_backward(of_logits_TE, x_TH, weights.router_EH)
-    gate_logits_T1 = ops.router_logits(x_TH, weights.shared_gate_SH)
-    of_logits_T1 = ops.select_backward(of_gate_T1, gate_logits_T1, torch.zeros(6, 1, dtype=torch.int32), "sigmoid",
-                                       False, 0.0, 1.0)
-    gate_x_TH, shared_gate_SH = ops.router_logits_backward(of_logits_T1, x_TH, weights.shared_gate_SH)
+    nothing_T0 = torch.empty(6, 0)
+    of_logits_TE, *_ = ops.select_backward(of_weights_TK, nothing_T0, routing.logits_TE, None, None, routing.ids_TK,
+                                           "sigmoid", 1.0, 0.0, True, router.renormalize_epsilon, "add", 2.5, None)
+    router_x_TH, router_EH, _ = ops.router_logits_backward(of_logits_TE, x_TH, weights.router_EH, None)
+    gate_logits_T1 = ops.router_logits(x_TH, weights.shared_gate_SH, None)
+    of_logits_T1, *_ = ops.select_backward(of_gate_T1, nothing_T0, gate_logits_T1, None, None,
+                                           torch.zeros(6, 1, dtype=torch.int32), "sigmoid", 1.0, 0.0, False, 0.0, "add",
+                                           1.0, None)
+    gate_x_TH, shared_gate_SH, _ = ops.router_logits_backward(of_logits_T1, x_TH, weights.shared_gate_SH, None)
     found = gradients(inputs, spec)
     chained = {"w13_EGIH": w13_EGIH, "w2_EHI": w2_EHI, "shared_w13_GIH": shared_w13_GIH, "shared_w2_HI": shared_w2_HI,
                "router_EH": router_EH, "shared_gate_SH": shared_gate_SH, "residual_TH": inputs.grad_y_TH}
@@ -273,26 +279,28 @@ def test_experts_without_rows(ids: list[int]) -> None:
     assert bool(found["x_TH"].any()) == bool(used)
 
 
+@pytest.mark.parametrize("name", ["everything", "every bias"])
 @pytest.mark.parametrize("storage", [one for one in Storage if one is not Storage.OUT_IN])
-def test_weights_in_another_order_in_memory(storage: Storage) -> None:
+def test_weights_in_another_order_in_memory(storage: Storage, name: str) -> None:
     """Strided views are read where they lie: the same bits, and gradients in the order of their parameters."""
-    inputs, spec = inputs_of("everything"), CASES["everything"]
+    inputs, spec = inputs_of(name), CASES[name]
     stored = {name: empty_stored(name, tuple(tensor.shape), storage, dtype=tensor.dtype, device="cpu").copy_(tensor)
               for name, tensor in inputs.weights.named_tensors()}
     assert not all(tensor.is_contiguous() for tensor in stored.values())
     plain = gradients(inputs, spec)
     strided = gradients(replace(inputs, weights=MoEWeights(**stored)), spec)
-    for name, tensor in stored.items():
-        assert (plain[name] is None) == (strided[name] is None)
-        if plain[name] is not None:
-            assert torch.equal(plain[name], strided[name]), name
-            assert strided[name].stride() == tensor.stride(), name
+    for field, tensor in stored.items():
+        assert (plain[field] is None) == (strided[field] is None)
+        if plain[field] is not None:
+            assert torch.equal(plain[field], strided[field]), field
+            assert strided[field].stride() == tensor.stride(), field
     assert torch.equal(plain["x_TH"], strided["x_TH"])
 
 
-def test_no_element_of_scratch_memory_reaches_a_gradient() -> None:
+@pytest.mark.parametrize("name", ["everything", "every bias"])
+def test_no_element_of_scratch_memory_reaches_a_gradient(name: str) -> None:
     """Fresh memory is NaN here, and some rows have no expert: the same bits as without, twice."""
-    inputs, spec = inputs_of("everything"), CASES["everything"]
+    inputs, spec = inputs_of(name), CASES[name]
     routing = replace(spread(inputs, [0, -1, 5]), shared_TS=torch.full((6, 1), 0.5))
     first, again = (gradients(inputs, spec, {"routing": routing}) for _ in range(2))
     torch.use_deterministic_algorithms(True)
@@ -301,10 +309,10 @@ def test_no_element_of_scratch_memory_reaches_a_gradient() -> None:
         filled = gradients(inputs, spec, {"routing": routing})
     finally:
         torch.use_deterministic_algorithms(False)
-    for name, tensor in first.items():
+    for field, tensor in first.items():
         if tensor is not None:
-            assert torch.equal(tensor, again[name])
-            assert torch.equal(tensor, filled[name])
+            assert torch.equal(tensor, again[field])
+            assert torch.equal(tensor, filled[field])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

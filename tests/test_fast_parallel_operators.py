@@ -85,6 +85,55 @@ def test_torch_checks_the_second_half(num_tokens: int, outputs: int, shared: str
     opcheck(merged_down_backward, (uniform(num_tokens, outputs, seed=8, dtype=dtype), *given))
 
 
+def test_torch_checks_biases_and_weights_on_the_input() -> None:
+    """The same of what either half may take beside."""
+    x_TH, ids_TK, hosted_E, w13_EGIH, _ = first_half()
+    weights_TK, bias_EGI = uniform(6, 2, seed=2), uniform(3, 2, WIDTH, seed=9)
+    for given in ((x_TH, ids_TK, hosted_E, w13_EGIH, "silu weight_on_input=True", weights_TK),
+                  (x_TH, ids_TK, hosted_E, w13_EGIH[:, :1], "relu gated=False", None, bias_EGI[:, :1])):
+        opcheck(act_rows, wanted(given))
+        opcheck(act_rows_backward, (uniform(12, WIDTH, seed=8), *given))
+    biases = (uniform(3, OUTPUTS, seed=9), uniform(OUTPUTS, seed=10), uniform(OUTPUTS, seed=11))
+    given = (*second_half(), *biases, True)
+    opcheck(merged_down, wanted(given))
+    opcheck(merged_down_backward, (uniform(6, OUTPUTS, seed=8), *given))
+    opcheck(sum_rows, wanted((uniform(5, 3, seed=1), SOURCE_R, PLACE_TK, uniform(3, seed=2), True)))
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+@pytest.mark.parametrize("dtype", KINDS)
+def test_the_halves_with_everything_are_the_whole(dtype: torch.dtype, on_input: bool) -> None:
+    """Biases, a limit and a mean; the weight is in one half alone, and the same bits come out."""
+    x_TH, ids_TK, hosted_E, w13_EGIH, _ = first_half(dtype=dtype)
+    form, weights_TK = "silu limit=0.5 up_offset=1.0" + " weight_on_input=True" * on_input, uniform(6, 2, seed=2)
+    w2_EHI, gate_T1 = uniform(3, HIDDEN, WIDTH, seed=4, dtype=dtype), uniform(6, 1, seed=7)
+    shared_w13_GIH, shared_w2_HI = (uniform(*shape, seed=5, dtype=dtype) for shape in ((2, SHARED, HIDDEN),
+                                                                                     (HIDDEN, SHARED)))
+    bias_EGI, bias_EH, shared_bias_GI, shared_bias_H, output_bias_H = (
+        uniform(*shape, seed=9, dtype=dtype) for shape in ((3, 2, WIDTH), (3, HIDDEN), (2, SHARED), (HIDDEN,),
+                                                           (HIDDEN,)))
+    whole = experts(x_TH, ids_TK, weights_TK, hosted_E, w13_EGIH, w2_EHI, shared_w13_GIH, shared_w2_HI, gate_T1, form,
+                    "gelu", bias_EGI, bias_EH, shared_bias_GI, shared_bias_H, output_bias_H, True)
+    everybody = torch.zeros(6, 1, dtype=torch.int64)
+    shared_act_TI = act_rows(x_TH, everybody, everybody[0], shared_w13_GIH[None], "gelu", None, shared_bias_GI[None])
+    act_RI = act_rows(x_TH, ids_TK, hosted_E, w13_EGIH, form, weights_TK if on_input else None, bias_EGI)
+    halves = merged_down(act_RI, ids_TK, torch.ones_like(weights_TK) if on_input else weights_TK, hosted_E, w2_EHI,
+                         shared_act_TI, shared_w2_HI, gate_T1, bias_EH, shared_bias_H, output_bias_H, True)
+    assert torch.equal(whole, halves)
+
+
+def test_sums_of_rows_take_half_and_then_the_bias() -> None:
+    """By hand, rounded once; each token's gradient reaches the bias whole and its rows by half."""
+    rows_RH, bias_H = uniform(5, 3, seed=2).requires_grad_(), uniform(3, seed=4).requires_grad_()
+    sums_TH = sum_rows(rows_RH, SOURCE_R, PLACE_TK, bias_H, True)
+    plain_TH = sum_rows(rows_RH.detach(), SOURCE_R, PLACE_TK)
+    assert torch.equal(sums_TH, plain_TH * 0.5 + bias_H)
+    grad_TH = uniform(4, 3, seed=5)
+    of_rows_RH, of_bias_H = torch.autograd.grad(sums_TH, (rows_RH, bias_H), grad_TH)
+    assert torch.equal(of_rows_RH, take_rows(grad_TH * 0.5, SOURCE_R, PLACE_TK))
+    assert torch.equal(of_bias_H, grad_TH.sum(0))
+
+
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize("shared", ["gated", "plain", ""])
 def test_the_halves_are_the_whole(shared: str, dtype: torch.dtype) -> None:
@@ -169,6 +218,10 @@ def test_wrong_arguments_are_refused() -> None:
         merged_down(given[0][:11], *given[1:])
     with pytest.raises(UsageValueError, match="a shared expert needs the first two"):
         merged_down(*given[:6], None, None)
+    with pytest.raises(UsageValueError, match=r"weights_TK are not given, but the form is 'silu weight_on_input=True'"):
+        act_rows(x_TH, ids_TK, hosted_E, w13_EGIH, "silu weight_on_input=True")
+    with pytest.raises(UsageTypeError, match=r"bias_H: dtype torch\.bfloat16, but should be torch\.float32"):
+        sum_rows(x_TH[:5], SOURCE_R, PLACE_TK, x_TH[0].bfloat16())
     with pytest.raises(UsageTypeError, match="source_R: dtype"):
         take_rows(x_TH[:4], SOURCE_R.int(), PLACE_TK)
     with pytest.raises(UsageTypeError, match="host_TK: dtype"):

@@ -5,7 +5,7 @@ import torch
 
 import moe_fast
 import moe_ref
-from moe_ref.contract.spec import MoESpec, Router, SharedExpert
+from moe_ref.contract.spec import MLP, MoESpec, Router, SharedExpert
 from moe_ref.contract.vocabulary import Dtype, Format
 from moe_ref.contract.weights import MoEWeights, parameter_shapes
 from moe_ref.tolerances.load import load_tolerances
@@ -13,7 +13,8 @@ from moe_ref.verify.bounds.output import output_bound
 from moe_ref.verify.bounds.rounding import RoundingModel
 
 SPEC = MoESpec(hidden_size=24, intermediate_size=20, router=Router(num_experts=4, top_k=2),
-               shared=SharedExpert(intermediate_size=12, gate="sigmoid"))
+               experts=MLP(bias=True), shared=SharedExpert(intermediate_size=12, gate="sigmoid", mlp=MLP(bias=True)),
+               output_bias=True)
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -33,7 +34,7 @@ def column(tensor: torch.Tensor) -> torch.Tensor:
     return torch.stack([tensor, torch.full_like(tensor, 7.0)], -1)[..., 0]
 
 
-@pytest.mark.parametrize("which", ["tokens", "weights", "gates", "ids", "expanded"])
+@pytest.mark.parametrize("which", ["tokens", "weights", "gates", "ids", "expanded", "biases"])
 def test_views_mean_their_own_numbers(which: str) -> None:
     """Output and gradients have the same bits as for contiguous copies, and are right."""
     x_TH, weights, ids_TK = layer()
@@ -50,7 +51,9 @@ def test_views_mean_their_own_numbers(which: str) -> None:
         for name in ("tokens", "weights", "gates"):
             leaves[name] = leaves[name].detach().requires_grad_()
         routing = moe_ref.Routing(leaves["ids"], leaves["weights"], shared_TS=leaves["gates"])
-        y_TH = moe_fast.experts(leaves["tokens"], routing, weights, SPEC)
+        held = {name: column(tensor) if viewed and which == "biases" and "bias" in name else tensor
+                for name, tensor in weights.named_tensors()}
+        y_TH = moe_fast.experts(leaves["tokens"], routing, MoEWeights(**held), SPEC)
         y_TH.backward(drawn(9, 24, seed=4))
         results.append((y_TH.detach(), *(leaves[name].grad for name in ("tokens", "weights", "gates"))))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))

@@ -55,7 +55,7 @@ DEFECTS = {
     "weights not renormalised": Defect(
         "kernels/select.py", "    if RENORMALIZE:", "    if RENORMALIZE and TOP_K > 2:", "weights"),
     "gate and up exchanged": Defect(
-        "kernels/gate_up.py", "activate(gate, ACTIVATION) * up", "activate(up, ACTIVATION) * gate", "act",
+        "kernels/gate_up.py", "act_of(gate, up, FORM)", "act_of(up, gate, FORM)", "act",
         experts=list(range(8))),
     "ties go to the higher id": Defect(
         "kernels/select.py",

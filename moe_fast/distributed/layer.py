@@ -9,10 +9,13 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
 
 from moe_fast.capabilities import CAPABILITIES
-from moe_fast.distributed.roles import Role, of_tensor
+from moe_fast.distributed.parts import in_parts
+from moe_fast.distributed.roles import Role, of_argument, of_tensor
+from moe_fast.distributed.rules import BIASES
+from moe_fast.form import form_of, routed_form
 from moe_fast.operators.experts import experts
 from moe_fast.operators.router_logits import FLOATING, router_logits
-from moe_fast.operators.select import select
+from moe_fast.operators.select import select_by
 from moe_ref.contract.checks import check_is, check_residual, check_tokens
 from moe_ref.contract.errors import UsageTypeError, raise_faults
 from moe_ref.contract.features import Feature
@@ -21,7 +24,9 @@ from moe_ref.contract.weights import MoEWeights, check_weights
 
 SUPPORTED = replace(CAPABILITIES, name="moe_fast.distributed",
                     features=(Feature.DENSE, Feature.GROUPS, Feature.SELECTION_BIAS, Feature.SHARED_EXPERT,
-                              Feature.RESIDUAL))
+                              Feature.RESIDUAL, Feature.WEIGHT_ON_INPUT, Feature.NOT_GATED, Feature.MLP_BIAS,
+                              Feature.LIMIT, Feature.SCALED_SWIGLU, Feature.SOFTCAP, Feature.SHARED_MEAN,
+                              Feature.OUTPUT_BIAS))
 """What this composition of operators computes, whatever else the operators learn."""
 
 SHARED_GATE = Router(num_experts=1, top_k=1, score="sigmoid")
@@ -62,12 +67,14 @@ def _experts(x_TH: DTensor, held: Mapping[str, DTensor], spec: MoESpec, roles: S
     # Without a source rank every rank cuts its own copy, and nothing travels.
     hosted_E = distribute_tensor(torch.arange(spec.num_experts, device=x_TH.device), x_TH.device_mesh,
                                  [of_tensor("hosted_E", role) for role in roles], src_data_rank=None)
-    activation = spec.experts.activation
+    biases = [in_parts(held[name], [of_argument(name, role) for role in roles]) if name in held else None
+              for name in BIASES]
     return experts(x_TH.redistribute(placements=entry), ids_TK.redistribute(placements=entry),
                    weights_TK.redistribute(placements=entry), hosted_E, held["w13_EGIH"], held["w2_EHI"],
                    held.get("shared_w13_GIH"), held.get("shared_w2_HI"),
-                   None if gate_T1 is None else gate_T1.redistribute(placements=entry), activation,
-                   activation if spec.shared is None else spec.shared.mlp.activation)
+                   None if gate_T1 is None else gate_T1.redistribute(placements=entry), routed_form(spec),
+                   form_of(spec.experts if spec.shared is None else spec.shared.mlp), *biases,
+                   spec.shared is not None and spec.shared.merge == "mean")
 
 
 def _route(x_TH: DTensor, held: Mapping[str, DTensor], spec: MoESpec) -> tuple[DTensor, DTensor]:
@@ -79,9 +86,8 @@ def _route(x_TH: DTensor, held: Mapping[str, DTensor], spec: MoESpec) -> tuple[D
 
 def _choose(x_TH: DTensor, router_EH: DTensor, selection_bias_E: DTensor | None,
             router: Router) -> tuple[DTensor, DTensor]:
-    return select(router_logits(x_TH, router_EH), selection_bias_E, router.top_k, router.score, router.num_groups,
-                  router.num_groups_kept, router.group_score, router.renormalize, router.renormalize_epsilon,
-                  router.scaling_factor)
+    chosen = select_by(router, router_logits(x_TH, router_EH, None), None, selection_bias_E, None)
+    return chosen[:2]  # type: ignore[return-value]
 
 
 def _placed(x_TH: torch.Tensor, weights: MoEWeights) -> tuple[dict[str, DTensor], list[Role]]:

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import local_map
 from torch.distributed.tensor.placement_types import Placement
 
-from moe_fast.distributed.roles import Role, of_result, of_tensor
+from moe_fast.distributed.roles import Role, of_argument, of_gradient, of_result
 from moe_fast.distributed.rules import EXPERTS
 from moe_fast.operators.experts import experts
 from moe_ref.contract.errors import raise_faults
@@ -26,7 +26,7 @@ def local_experts(mesh: DeviceMesh, roles: Sequence[Role],
     """
     def placements(arguments: Sequence[object], place: Callable[[str, Role], Placement]) -> tuple:
         # Only DTensors have placements; what follows the tensors has no name.
-        names = [*EXPERTS, *[None] * (len(arguments) - len(EXPERTS))]
+        names = EXPERTS[:len(arguments)]
         return tuple([place(name, role) for role in roles] if name and isinstance(value, DTensor) else None
                      for name, value in zip(names, arguments, strict=True))
 
@@ -37,8 +37,8 @@ def local_experts(mesh: DeviceMesh, roles: Sequence[Role],
             raise_faults("local_experts", [f"{x_TH.shape[0]} tokens, but should be a multiple of the {parts} ranks "
                                            "that share them"])
         arguments = (x_TH, *others)
-        mapped = local_map(function, [of_result("merged_TH", role) for role in roles], placements(arguments, of_tensor),
-                           placements(arguments, of_result), mesh)
+        mapped = local_map(function, [of_result("merged_TH", role) for role in roles],
+                           placements(arguments, of_argument), placements(arguments, of_gradient), mesh)
         return mapped(*arguments)
 
     return call

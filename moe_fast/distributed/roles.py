@@ -51,3 +51,18 @@ def of_result(name: str, role: Role) -> Placement:
     """
     placement = of_tensor(name, role)
     return placement if placement.is_shard() or role is Role.REPLICATED else Partial()
+
+
+ADDED = {"w2_bias_EH": (Role.COLUMNS,), "shared_w2_bias_H": (Role.COLUMNS, Role.EXPERTS),
+         "output_bias_H": (Role.COLUMNS, Role.EXPERTS)}
+"""Biases, and the roles under which every rank holds them whole while each makes a partial sum of what they go into."""
+
+
+def of_argument(name: str, role: Role) -> Placement:
+    """Placement of a tensor as an operator takes it: as it is held, or a bias as parts of which the sum is the bias."""
+    return Partial() if role in ADDED.get(name, ()) else of_tensor(name, role)
+
+
+def of_gradient(name: str, role: Role) -> Placement:
+    """Placement of the gradient of an argument; of a bias that is taken in parts each rank makes the whole."""
+    return Replicate() if role in ADDED.get(name, ()) else of_result(name, role)

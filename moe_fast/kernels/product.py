@@ -9,10 +9,10 @@ from moe_fast.tiles import gemm_tile
 
 
 @triton.jit
-def product_kernel(left, right, result, num_rows, num_columns, inner_size, stride_left_M, stride_left_K,
-                   stride_right_N, stride_right_K, stride_result_M, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                   BLOCK_K: tl.constexpr):
-    """result = left @ right^T, accumulated in fp32, rounded once."""
+def product_kernel(left, right, bias, result, num_rows, num_columns, inner_size, stride_left_M, stride_left_K,
+                   stride_right_N, stride_right_K, stride_bias_N, stride_result_M, HAS_BIAS: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """result = left @ right^T (+ bias), accumulated in fp32, rounded once."""
     m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -30,21 +30,31 @@ def product_kernel(left, right, result, num_rows, num_columns, inner_size, strid
         total = tl.dot(left_tile, right_tile, total, input_precision="ieee")
         left_at += BLOCK_K * stride_left_K
         right_at += BLOCK_K * stride_right_K
+    if HAS_BIAS:
+        total += tl.load(bias + n * stride_bias_N, mask=n < num_columns, other=0.0).to(tl.float32)[None, :]
     tl.store(result + m.to(tl.int64)[:, None] * stride_result_M + n[None, :], total.to(result.dtype.element_ty),
              mask=(m < num_rows)[:, None] & (n < num_columns)[None, :])
 
 
-def product(left_MK: torch.Tensor, right_NK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """left_MK @ right_NK^T, (M, N) in `dtype`; operands of different dtypes are multiplied in fp32."""
+def product(left_MK: torch.Tensor, right_NK: torch.Tensor, dtype: torch.dtype,
+            bias_N: torch.Tensor | None = None) -> torch.Tensor:
+    """left_MK @ right_NK^T + bias_N, (M, N) in `dtype`; operands of different dtypes are multiplied in fp32."""
     (num_rows, inner), num_columns, device = left_MK.shape, right_NK.shape[0], left_MK.device
     result_MN = torch.empty(num_rows, num_columns, dtype=dtype, device=device)
     operands = torch.promote_types(left_MK.dtype, right_NK.dtype)
     tile = gemm_tile(device, operands, min(num_rows, 32), min(num_columns, 64), inner)
     block_n = max(16, min(tile.block_n, triton.next_power_of_2(num_columns)))
     launch(product_kernel, (triton.cdiv(num_rows, tile.block_m), triton.cdiv(num_columns, block_n)), device,
-           left=left_MK, right=right_NK, result=result_MN, num_rows=num_rows, num_columns=num_columns,
-           inner_size=inner, stride_left_M=left_MK.stride(0), stride_left_K=left_MK.stride(1),
-           stride_right_N=right_NK.stride(0), stride_right_K=right_NK.stride(1), stride_result_M=result_MN.stride(0),
-           BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=tile.block_k, num_warps=tile.num_warps,
-           num_stages=tile.num_stages)
+           left=left_MK, right=right_NK, bias=left_MK if bias_N is None else bias_N, result=result_MN,
+           num_rows=num_rows, num_columns=num_columns, inner_size=inner, stride_left_M=left_MK.stride(0),
+           stride_left_K=left_MK.stride(1), stride_right_N=right_NK.stride(0), stride_right_K=right_NK.stride(1),
+           stride_bias_N=0 if bias_N is None else bias_N.stride(0), stride_result_M=result_MN.stride(0),
+           HAS_BIAS=bias_N is not None, BLOCK_M=tile.block_m, BLOCK_N=block_n, BLOCK_K=tile.block_k,
+           num_warps=tile.num_warps, num_stages=tile.num_stages)
     return result_MN
+
+
+def column_sums(parts_TN: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(N,) in `dtype`: rows added up in fp32 and in fixed order, as a product with ones."""
+    ones_1T = torch.ones(1, 1, dtype=parts_TN.dtype, device=parts_TN.device).expand(1, len(parts_TN))
+    return product(ones_1T, parts_TN.T, dtype)[0]

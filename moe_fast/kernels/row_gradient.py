@@ -13,8 +13,9 @@ from moe_fast.tiles import Tile
 @triton.jit
 def row_gradient_kernel(grad_gate_up, w13, grad_rows, sorted_rows, block_expert, block_row, block_row_end, num_blocks,
                         hidden_size, intermediate_size, stride_w_E, stride_w_G, stride_w_I, stride_w_H,
-                        BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, GROUP: tl.constexpr):
-    """grad_rows[row] = grad_gate[position] @ w1 + grad_up[position] @ w3, accumulated in fp32, rounded once."""
+                        NUM_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr,
+                        GROUP: tl.constexpr):
+    """grad_rows[row] = grad_gate[position] @ w1 (+ grad_up[position] @ w3), accumulated in fp32, rounded once."""
     block, column = grouped_tile(num_blocks, tl.cdiv(hidden_size, BLOCK_H), GROUP)
     expert = tl.load(block_expert + block)
     if expert < 0:
@@ -27,8 +28,8 @@ def row_gradient_kernel(grad_gate_up, w13, grad_rows, sorted_rows, block_expert,
     i = tl.arange(0, BLOCK_I)
     total = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
     # Gate, then up: one loop over both would keep four tiles in shared memory instead of two.
-    for g in tl.static_range(2):
-        grad_at = grad_gate_up + (position.to(tl.int64)[:, None] * 2 + g) * intermediate_size + i[None, :]
+    for g in tl.static_range(NUM_PARTS):
+        grad_at = grad_gate_up + (position.to(tl.int64)[:, None] * NUM_PARTS + g) * intermediate_size + i[None, :]
         w_at = w13 + expert.to(tl.int64) * stride_w_E + g * stride_w_G + h.to(tl.int64)[None, :] * stride_w_H
         w_at += i.to(tl.int64)[:, None] * stride_w_I
         for start in range(0, intermediate_size, BLOCK_I):
@@ -56,6 +57,6 @@ def row_gradient(grad_gate_up_RGI: torch.Tensor, w13_EGIH: torch.Tensor, alignme
            block_expert=alignment.block_expert, block_row=alignment.block_row,
            block_row_end=alignment.block_row_end, num_blocks=alignment.num_blocks, hidden_size=hidden,
            intermediate_size=intermediate, stride_w_E=stride_E, stride_w_G=stride_G, stride_w_I=stride_I,
-           stride_w_H=stride_H, BLOCK_M=tile.block_m, BLOCK_H=tile.block_n, BLOCK_I=tile.block_k, GROUP=tile.group,
-           num_warps=tile.num_warps, num_stages=tile.num_stages)
+           stride_w_H=stride_H, NUM_PARTS=w13_EGIH.shape[1], BLOCK_M=tile.block_m, BLOCK_H=tile.block_n,
+           BLOCK_I=tile.block_k, GROUP=tile.group, num_warps=tile.num_warps, num_stages=tile.num_stages)
     return grad_rows_RH

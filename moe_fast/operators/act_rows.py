@@ -2,7 +2,9 @@
 
 import torch
 
+from moe_fast.form import parse_form
 from moe_fast.kernels.align import align
+from moe_fast.kernels.bias_gradient import bias_gradient
 from moe_fast.kernels.combine import combine
 from moe_fast.kernels.gate_up import gate_up
 from moe_fast.kernels.order import order
@@ -14,68 +16,85 @@ from moe_fast.operators.checks import check_dtypes, check_shapes
 from moe_fast.operators.once import refuse_second_gradients
 from moe_fast.operators.rows import mean_rows
 from moe_fast.tiles import gemm_tile
+from moe_ref.contract.errors import raise_faults
 
 
 @torch.library.custom_op("moe_fast::act_rows", mutates_args=())
-def act_rows(x_TH: torch.Tensor, ids_TK: torch.Tensor, hosted_E: torch.Tensor, w13_EGIH: torch.Tensor,
-             activation: str) -> torch.Tensor:
+def act_rows(x_TH: torch.Tensor, ids_TK: torch.Tensor, hosted_E: torch.Tensor, w13_EGIH: torch.Tensor, form: str,
+             weights_TK: torch.Tensor | None = None, w13_bias_EGI: torch.Tensor | None = None) -> torch.Tensor:
     """act_RI in x's dtype and (token, slot) order, R = T * K; zero for rows of no expert at hand.
 
-    The arguments are those of moe_fast::experts. Products accumulate in fp32, rows are rounded once. Raises
-    UsageValueError / UsageTypeError on wrong shapes or dtypes.
+    The arguments are those of moe_fast::experts; weights_TK are given where the form has them on the input. Products
+    accumulate in fp32, rows are rounded once. Raises UsageValueError / UsageTypeError on wrong shapes, dtypes or words.
     """
-    _check("moe_fast::act_rows", x_TH, ids_TK, hosted_E, w13_EGIH)
-    (num_experts, _, intermediate, hidden), top_k = w13_EGIH.shape, ids_TK.shape[1]
-    tile = gemm_tile(x_TH.device, x_TH.dtype, mean_rows(ids_TK, num_experts), intermediate, hidden, accumulators=2)
+    _check("moe_fast::act_rows", x_TH, ids_TK, hosted_E, w13_EGIH, form, weights_TK, w13_bias_EGI)
+    (num_experts, num_parts, intermediate, hidden), top_k = w13_EGIH.shape, ids_TK.shape[1]
+    tile = gemm_tile(x_TH.device, x_TH.dtype, mean_rows(ids_TK, num_experts), intermediate, hidden,
+                     accumulators=num_parts)
     alignment = align(ids_TK, hosted_E, tile.block_m)
-    sorted_act_RI = gate_up(x_TH, w13_EGIH, alignment, top_k, activation, tile)
+    row_weights_R = None if weights_TK is None else weights_TK.reshape(-1)
+    sorted_act_RI = gate_up(x_TH, w13_EGIH, w13_bias_EGI, row_weights_R, alignment, top_k, parse_form(form), tile)
     return take(sorted_act_RI, order(alignment)[1])
 
 
 @act_rows.register_fake
-def _(x_TH: torch.Tensor, ids_TK: torch.Tensor, hosted_E: torch.Tensor, w13_EGIH: torch.Tensor,
-      activation: str) -> torch.Tensor:
-    _check("moe_fast::act_rows", x_TH, ids_TK, hosted_E, w13_EGIH)
+def _(x_TH: torch.Tensor, ids_TK: torch.Tensor, hosted_E: torch.Tensor, w13_EGIH: torch.Tensor, form: str,
+      weights_TK: torch.Tensor | None = None, w13_bias_EGI: torch.Tensor | None = None) -> torch.Tensor:
+    _check("moe_fast::act_rows", x_TH, ids_TK, hosted_E, w13_EGIH, form, weights_TK, w13_bias_EGI)
     return x_TH.new_empty(ids_TK.shape[0] * ids_TK.shape[1], w13_EGIH.shape[2])
 
 
 @torch.library.custom_op("moe_fast::act_rows_backward", mutates_args=())
 def act_rows_backward(grad_RI: torch.Tensor, x_TH: torch.Tensor, ids_TK: torch.Tensor, hosted_E: torch.Tensor,
-                      w13_EGIH: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x_TH and w13_EGIH from that of act_RI, all in x's dtype; sums in fp32 and in fixed order.
+                      w13_EGIH: torch.Tensor, form: str, weights_TK: torch.Tensor | None = None,
+                      w13_bias_EGI: torch.Tensor | None = None,
+                      ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x_TH, w13_EGIH, weights_TK and w13_bias_EGI from that of act_RI; sums in fp32 and in fixed order.
 
-    Rows between the products are rounded to x's dtype. Formulas: moe_ref.oracle.backward.mlp. Raises UsageValueError /
-    UsageTypeError on wrong shapes or dtypes.
+    Each has the shape and dtype of its tensor; of those that are not given, shape (0,). Rows between the products are
+    rounded to x's dtype. Formulas: moe_ref.oracle.backward.mlp. Raises UsageValueError / UsageTypeError on wrong
+    shapes, dtypes or words.
     """
-    _check("moe_fast::act_rows_backward", x_TH, ids_TK, hosted_E, w13_EGIH, grad_RI)
+    _check("moe_fast::act_rows_backward", x_TH, ids_TK, hosted_E, w13_EGIH, form, weights_TK, w13_bias_EGI, grad_RI)
     (num_experts, _, intermediate, hidden), top_k = w13_EGIH.shape, ids_TK.shape[1]
     rows_per_expert = mean_rows(ids_TK, num_experts)
     first = gemm_tile(x_TH.device, x_TH.dtype, rows_per_expert, intermediate, hidden, accumulators=4)
     second = gemm_tile(x_TH.device, x_TH.dtype, rows_per_expert, hidden, intermediate)
     assert first.block_m == second.block_m
     alignment = align(ids_TK, hosted_E, first.block_m)
-    grad_gate_up_RGI = projection_gradient(grad_RI, x_TH, w13_EGIH, alignment, top_k, activation, first)
+    row_weights_R = None if weights_TK is None else weights_TK.reshape(-1)
+    grad_gate_up_RGI, grad_weights_R = projection_gradient(grad_RI, x_TH, w13_EGIH, w13_bias_EGI, row_weights_R,
+                                                           alignment, top_k, parse_form(form), first)
     rows_RH = row_gradient(grad_gate_up_RGI, w13_EGIH, alignment, second)
-    grad_w13_EGIH = torch.empty_like(w13_EGIH)
+    grad_w13_EGIH, grad_bias_EGI = torch.empty_like(w13_EGIH), x_TH.new_empty(0)
     weight_gradient(grad_gate_up_RGI, x_TH, grad_w13_EGIH, alignment, top_k)
-    return combine(rows_RH, None, alignment.local_ids_R, *ids_TK.shape), grad_w13_EGIH
+    if w13_bias_EGI is not None:
+        grad_bias_EGI = bias_gradient(grad_gate_up_RGI.flatten(1), num_experts, alignment).view(w13_bias_EGI.shape)
+    grad_weights_TK = x_TH.new_empty(0) if weights_TK is None else grad_weights_R.view(ids_TK.shape)
+    return combine(rows_RH, None, alignment.local_ids_R, *ids_TK.shape), grad_w13_EGIH, grad_weights_TK, grad_bias_EGI
 
 
 @act_rows_backward.register_fake
 def _(grad_RI: torch.Tensor, x_TH: torch.Tensor, ids_TK: torch.Tensor, hosted_E: torch.Tensor,
-      w13_EGIH: torch.Tensor, activation: str) -> tuple[torch.Tensor, torch.Tensor]:
-    _check("moe_fast::act_rows_backward", x_TH, ids_TK, hosted_E, w13_EGIH, grad_RI)
-    return x_TH.new_empty(x_TH.shape), torch.empty_like(w13_EGIH)
+      w13_EGIH: torch.Tensor, form: str, weights_TK: torch.Tensor | None = None,
+      w13_bias_EGI: torch.Tensor | None = None,
+      ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check("moe_fast::act_rows_backward", x_TH, ids_TK, hosted_E, w13_EGIH, form, weights_TK, w13_bias_EGI, grad_RI)
+    return (x_TH.new_empty(x_TH.shape), torch.empty_like(w13_EGIH),
+            x_TH.new_empty(0) if weights_TK is None else weights_TK.new_empty(weights_TK.shape),
+            x_TH.new_empty(0) if w13_bias_EGI is None else w13_bias_EGI.new_empty(w13_bias_EGI.shape))
 
 
 def _setup_context(ctx, inputs: tuple, output: torch.Tensor) -> None:
-    *tensors, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.form, weights_TK, w13_bias_EGI = inputs
+    ctx.save_for_backward(*tensors, weights_TK, w13_bias_EGI)
 
 
 def _backward(ctx, grad_RI: torch.Tensor):
-    grad_x_TH, grad_w13_EGIH = act_rows_backward(grad_RI, *ctx.saved_tensors, ctx.activation)
-    return grad_x_TH, None, None, grad_w13_EGIH, None
+    *tensors, weights_TK, w13_bias_EGI = ctx.saved_tensors
+    found = act_rows_backward(grad_RI, *tensors, ctx.form, weights_TK, w13_bias_EGI)
+    return (found[0], None, None, found[1], None, None if weights_TK is None else found[2],
+            None if w13_bias_EGI is None else found[3])
 
 
 act_rows.register_autograd(_backward, setup_context=_setup_context)
@@ -83,9 +102,16 @@ act_rows_backward.register_autograd(refuse_second_gradients)
 
 
 def _check(operator: str, x_TH: torch.Tensor, ids_TK: torch.Tensor, hosted_E: torch.Tensor, w13_EGIH: torch.Tensor,
+           form: str, weights_TK: torch.Tensor | None, w13_bias_EGI: torch.Tensor | None,
            grad_RI: torch.Tensor | None = None) -> None:
-    tensors = {"x_TH": x_TH, "ids_TK": ids_TK, "hosted_E": hosted_E, "w13_EGIH": w13_EGIH, "grad_RI": grad_RI}
-    check_shapes(operator, tensors, {"G": 2} | ({"R": ids_TK.numel()} if ids_TK.dim() == 2 else {}))
-    check_dtypes(operator, {"w13_EGIH": w13_EGIH, "grad_RI": grad_RI}, (x_TH.dtype,))
+    parsed = parse_form(form)
+    if parsed.weight_on_input != (weights_TK is not None):
+        raise_faults(operator, [f"weights_TK are {'not ' * (weights_TK is None)}given, but the form is {form!r}"])
+    tensors = {"x_TH": x_TH, "ids_TK": ids_TK, "weights_TK": weights_TK, "hosted_E": hosted_E, "w13_EGIH": w13_EGIH,
+               "w13_bias_EGI": w13_bias_EGI, "grad_RI": grad_RI}
+    check_shapes(operator, tensors, {"G": parsed.num_projections}
+                 | ({"R": ids_TK.numel()} if ids_TK.dim() == 2 else {}))
+    check_dtypes(operator, {"w13_EGIH": w13_EGIH, "w13_bias_EGI": w13_bias_EGI, "grad_RI": grad_RI}, (x_TH.dtype,))
+    check_dtypes(operator, {"weights_TK": weights_TK}, (torch.float32,))
     check_dtypes(operator, {"ids_TK": ids_TK}, (torch.int32, torch.int64))
     check_dtypes(operator, {"hosted_E": hosted_E}, (torch.int64,))

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 
 import torch
 
-from moe_fast.capabilities import CAPABILITIES
 from moe_ref.contract.errors import UsageTypeError, raise_faults
 
 Tensors = Mapping[str, torch.Tensor | None]
@@ -51,25 +50,3 @@ def check_words(operator: str, words: Mapping[str, str], allowed: tuple[str, ...
     """Raise UsageValueError unless every word is one of those that the kernels know."""
     raise_faults(operator, [f"{name}={word!r}, but should be one of {', '.join(allowed)}"
                             for name, word in words.items() if word not in allowed])
-
-
-def check_experts(operator: str, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor,
-                  hosted_E: torch.Tensor, w13_EGIH: torch.Tensor, w2_EHI: torch.Tensor,
-                  shared_w13_GIH: torch.Tensor | None, shared_w2_HI: torch.Tensor | None,
-                  shared_gate_T1: torch.Tensor | None, activation: str, shared_activation: str) -> None:
-    """Raise UsageValueError / UsageTypeError unless the arguments of the experts fit together."""
-    tokens = {"x_TH": x_TH, "ids_TK": ids_TK, "weights_TK": weights_TK}
-    routed = {"w13_EGIH": w13_EGIH, "w2_EHI": w2_EHI}
-    shared = {"shared_w13_GIH": shared_w13_GIH, "shared_w2_HI": shared_w2_HI}
-    if (shared_w13_GIH is None) != (shared_w2_HI is None) or (shared_w13_GIH is None and shared_gate_T1 is not None):
-        given = [name for name, tensor in (shared | {"shared_gate_T1": shared_gate_T1}).items() if tensor is not None]
-        raise_faults(operator, [f"only {' and '.join(given)} given, but a shared expert needs {' and '.join(shared)}"])
-    gate, hosted = {"shared_gate_T1": shared_gate_T1}, {"hosted_E": hosted_E}
-    check_shapes(operator, tokens | hosted | routed, {"G": 2})
-    check_shapes(operator, tokens | shared | gate, {"G": 2, "1": 1})
-    check_one_device(operator, tokens | hosted | routed | shared | gate)
-    check_dtypes(operator, routed | shared, (x_TH.dtype,))
-    check_dtypes(operator, {"weights_TK": weights_TK} | gate, (torch.float32,))
-    check_dtypes(operator, {"ids_TK": ids_TK}, (torch.int32, torch.int64))
-    check_dtypes(operator, hosted, (torch.int64,))
-    check_words(operator, {"activation": activation, "shared_activation": shared_activation}, CAPABILITIES.activations)

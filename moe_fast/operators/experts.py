@@ -7,9 +7,9 @@ from moe_fast.kernels.combine import combine
 from moe_fast.kernels.down import down
 from moe_fast.kernels.gate_up import gate_up
 from moe_fast.observe import record_routed_rows
-from moe_fast.operators.checks import check_experts
+from moe_fast.operators.arguments import ExpertsArguments, GroupedMLP
 from moe_fast.operators.experts_backward import experts_backward
-from moe_fast.operators.rows import every_token, mean_rows
+from moe_fast.operators.rows import mean_rows
 from moe_fast.tiles import gemm_tile
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Stage
@@ -18,60 +18,57 @@ from moe_ref.contract.vocabulary import Stage
 @torch.library.custom_op("moe_fast::experts", mutates_args=())
 def experts(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, hosted_E: torch.Tensor,
             w13_EGIH: torch.Tensor, w2_EHI: torch.Tensor, shared_w13_GIH: torch.Tensor | None,
-            shared_w2_HI: torch.Tensor | None, shared_gate_T1: torch.Tensor | None, activation: str,
-            shared_activation: str) -> torch.Tensor:
+            shared_w2_HI: torch.Tensor | None, shared_gate_T1: torch.Tensor | None, form: str, shared_form: str,
+            w13_bias_EGI: torch.Tensor | None = None, w2_bias_EH: torch.Tensor | None = None,
+            shared_w13_bias_GI: torch.Tensor | None = None, shared_w2_bias_H: torch.Tensor | None = None,
+            output_bias_H: torch.Tensor | None = None, mean: bool = False) -> torch.Tensor:
     """merged_TH of one rank in x's dtype: sum of weighted expert rows, plus the shared expert times its gate.
 
     hosted_E (int64): the global id of the expert at each place of w13 and w2; any other id (int32 or int64)
-    contributes nothing. weights_TK, shared_gate_T1: fp32; the other tensors in x's dtype. Zero experts, columns or
-    tokens are valid. Products accumulate in fp32; act, down, shared and merged rows are rounded to x's dtype.
-    Raises UsageValueError / UsageTypeError on wrong shapes or dtypes.
+    contributes nothing. weights_TK, shared_gate_T1: fp32; the other tensors in x's dtype. form, shared_form: the words
+    of moe_fast.form.form_of. mean: half of that sum; output_bias_H is added at the end. Zero experts, columns or tokens
+    are valid. Products accumulate in fp32; act, down, shared and merged rows are rounded to x's dtype. Formulas:
+    moe_ref.oracle. Raises UsageValueError / UsageTypeError on wrong shapes, dtypes or words.
     """
-    return experts_forward(x_TH, ids_TK, weights_TK, hosted_E, w13_EGIH, w2_EHI, shared_w13_GIH, shared_w2_HI,
-                           shared_gate_T1, activation, shared_activation)
+    return experts_forward(ExpertsArguments(
+        x_TH, ids_TK, weights_TK, hosted_E, w13_EGIH, w2_EHI, shared_w13_GIH, shared_w2_HI, shared_gate_T1, form,
+        shared_form, w13_bias_EGI, w2_bias_EH, shared_w13_bias_GI, shared_w2_bias_H, output_bias_H, mean))
 
 
 @experts.register_fake
-def _(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, hosted_E: torch.Tensor,
-      w13_EGIH: torch.Tensor, w2_EHI: torch.Tensor, shared_w13_GIH: torch.Tensor | None,
-      shared_w2_HI: torch.Tensor | None, shared_gate_T1: torch.Tensor | None, activation: str,
-      shared_activation: str) -> torch.Tensor:
-    check_experts("moe_fast::experts", x_TH, ids_TK, weights_TK, hosted_E, w13_EGIH, w2_EHI, shared_w13_GIH,
-                  shared_w2_HI, shared_gate_T1, activation, shared_activation)
-    return x_TH.new_empty(x_TH.shape)
+def _(*arguments, **options) -> torch.Tensor:
+    given = ExpertsArguments(*arguments, **options)
+    given.check("moe_fast::experts")
+    return given.x_TH.new_empty(given.x_TH.shape)
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
-    *tensors, activation, shared_activation = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.activations = activation, shared_activation  # type: ignore[attr-defined]
+def _setup_context(ctx, inputs: tuple, output: torch.Tensor) -> None:
+    ctx.plain = {place: value for place, value in enumerate(inputs) if isinstance(value, str | bool)}
+    ctx.save_for_backward(*(None if place in ctx.plain else value for place, value in enumerate(inputs)))
 
 
 def _backward(ctx, grad_TH: torch.Tensor):
-    x_TH, weights_TK, *parameters = experts_backward(grad_TH, *ctx.saved_tensors, *ctx.activations)
-    has_shared, has_gate = (ctx.saved_tensors[place] is not None for place in (6, 8))
-    w13_EGIH, w2_EHI, shared_w13_GIH, shared_w2_HI, shared_gate_T1 = parameters
-    shared = (shared_w13_GIH, shared_w2_HI) if has_shared else (None, None)
-    return (x_TH, None, weights_TK, None, w13_EGIH, w2_EHI, *shared, shared_gate_T1 if has_gate else None, None, None)
+    inputs = [ctx.plain.get(place, tensor) for place, tensor in enumerate(ctx.saved_tensors)]
+    found = dict(zip(GRADIENT_PLACES, experts_backward(grad_TH, *inputs), strict=True))
+    return tuple(found.get(place) if tensor is not None else None for place, tensor in enumerate(ctx.saved_tensors))
 
+
+GRADIENT_PLACES = (0, 2, 4, 5, 6, 7, 8, 11, 12, 13, 14, 15)
+"""Places among the arguments of what experts_backward returns gradients of, in its order."""
 
 experts.register_autograd(_backward, setup_context=_setup_context)
 
 
-def experts_forward(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, hosted_E: torch.Tensor,
-                    w13_EGIH: torch.Tensor, w2_EHI: torch.Tensor, shared_w13_GIH: torch.Tensor | None,
-                    shared_w2_HI: torch.Tensor | None, shared_gate_T1: torch.Tensor | None, activation: str,
-                    shared_activation: str, trace: Trace | None = None) -> torch.Tensor:
+def experts_forward(given: ExpertsArguments, trace: Trace | None = None) -> torch.Tensor:
     """What the operator runs; called by itself it shows its stages to a trace, and has no gradient."""
-    check_experts("moe_fast::experts", x_TH, ids_TK, weights_TK, hosted_E, w13_EGIH, w2_EHI, shared_w13_GIH,
-                  shared_w2_HI, shared_gate_T1, activation, shared_activation)
-    alignment, act_RI, down_RH = mlp_rows(x_TH, ids_TK, weights_TK, hosted_E, w13_EGIH, w2_EHI, activation)
+    given.check("moe_fast::experts")
+    alignment, act_RI, down_RH = mlp_rows(given.routed())
     record_routed_rows(trace, alignment, act_RI, down_RH)
-    shared_TH = None
-    if shared_w13_GIH is not None and shared_w2_HI is not None:
-        _, _, shared_TH = mlp_rows(x_TH, *every_token(x_TH, shared_gate_T1), shared_w13_GIH[None], shared_w2_HI[None],
-                                   shared_activation)
-    merged_TH = combine(down_RH, shared_TH, alignment.local_ids_R, *ids_TK.shape)
+    shared, shared_TH = given.shared(), None
+    if shared is not None:
+        _, _, shared_TH = mlp_rows(shared)
+    merged_TH = combine(down_RH, shared_TH, alignment.local_ids_R, *given.ids_TK.shape, bias_H=given.output_bias_H,
+                        mean=given.mean)
     if trace is not None:
         if shared_TH is not None:
             trace.record(Stage.SHARED, shared_TH)
@@ -79,15 +76,14 @@ def experts_forward(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.
     return merged_TH
 
 
-def mlp_rows(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, hosted_E: torch.Tensor,
-             w13_EGIH: torch.Tensor, w2_EHI: torch.Tensor,
-             activation: str) -> tuple[Alignment, torch.Tensor, torch.Tensor]:
+def mlp_rows(mlp: GroupedMLP) -> tuple[Alignment, torch.Tensor, torch.Tensor]:
     """The alignment, act_RI in expert order and weighted down_RH in (token, slot) order."""
-    (num_experts, _, intermediate, hidden), top_k = w13_EGIH.shape, ids_TK.shape[1]
-    rows_per_expert = mean_rows(ids_TK, num_experts)
-    first = gemm_tile(x_TH.device, x_TH.dtype, rows_per_expert, intermediate, hidden, accumulators=2)
-    second = gemm_tile(x_TH.device, x_TH.dtype, rows_per_expert, hidden, intermediate)
+    (num_experts, num_parts, intermediate, hidden), top_k = mlp.w13_EGIH.shape, mlp.ids_TK.shape[1]
+    rows_per_expert, device, dtype = mean_rows(mlp.ids_TK, num_experts), mlp.x_TH.device, mlp.x_TH.dtype
+    first = gemm_tile(device, dtype, rows_per_expert, intermediate, hidden, accumulators=num_parts)
+    second = gemm_tile(device, dtype, rows_per_expert, hidden, intermediate)
     assert first.block_m == second.block_m
-    alignment = align(ids_TK, hosted_E, first.block_m)
-    act_RI = gate_up(x_TH, w13_EGIH, alignment, top_k, activation, first)
-    return alignment, act_RI, down(act_RI, w2_EHI, weights_TK.reshape(-1), alignment, second)
+    alignment = align(mlp.ids_TK, mlp.hosted_E, first.block_m)
+    act_RI = gate_up(mlp.x_TH, mlp.w13_EGIH, mlp.w13_bias_EGI, mlp.weights_TK.reshape(-1), alignment, top_k, mlp.form,
+                     first)
+    return alignment, act_RI, down(act_RI, mlp.w2_EHI, mlp.w2_bias_EH, mlp.output_weights_R, alignment, second)

@@ -6,44 +6,52 @@ import torch
 
 from moe_fast.kernels.act_gradient import act_gradient
 from moe_fast.kernels.align import Alignment, align
+from moe_fast.kernels.bias_gradient import bias_gradient, weighted_bias_gradient
+from moe_fast.kernels.bias_product import bias_product
 from moe_fast.kernels.combine import combine
 from moe_fast.kernels.row_gradient import row_gradient
 from moe_fast.kernels.weight_gradient import weight_gradient
-from moe_fast.operators.checks import check_experts
+from moe_fast.operators.arguments import ExpertsArguments, GroupedMLP
 from moe_fast.operators.once import refuse_second_gradients
-from moe_fast.operators.rows import every_token, mean_rows
+from moe_fast.operators.rows import mean_rows, sum_of_tokens
 from moe_fast.tiles import gemm_tile
 from moe_ref.contract.errors import raise_faults
 
-Seven = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Tensor = torch.Tensor
+Twelve = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 @torch.library.custom_op("moe_fast::experts_backward", mutates_args=())
 def experts_backward(grad_TH: torch.Tensor, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor,
                      hosted_E: torch.Tensor, w13_EGIH: torch.Tensor, w2_EHI: torch.Tensor,
                      shared_w13_GIH: torch.Tensor | None, shared_w2_HI: torch.Tensor | None,
-                     shared_gate_T1: torch.Tensor | None, activation: str, shared_activation: str) -> Seven:
-    """Gradients of x_TH, weights_TK, w13_EGIH, w2_EHI, shared_w13_GIH, shared_w2_HI and shared_gate_T1, in this order.
+                     shared_gate_T1: torch.Tensor | None, form: str, shared_form: str,
+                     w13_bias_EGI: torch.Tensor | None = None, w2_bias_EH: torch.Tensor | None = None,
+                     shared_w13_bias_GI: torch.Tensor | None = None, shared_w2_bias_H: torch.Tensor | None = None,
+                     output_bias_H: torch.Tensor | None = None, mean: bool = False) -> Twelve:
+    """Gradients of x_TH, weights_TK, w13_EGIH, w2_EHI, shared_w13_GIH, shared_w2_HI, shared_gate_T1, and of the biases.
 
-    grad_TH is that of the operator's result, in x's dtype; the other arguments are the operator's. Each gradient has
+    In the order of the operator's arguments, which follow grad_TH, the gradient of its result in x's dtype. Each has
     the shape and dtype of its tensor; of those that are not given, shape (0,). Sums are in fp32 and in fixed order;
     rows between the products are rounded to x's dtype. Formulas: moe_ref.oracle.backward.layer. Raises UsageValueError
-    / UsageTypeError on wrong shapes or dtypes.
+    / UsageTypeError on wrong shapes, dtypes or words.
     """
-    check_experts("moe_fast::experts_backward", x_TH, ids_TK, weights_TK, hosted_E, w13_EGIH, w2_EHI, shared_w13_GIH,
-                  shared_w2_HI, shared_gate_T1, activation, shared_activation)
+    given = ExpertsArguments(
+        x_TH, ids_TK, weights_TK, hosted_E, w13_EGIH, w2_EHI, shared_w13_GIH, shared_w2_HI, shared_gate_T1, form,
+        shared_form, w13_bias_EGI, w2_bias_EH, shared_w13_bias_GI, shared_w2_bias_H, output_bias_H, mean)
+    given.check("moe_fast::experts_backward")
     _check_gradient(grad_TH, x_TH)
-    routed = _mlp_gradients(grad_TH, x_TH, ids_TK, weights_TK, hosted_E, w13_EGIH, w2_EHI, activation)
-    shared = None
-    if shared_w13_GIH is not None and shared_w2_HI is not None:
-        shared = _mlp_gradients(grad_TH, x_TH, *every_token(x_TH, shared_gate_T1), shared_w13_GIH[None],
-                                shared_w2_HI[None], shared_activation)
+    part_TH = grad_TH * 0.5 if mean else grad_TH
+    routed, shared_mlp = _mlp_gradients(part_TH, given.routed()), given.shared()
+    shared = None if shared_mlp is None else _mlp_gradients(part_TH, shared_mlp)
     grad_x_TH = combine(routed.rows_RH, None if shared is None else shared.rows_RH, routed.alignment.local_ids_R,
                         *ids_TK.shape)
-    return (grad_x_TH, routed.weights_TK, routed.w13_EGIH, routed.w2_EHI,
-            x_TH.new_empty(0) if shared is None else shared.w13_EGIH[0],
-            x_TH.new_empty(0) if shared is None else shared.w2_EHI[0],
-            x_TH.new_empty(0) if shared is None or shared_gate_T1 is None else shared.weights_TK)
+    of_shared = (None,) * 4 if shared is None else [None if one is None else one[0] for one in shared[3:]]
+    gate_T1 = None if shared is None or shared_gate_T1 is None else shared.weights_TK
+    found = (grad_x_TH, routed.weights_TK, routed.w13_EGIH, routed.w2_EHI, *of_shared[:2], gate_T1,
+             routed.w13_bias_EGI, routed.w2_bias_EH, *of_shared[2:],
+             None if output_bias_H is None else sum_of_tokens(grad_TH))
+    return tuple(x_TH.new_empty(0) if one is None else one for one in found)  # type: ignore[return-value]
 
 
 class _Gradients(NamedTuple):
@@ -54,37 +62,51 @@ class _Gradients(NamedTuple):
     weights_TK: torch.Tensor
     w13_EGIH: torch.Tensor
     w2_EHI: torch.Tensor
+    w13_bias_EGI: torch.Tensor | None
+    w2_bias_EH: torch.Tensor | None
 
 
-def _mlp_gradients(grad_TH: torch.Tensor, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor,
-                   hosted_E: torch.Tensor, w13_EGIH: torch.Tensor, w2_EHI: torch.Tensor,
-                   activation: str) -> _Gradients:
-    (num_experts, _, intermediate, hidden), top_k = w13_EGIH.shape, ids_TK.shape[1]
-    rows_per_expert = mean_rows(ids_TK, num_experts)
+def _mlp_gradients(grad_TH: torch.Tensor, mlp: GroupedMLP) -> _Gradients:
+    (num_experts, _, intermediate, hidden), top_k, x_TH = mlp.w13_EGIH.shape, mlp.ids_TK.shape[1], mlp.x_TH
+    rows_per_expert = mean_rows(mlp.ids_TK, num_experts)
     tile = gemm_tile(x_TH.device, x_TH.dtype, rows_per_expert, hidden, intermediate)
-    alignment = align(ids_TK, hosted_E, tile.block_m)
+    alignment = align(mlp.ids_TK, mlp.hosted_E, tile.block_m)
     grad_gate_up_RGI, weighted_act_RI, grad_weights_R = act_gradient(
-        x_TH, grad_TH, w13_EGIH, w2_EHI, weights_TK.reshape(-1), alignment, top_k, activation, rows_per_expert)
-    rows_RH = row_gradient(grad_gate_up_RGI, w13_EGIH, alignment, tile)
-    grad_w13_EGIH, grad_w2_EHI = torch.empty_like(w13_EGIH), torch.empty_like(w2_EHI)
+        x_TH, grad_TH, mlp.w13_EGIH, mlp.w13_bias_EGI, mlp.w2_EHI, mlp.weights_TK.reshape(-1), alignment, top_k,
+        mlp.form, rows_per_expert)
+    rows_RH = row_gradient(grad_gate_up_RGI, mlp.w13_EGIH, alignment, tile)
+    grad_w13_EGIH, grad_w2_EHI = torch.empty_like(mlp.w13_EGIH), torch.empty_like(mlp.w2_EHI)
     weight_gradient(grad_gate_up_RGI, x_TH, grad_w13_EGIH, alignment, top_k)
     # The same sum gives w2's with H as the features of the token, so that it is written through a transposed view.
     weight_gradient(weighted_act_RI[:, None], grad_TH, grad_w2_EHI.transpose(1, 2)[:, None], alignment, top_k)
-    return _Gradients(alignment, rows_RH, grad_weights_R.reshape(ids_TK.shape), grad_w13_EGIH, grad_w2_EHI)
+    grad_w13_bias_EGI = grad_w2_bias_EH = None
+    if mlp.w13_bias_EGI is not None:
+        sums_EN = bias_gradient(grad_gate_up_RGI.flatten(1), num_experts, alignment)
+        grad_w13_bias_EGI = sums_EN.view(mlp.w13_bias_EGI.shape)
+    if mlp.w2_bias_EH is not None:
+        grad_w2_bias_EH = weighted_bias_gradient(grad_TH, mlp.output_weights_R, num_experts, alignment, top_k)
+        if not mlp.form.weight_on_input:
+            grad_weights_R = grad_weights_R + bias_product(grad_TH, mlp.w2_bias_EH, alignment.local_ids_R, top_k)
+    return _Gradients(alignment, rows_RH, grad_weights_R.view(mlp.ids_TK.shape), grad_w13_EGIH, grad_w2_EHI,
+                      grad_w13_bias_EGI, grad_w2_bias_EH)
 
 
 @experts_backward.register_fake
-def _(grad_TH: torch.Tensor, x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor,
-      hosted_E: torch.Tensor, w13_EGIH: torch.Tensor, w2_EHI: torch.Tensor, shared_w13_GIH: torch.Tensor | None,
-      shared_w2_HI: torch.Tensor | None, shared_gate_T1: torch.Tensor | None, activation: str,
-      shared_activation: str) -> Seven:
-    check_experts("moe_fast::experts_backward", x_TH, ids_TK, weights_TK, hosted_E, w13_EGIH, w2_EHI, shared_w13_GIH,
-                  shared_w2_HI, shared_gate_T1, activation, shared_activation)
-    _check_gradient(grad_TH, x_TH)
-    return (x_TH.new_empty(x_TH.shape), weights_TK.new_empty(weights_TK.shape), torch.empty_like(w13_EGIH),
-            torch.empty_like(w2_EHI), x_TH.new_empty(0) if shared_w13_GIH is None else torch.empty_like(shared_w13_GIH),
-            x_TH.new_empty(0) if shared_w2_HI is None else torch.empty_like(shared_w2_HI),
-            x_TH.new_empty(0) if shared_gate_T1 is None else shared_gate_T1.new_empty(shared_gate_T1.shape))
+def _(grad_TH: torch.Tensor, *arguments, **options) -> tuple[torch.Tensor, ...]:
+    given = ExpertsArguments(*arguments, **options)
+    given.check("moe_fast::experts_backward")
+    _check_gradient(grad_TH, given.x_TH)
+
+    def like(tensor: torch.Tensor | None) -> torch.Tensor:
+        return given.x_TH.new_empty(0) if tensor is None else tensor.new_empty(tensor.shape)
+
+    def dense_like(tensor: torch.Tensor | None) -> torch.Tensor:
+        return given.x_TH.new_empty(0) if tensor is None else torch.empty_like(tensor)
+
+    return (like(given.x_TH), like(given.weights_TK), dense_like(given.w13_EGIH), dense_like(given.w2_EHI),
+            dense_like(given.shared_w13_GIH), dense_like(given.shared_w2_HI), like(given.shared_gate_T1),
+            like(given.w13_bias_EGI), like(given.w2_bias_EH), like(given.shared_w13_bias_GI),
+            like(given.shared_w2_bias_H), like(given.output_bias_H))
 
 
 experts_backward.register_autograd(refuse_second_gradients)

@@ -2,44 +2,49 @@
 
 import torch
 
-from moe_fast.kernels.product import product
+from moe_fast.kernels.product import column_sums, product
 from moe_fast.operators.checks import check_dtypes, check_one_device, check_shapes
 from moe_fast.operators.once import refuse_second_gradients
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16)
+Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @torch.library.custom_op("moe_fast::router_logits", mutates_args=())
-def router_logits(x_TH: torch.Tensor, router_EH: torch.Tensor) -> torch.Tensor:
-    """logits_TE = x_TH @ router_EH^T, accumulated and returned in fp32.
+def router_logits(x_TH: torch.Tensor, router_EH: torch.Tensor, router_bias_E: torch.Tensor | None) -> torch.Tensor:
+    """logits_TE = x_TH @ router_EH^T + router_bias_E, accumulated and returned in fp32.
 
     Raises UsageValueError / UsageTypeError on wrong shapes or dtypes.
     """
-    _check(x_TH, router_EH)
-    return product(x_TH, router_EH, torch.float32)
+    _check(x_TH, router_EH, router_bias_E)
+    return product(x_TH, router_EH, torch.float32, router_bias_E)
 
 
 @router_logits.register_fake
-def _(x_TH: torch.Tensor, router_EH: torch.Tensor) -> torch.Tensor:
-    _check(x_TH, router_EH)
+def _(x_TH: torch.Tensor, router_EH: torch.Tensor, router_bias_E: torch.Tensor | None) -> torch.Tensor:
+    _check(x_TH, router_EH, router_bias_E)
     return x_TH.new_empty(x_TH.shape[0], router_EH.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("moe_fast::router_logits_backward", mutates_args=())
-def router_logits_backward(grad_TE: torch.Tensor, x_TH: torch.Tensor,
-                           router_EH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x_TH and router_EH, each in its tensor's dtype, from that of the logits (fp32); sums in fp32.
+def router_logits_backward(grad_TE: torch.Tensor, x_TH: torch.Tensor, router_EH: torch.Tensor,
+                           router_bias_E: torch.Tensor | None) -> Three:
+    """Gradients of x_TH, router_EH and router_bias_E, each in its tensor's dtype, from that of the logits (fp32).
 
-    Raises UsageValueError / UsageTypeError on wrong shapes or dtypes.
+    Sums are in fp32 and in fixed order. Of a bias that is not given the gradient has shape (0,). Raises UsageValueError
+    / UsageTypeError on wrong shapes or dtypes.
     """
-    _check(x_TH, router_EH, grad_TE)
-    return product(grad_TE, router_EH.T, x_TH.dtype), product(grad_TE.T, x_TH.T, router_EH.dtype)
+    _check(x_TH, router_EH, router_bias_E, grad_TE)
+    grad_bias_E = x_TH.new_empty(0) if router_bias_E is None else column_sums(grad_TE, router_bias_E.dtype)
+    return product(grad_TE, router_EH.T, x_TH.dtype), product(grad_TE.T, x_TH.T, router_EH.dtype), grad_bias_E
 
 
 @router_logits_backward.register_fake
-def _(grad_TE: torch.Tensor, x_TH: torch.Tensor, router_EH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(x_TH, router_EH, grad_TE)
-    return x_TH.new_empty(x_TH.shape), router_EH.new_empty(router_EH.shape)
+def _(grad_TE: torch.Tensor, x_TH: torch.Tensor, router_EH: torch.Tensor,
+      router_bias_E: torch.Tensor | None) -> Three:
+    _check(x_TH, router_EH, router_bias_E, grad_TE)
+    grad_bias_E = x_TH.new_empty(0) if router_bias_E is None else router_bias_E.new_empty(router_bias_E.shape)
+    return x_TH.new_empty(x_TH.shape), router_EH.new_empty(router_EH.shape), grad_bias_E
 
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
@@ -47,16 +52,18 @@ def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, outp
 
 
 def _backward(ctx, grad_TE: torch.Tensor):
-    return router_logits_backward(grad_TE, *ctx.saved_tensors)
+    x_TH, router_EH, router_bias_E = router_logits_backward(grad_TE, *ctx.saved_tensors)
+    return x_TH, router_EH, None if ctx.saved_tensors[2] is None else router_bias_E
 
 
 router_logits.register_autograd(_backward, setup_context=_setup_context)
 router_logits_backward.register_autograd(refuse_second_gradients)
 
 
-def _check(x_TH: torch.Tensor, router_EH: torch.Tensor, grad_TE: torch.Tensor | None = None) -> None:
+def _check(x_TH: torch.Tensor, router_EH: torch.Tensor, router_bias_E: torch.Tensor | None,
+           grad_TE: torch.Tensor | None = None) -> None:
     operator = "moe_fast::router_logits" if grad_TE is None else "moe_fast::router_logits_backward"
-    tensors = {"x_TH": x_TH, "router_EH": router_EH}
+    tensors = {"x_TH": x_TH, "router_EH": router_EH, "router_bias_E": router_bias_E}
     check_shapes(operator, tensors | {"grad_TE": grad_TE}, {})
     check_one_device(operator, tensors | {"grad_TE": grad_TE})
     check_dtypes(operator, tensors, FLOATING)

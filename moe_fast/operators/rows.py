@@ -14,3 +14,8 @@ def every_token(x_TH: torch.Tensor, gate_T1: torch.Tensor | None) -> tuple[torch
     if gate_T1 is None:
         gate_T1 = torch.ones_like(ids_T1, dtype=torch.float32)
     return ids_T1, gate_T1, ids_T1.new_zeros(1)
+
+
+def sum_of_tokens(grad_TH: torch.Tensor) -> torch.Tensor:
+    """(H,), summed in fp32: the gradient of what was added to every token."""
+    return grad_TH.sum(0, dtype=torch.float32).to(grad_TH.dtype)

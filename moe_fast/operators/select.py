@@ -1,97 +1,141 @@
 """moe_fast::select, from logits to expert ids and weights, and moe_fast::select_backward."""
 
+from functools import cache
+
 import torch
 
-from moe_fast.capabilities import CAPABILITIES
 from moe_fast.kernels import select as kernels
+from moe_fast.kernels.product import column_sums
 from moe_fast.kernels.select_gradient import select_gradient
-from moe_fast.operators.checks import check_dtypes, check_one_device, check_shapes, check_words
+from moe_fast.operators.checks import check_dtypes, check_one_device, check_shapes
 from moe_fast.operators.once import refuse_second_gradients
+from moe_fast.operators.router_logits import FLOATING
 from moe_ref.contract.errors import raise_faults
+from moe_ref.contract.spec import Router
 
-SCORES = CAPABILITIES.scores
+Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+CHOICE = ("top_k", "selection_bias", "num_groups", "num_groups_kept", "group_score", "group_fill")
+WEIGHTING = ("score", "logit_scale", "logit_softcap", "renormalize", "renormalize_epsilon", "epsilon_rule",
+             "scaling_factor", "learned_scale")
+"""Options of a Router in the order in which operators take them."""
+
+
+def select_by(router: Router, logits_TE: torch.Tensor, shared_logits_TS: torch.Tensor | None,
+              selection_bias_E: torch.Tensor | None, weight_scale_E: torch.Tensor | None) -> Three:
+    """The operator with the options of `router`, but for its capacity."""
+    return select(logits_TE, shared_logits_TS, selection_bias_E, weight_scale_E,
+                  *(getattr(router, name) for name in (*CHOICE, *WEIGHTING)))
 
 
 @torch.library.custom_op("moe_fast::select", mutates_args=())
-def select(logits_TE: torch.Tensor, selection_bias_E: torch.Tensor | None, top_k: int, score: str, num_groups: int,
-           num_groups_kept: int, group_score: str, renormalize: bool, renormalize_epsilon: float,
-           scaling_factor: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids_TK (int32) and weights_TK (fp32) of fp32 logits; the options are those of moe_ref.contract.spec.Router.
+def select(logits_TE: torch.Tensor, shared_logits_TS: torch.Tensor | None, selection_bias_E: torch.Tensor | None,
+           weight_scale_E: torch.Tensor | None, top_k: int, selection_bias: str | None, num_groups: int,
+           num_groups_kept: int, group_score: str, group_fill: str, score: str, logit_scale: float,
+           logit_softcap: float, renormalize: bool, renormalize_epsilon: float, epsilon_rule: str,
+           scaling_factor: float, learned_scale: str | None) -> Three:
+    """ids_TK (int32), weights_TK and shared_TS (fp32) of fp32 logits.
 
-    Raises UsageValueError / UsageTypeError on wrong shapes or dtypes.
+    shared_logits_TS: of the router's further columns, whose scores take part in the renormalisation; without them
+    shared_TS is (T, 0). weight_scale_E: (E,), or (1,) for the layer. The options are those of
+    moe_ref.contract.spec.Router. Raises UsageValueError / UsageTypeError on wrong shapes, dtypes or options.
     """
-    _check(logits_TE, selection_bias_E, top_k, score, num_groups, num_groups_kept, group_score)
-    return kernels.select(logits_TE, selection_bias_E, top_k, score, num_groups, num_groups_kept, group_score,
-                          renormalize, renormalize_epsilon, scaling_factor)
+    options = (top_k, selection_bias, num_groups, num_groups_kept, group_score, group_fill, score, logit_scale,
+               logit_softcap, renormalize, renormalize_epsilon, epsilon_rule, scaling_factor, learned_scale)
+    router = _check("moe_fast::select", logits_TE, shared_logits_TS, selection_bias_E, weight_scale_E, options)
+    return kernels.select(logits_TE, shared_logits_TS, selection_bias_E, weight_scale_E, router)
 
 
 @select.register_fake
-def _(logits_TE: torch.Tensor, selection_bias_E: torch.Tensor | None, top_k: int, score: str, num_groups: int,
-      num_groups_kept: int, group_score: str, renormalize: bool, renormalize_epsilon: float,
-      scaling_factor: float) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(logits_TE, selection_bias_E, top_k, score, num_groups, num_groups_kept, group_score)
-    shape = (logits_TE.shape[0], top_k)
-    return logits_TE.new_empty(shape, dtype=torch.int32), logits_TE.new_empty(shape)
+def _(logits_TE: torch.Tensor, shared_logits_TS: torch.Tensor | None, selection_bias_E: torch.Tensor | None,
+      weight_scale_E: torch.Tensor | None, top_k: int, *options: object) -> Three:
+    _check("moe_fast::select", logits_TE, shared_logits_TS, selection_bias_E, weight_scale_E, (top_k, *options))
+    num_tokens, num_shared = logits_TE.shape[0], 0 if shared_logits_TS is None else shared_logits_TS.shape[1]
+    weights_TK = logits_TE.new_empty(num_tokens, top_k)
+    return torch.empty_like(weights_TK, dtype=torch.int32), weights_TK, logits_TE.new_empty(num_tokens, num_shared)
 
 
 @torch.library.custom_op("moe_fast::select_backward", mutates_args=())
-def select_backward(grad_TK: torch.Tensor, logits_TE: torch.Tensor, ids_TK: torch.Tensor, score: str,
-                    renormalize: bool, renormalize_epsilon: float, scaling_factor: float) -> torch.Tensor:
-    """Gradient of logits_TE (fp32), from that of the weights (fp32), for the ids (int32) that were selected.
+def select_backward(grad_TK: torch.Tensor, grad_TS: torch.Tensor, logits_TE: torch.Tensor,
+                    shared_logits_TS: torch.Tensor | None, weight_scale_E: torch.Tensor | None, ids_TK: torch.Tensor,
+                    score: str, logit_scale: float, logit_softcap: float, renormalize: bool,
+                    renormalize_epsilon: float, epsilon_rule: str, scaling_factor: float,
+                    learned_scale: str | None) -> Three:
+    """Gradients of logits_TE, shared_logits_TS (fp32) and weight_scale_E (in its dtype), for the ids (int32) selected.
 
-    The choice itself, and so the selection bias and the groups, have no gradient. Formulas:
-    moe_ref.oracle.backward.weights. Raises UsageValueError / UsageTypeError on wrong shapes or dtypes.
+    grad_TK, grad_TS: of weights_TK and shared_TS, fp32. Of a tensor that is not given the gradient has no elements. The
+    choice itself, and so the selection bias and the groups, have none. Sums are in fp32 and in fixed order. Formulas:
+    moe_ref.oracle.backward.weights. Raises UsageValueError / UsageTypeError on wrong shapes, dtypes or options.
     """
-    _check_backward(grad_TK, logits_TE, ids_TK, score)
-    return select_gradient(grad_TK, logits_TE, ids_TK, score, renormalize, renormalize_epsilon, scaling_factor)
+    options = (score, logit_scale, logit_softcap, renormalize, renormalize_epsilon, epsilon_rule, scaling_factor,
+               learned_scale)
+    router = _check_backward(grad_TK, grad_TS, logits_TE, shared_logits_TS, weight_scale_E, ids_TK, options)
+    grad_logits_TE, grad_columns_TS, parts = select_gradient(grad_TK, grad_TS, logits_TE, shared_logits_TS,
+                                                             weight_scale_E, ids_TK, router)
+    scale_E = logits_TE.new_empty(0) if weight_scale_E is None else column_sums(parts, weight_scale_E.dtype)
+    return grad_logits_TE, grad_columns_TS, scale_E
 
 
 @select_backward.register_fake
-def _(grad_TK: torch.Tensor, logits_TE: torch.Tensor, ids_TK: torch.Tensor, score: str, renormalize: bool,
-      renormalize_epsilon: float, scaling_factor: float) -> torch.Tensor:
-    _check_backward(grad_TK, logits_TE, ids_TK, score)
-    return logits_TE.new_empty(logits_TE.shape)
+def _(grad_TK: torch.Tensor, grad_TS: torch.Tensor, logits_TE: torch.Tensor, shared_logits_TS: torch.Tensor | None,
+      weight_scale_E: torch.Tensor | None, ids_TK: torch.Tensor, *options: object) -> Three:
+    _check_backward(grad_TK, grad_TS, logits_TE, shared_logits_TS, weight_scale_E, ids_TK, options)
+    scale_E = logits_TE.new_empty(0) if weight_scale_E is None else weight_scale_E.new_empty(weight_scale_E.shape)
+    return logits_TE.new_empty(logits_TE.shape), logits_TE.new_empty(grad_TS.shape), scale_E
 
 
-def _setup_context(ctx, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    logits_TE, _, _, score, _, _, _, *weighting = inputs
+def _setup_context(ctx, inputs: tuple, output: Three) -> None:
+    logits_TE, shared_logits_TS, _, weight_scale_E, *options = inputs
     ctx.mark_non_differentiable(output[0])
-    ctx.save_for_backward(logits_TE, output[0])
-    ctx.options = score, *weighting
+    ctx.save_for_backward(logits_TE, shared_logits_TS, weight_scale_E, output[0])
+    ctx.options = options[len(CHOICE):]
 
 
-def _backward(ctx, grad_ids: torch.Tensor | None, grad_TK: torch.Tensor):
-    return select_backward(grad_TK, *ctx.saved_tensors, *ctx.options), *(None,) * 9
+def _backward(ctx, grad_ids: torch.Tensor | None, grad_TK: torch.Tensor, grad_TS: torch.Tensor):
+    logits_TE, shared_logits_TS, scale_E = select_backward(grad_TK, grad_TS, *ctx.saved_tensors, *ctx.options)
+    has_shared, has_scale = (ctx.saved_tensors[place] is not None for place in (1, 2))
+    return (logits_TE, shared_logits_TS if has_shared else None, None, scale_E if has_scale else None,
+            *(None,) * len(CHOICE + WEIGHTING))
 
 
 select.register_autograd(_backward, setup_context=_setup_context)
 select_backward.register_autograd(refuse_second_gradients)
 
 
-def _check_backward(grad_TK: torch.Tensor, logits_TE: torch.Tensor, ids_TK: torch.Tensor, score: str) -> None:
+@cache
+def _router(num_experts: int, options: tuple) -> Router:
+    """The options as a Router, which checks them."""
+    return Router(num_experts=num_experts, **dict(zip((*CHOICE, *WEIGHTING), options, strict=True)))
+
+
+def _check_backward(grad_TK: torch.Tensor, grad_TS: torch.Tensor, logits_TE: torch.Tensor,
+                    shared_logits_TS: torch.Tensor | None, weight_scale_E: torch.Tensor | None, ids_TK: torch.Tensor,
+                    options: tuple) -> Router:
     operator = "moe_fast::select_backward"
     tensors = {"logits_TE": logits_TE, "ids_TK": ids_TK, "grad_TK": grad_TK}
     check_shapes(operator, tensors, {})
-    check_one_device(operator, tensors)
-    check_dtypes(operator, {"logits_TE": logits_TE, "grad_TK": grad_TK}, (torch.float32,))
+    check_shapes(operator, {"shared_logits_TS": shared_logits_TS, "grad_TS": grad_TS},
+                 {"T": logits_TE.shape[0]} | ({"S": 0} if shared_logits_TS is None else {}))
+    check_one_device(operator, tensors | {"grad_TS": grad_TS})
+    check_dtypes(operator, {"grad_TK": grad_TK, "grad_TS": grad_TS}, (torch.float32,))
     check_dtypes(operator, {"ids_TK": ids_TK}, (torch.int32,))
-    check_words(operator, {"score": score}, SCORES)
+    return _check(operator, logits_TE, shared_logits_TS, None, weight_scale_E,
+                  (int(ids_TK.shape[1]), None, 1, 1, "max", "minus_inf", *options))
 
 
-def _check(logits_TE: torch.Tensor, selection_bias_E: torch.Tensor | None, top_k: int, score: str, num_groups: int,
-           num_groups_kept: int, group_score: str) -> None:
-    operator = "moe_fast::select"
-    tensors = {"logits_TE": logits_TE, "selection_bias_E": selection_bias_E}
-    check_shapes(operator, tensors, {})
-    check_one_device(operator, tensors)
-    check_dtypes(operator, {"logits_TE": logits_TE}, (torch.float32,))
-    check_words(operator, {"score": score}, SCORES)
-    check_words(operator, {"group_score": group_score}, ("max", "top2_sum"))
-    num_experts, faults = logits_TE.shape[1], []
-    if num_groups < 1 or num_experts % num_groups:
-        faults.append(f"num_groups={num_groups}, but should divide the {num_experts} experts")
-    elif not 1 <= num_groups_kept <= num_groups:
-        faults.append(f"num_groups_kept={num_groups_kept}, but should be from 1 to num_groups={num_groups}")
-    elif not 1 <= top_k <= (within := num_experts // num_groups * num_groups_kept):
-        faults.append(f"top_k={top_k}, but should be from 1 to {within}, the experts to choose from")
-    raise_faults(operator, faults)
+def _check(operator: str, logits_TE: torch.Tensor, shared_logits_TS: torch.Tensor | None,
+           selection_bias_E: torch.Tensor | None, weight_scale_E: torch.Tensor | None, options: tuple) -> Router:
+    logits = {"logits_TE": logits_TE, "shared_logits_TS": shared_logits_TS}
+    parameters = {"selection_bias_E": selection_bias_E, "weight_scale_E": weight_scale_E}
+    check_shapes(operator, logits | {"selection_bias_E": selection_bias_E}, {})
+    # Axes of the router are never dynamic; int makes a plain number of one under torch.compile.
+    router = _router(int(logits_TE.shape[1]), options)
+    check_shapes(operator, {"weight_scale_E": weight_scale_E},
+                 {"E": 1 if router.learned_scale == "layer" else router.num_experts})
+    check_one_device(operator, logits | parameters)
+    check_dtypes(operator, logits, (torch.float32,))
+    check_dtypes(operator, parameters, FLOATING)
+    needed = {"selection_bias_E": router.selection_bias, "weight_scale_E": router.learned_scale}
+    raise_faults(operator, [f"{name} is {'missing' if given is None else 'given'}, but the option is {needed[name]!r}"
+                            for name, given in parameters.items() if (given is None) != (needed[name] is None)])
+    return router
