@@ -32,6 +32,13 @@ class Form:
         """G: gate and up, or one."""
         return 2 if self.gated else 1
 
+    @property
+    def words(self) -> str:
+        """The activation, and every other option that is not the default, as name=value: what parse_form reads."""
+        given = {name: getattr(self, name) for name in OPTIONS}
+        return " ".join([self.activation, *(f"{name}={value}" for name, value in given.items()
+                                            if value != OPTIONS[name])])
+
 
 OPTIONS = {field.name: field.default for field in fields(Form) if field.name != "activation"}
 """Options and their defaults."""
@@ -42,13 +49,9 @@ WORDS = {"gated": FLAG, "weight_on_input": FLAG, "limit_at": {"before": "before"
 
 
 def form_of(mlp: MLP, *, weight_on_input: bool = False) -> str:
-    """The operators' word for an MLP: its activation, and every other option that is not the default, as name=value."""
-    words = mlp.activation
-    for name, default in OPTIONS.items():
-        value = weight_on_input if name == "weight_on_input" else getattr(mlp, name)
-        if value != default:
-            words += f" {name}={value}"
-    return words
+    """The operators' words for an MLP."""
+    options = {name: getattr(mlp, name) for name in OPTIONS if name != "weight_on_input"}
+    return Form(mlp.activation, weight_on_input=weight_on_input, **options).words
 
 
 def routed_form(spec: MoESpec) -> str:
@@ -58,7 +61,7 @@ def routed_form(spec: MoESpec) -> str:
 
 @cache
 def parse_form(words: str) -> Form:
-    """What form_of wrote; raises UsageValueError for anything else."""
+    """From Form.words; raises UsageValueError for anything else."""
     activation, *options = words.split() or [""]
     given, faults = {}, []
     if activation not in ACTIVATIONS:

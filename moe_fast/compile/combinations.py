@@ -11,6 +11,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from moe_fast.compile.recorder import Launch, record
 from moe_fast.compile.targets import ARCHITECTURES
+from moe_fast.form import Form
 from moe_ref.contract.case import Case
 
 Constant = bool | int | float | str | None
@@ -75,10 +76,15 @@ def combination_of(launch: Launch, architecture: str) -> Combination:
              for name, value in launch.arguments.items()}
     bound, derived, options = _binder(kernel, architecture)(**given)
     types = tuple((name, kind) for name, (kind, _) in zip(bound, derived, strict=True))
-    constants = tuple((name, bound[name]) for name, kind in types if kind == _CONSTANT)
+    constants = tuple((name, _plain(bound[name])) for name, kind in types if kind == _CONSTANT)
     hints = tuple((name, hint or "") for name, (kind, hint) in zip(bound, derived, strict=True) if kind != _CONSTANT)
     return Combination(f"{kernel.fn.__module__}:{kernel.fn.__name__}", architecture, types, constants, hints,
                        tuple(sorted(options.items())))
+
+
+def _plain(constant: Constant | Form) -> Constant:
+    """What a line of JSON can hold; resources.py reads the words of a form back."""
+    return constant.words if isinstance(constant, Form) else constant
 
 
 @cache

@@ -16,6 +16,7 @@ from triton.compiler import ASTSource, CompiledKernel, make_backend
 
 from moe_fast.compile.combinations import Combination
 from moe_fast.compile.targets import ARCHITECTURES
+from moe_fast.form import parse_form
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 _SASS_MATRIX = re.compile(r"\b(?:HGMMA|QGMMA|IGMMA|HMMA|QMMA|IMMA|UTC[A-Z]*MMA)[.\w]*")
@@ -81,7 +82,8 @@ def _source(combination: Combination, backend: BaseBackend) -> ASTSource:
     module, _, name = combination.kernel.partition(":")
     kernel = getattr(import_module(module), name)
     place = {argument: (index,) for index, argument in enumerate(kernel.arg_names)}
-    constants = {place[name]: value for name, value in combination.constants}
+    constants = {place[name]: parse_form(str(value)) if name == "FORM" else value
+                 for name, value in combination.constants}
     attributes = {place[name]: backend.parse_attr(hint) for name, hint in combination.hints}
     return ASTSource(kernel, dict(combination.types), constants, attributes)
 
