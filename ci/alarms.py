@@ -84,6 +84,8 @@ def axes_of(lines: list[DrawLine]) -> list[str]:
 def main(draws: int, first: int, lanes: int, record: Path, plot: Path | None, write: Path | None,
          only: int | None) -> None:
     """Judge right layers; exit 1 if one is accused."""
+    if plot is not None and plot.suffix not in (".svg", ".png"):
+        raise click.UsageError(f"plot {plot}: should end in .svg or .png")
     console, numbers = Console(width=150), list(range(first, first + draws))
     if only is not None:
         lines = [judged_draw(only)]
@@ -106,6 +108,7 @@ def main(draws: int, first: int, lanes: int, record: Path, plot: Path | None, wr
                       f"contract {line.contract}: {run.reason}", markup=False)
     console.print(summary)
     if plot is not None:
+        plot.parent.mkdir(parents=True, exist_ok=True)
         plot_spreads([one for one in found if one.check.endswith(DRAWN) or one.check == "output"], plot)
     if write is not None and only is None:
         command = f"Printed by `python ci/alarms.py --draws {draws}`:"
