@@ -5,7 +5,8 @@ switched per launch by the package.
 """
 
 from moe_fast.capabilities import CAPABILITIES
+from moe_fast.invariance import batch_invariant
 from moe_fast.layer import experts, moe, route
 from moe_fast.module import MoELayer
 
-__all__ = ["CAPABILITIES", "MoELayer", "experts", "moe", "route"]
+__all__ = ["CAPABILITIES", "MoELayer", "batch_invariant", "experts", "moe", "route"]

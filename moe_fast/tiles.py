@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from moe_fast.architecture import architecture
+from moe_fast.invariance import rows_for_tiles
 
 INTERPRETER_TILE = 64
 INTERPRETER_LARGE_TILE = 1024
@@ -68,6 +69,7 @@ def _power_of_two_at_least(value: int, low: int, high: int) -> int:
 def gemm_tile(device: torch.device, dtype: torch.dtype, rows_per_expert: int, out_features: int,
               in_features: int, accumulators: int = 1) -> Tile:
     """The tile of a grouped GEMM; `accumulators` is 2 for the fused gate/up product."""
+    rows_per_expert = rows_for_tiles(rows_per_expert)
     if device.type == "cpu":
         return _interpreter_tile(rows_per_expert, out_features, in_features)
     if dtype == torch.float32:

@@ -24,19 +24,18 @@ ROWS = {1: "one row per expert", 16: "the narrowest tile, full", 30: "the next, 
         100: "the widest"}
 
 
-@pytest.fixture
-def used(monkeypatch: pytest.MonkeyPatch) -> set[Tile]:
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> set[Tile]:
     """Makes every kernel take the tile that it has on a GPU; the tiles that were taken."""
     tiles: set[Tile] = set()
 
-    def on_gpu(choose: Callable[..., Tile]) -> Callable[..., Tile]:
+    def replaced(choose: Callable[..., Tile]) -> Callable[..., Tile]:
         def chosen(device: torch.device, *arguments, **options) -> Tile:
             with assuming(ARCHITECTURE):
                 tiles.add(tile := choose(torch.device("meta"), *arguments, **options))
             return tile
         return chosen
 
-    replacements = {function: on_gpu(function) for function in (gemm_tile, three_product_tile)}
+    replacements = {function: replaced(function) for function in (gemm_tile, three_product_tile)}
     for name, module in list(sys.modules.items()):
         for function, replacement in replacements.items() if name.startswith("moe_fast.") else ():
             if vars(module).get(function.__name__) is function:
@@ -48,8 +47,9 @@ def used(monkeypatch: pytest.MonkeyPatch) -> set[Tile]:
 @pytest.mark.parametrize(("layer", "dtype"), [("aligned", "bf16"), ("odd", "bf16"), ("aligned", "fp32")])
 @pytest.mark.parametrize("rows", ROWS, ids=ROWS.values())
 def test_every_tile_of_a_gpu_computes_the_layer(rows: int, layer: str, dtype: str, direction: str,
-                                                used: set[Tile]) -> None:
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
     """Judged as any layer is; tp 2 leaves less columns than a tile has to a rank."""
+    used = on_gpu(monkeypatch)
     found = judged(moe_fast, f"v1-T{2 * rows}.{LAYERS[layer]}-{dtype}-norm-tp2{direction}", runs=1)
     assert found.verdict == Verdict.PASS, found.reason
     wide = 128 if (layer, dtype) == ("aligned", "bf16") else 64
