@@ -28,7 +28,9 @@ def launch(kernel: triton.JITFunction, grid: tuple[int, ...], device: torch.devi
     elif device.type == "meta":
         _record(kernel, arguments)
     else:
-        kernel[grid](**arguments)
+        # Triton starts kernels on the current device, whatever device its arguments are on.
+        with torch.cuda.device(device):
+            kernel[grid](**arguments)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from moe_fast.compile.recorder import META, Launch, record
 from moe_fast.compile.resources import Resources, faults
 from moe_fast.compile.table import compare, read_table, triton_series, write_table
 from moe_fast.compile.targets import ARCHITECTURES
+from moe_fast.kernels import align
 from moe_fast.launch import launch
 from moe_ref.cli.compile_commands import compile_command
 from moe_ref.contract.case_id import parse_case
@@ -84,6 +85,7 @@ def test_recorded_launches_are_those_of_a_real_call(monkeypatch: pytest.MonkeyPa
     """Kernels, dtypes, strides and sizes; a CPU has other tiles, so what follows from those is left out."""
     real: list[Launch] = []
     monkeypatch.setattr(moe_fast.launch, "interpret", lambda kernel, grid, arguments: _run(real, kernel, arguments))
+    monkeypatch.setattr(align, "FEW_ROWS_INTERPRETED", align.FEW_ROWS)
     case = parse_case(SMALL)
     inputs, shard = build_inputs(case.problem), build_shards(case.problem, case.parallel)[0]
     for _, tensor in shard.named_tensors():

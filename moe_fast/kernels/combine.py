@@ -37,14 +37,16 @@ def combine_kernel(down, shared, bias, local_ids, merged, num_tokens, hidden_siz
 
 
 def combine(down_RH: torch.Tensor, shared_TH: torch.Tensor | None, local_ids_R: torch.Tensor, num_tokens: int,
-            top_k: int, *, bias_H: torch.Tensor | None = None, mean: bool = False) -> torch.Tensor:
-    """merged_TH in down's dtype; one program sums a whole token tile in a fixed order.
+            top_k: int, *, bias_H: torch.Tensor | None = None, mean: bool = False,
+            merged_TH: torch.Tensor | None = None) -> torch.Tensor:
+    """merged_TH, given or new, in down's dtype; one program sums a whole token tile in a fixed order.
 
     down_RH: rows in (token, slot) order; those whose local_ids_R is -1 are not read. mean: half of the sum; the bias is
     added after that.
     """
     hidden = down_RH.shape[1]
-    merged_TH = torch.empty(num_tokens, hidden, dtype=down_RH.dtype, device=down_RH.device)
+    if merged_TH is None:
+        merged_TH = torch.empty(num_tokens, hidden, dtype=down_RH.dtype, device=down_RH.device)
     block_t, block_h = (32, 1024) if down_RH.device.type == "cpu" else (4, 512)
     block_h = min(block_h, triton.next_power_of_2(max(hidden, 1)))
     launch(combine_kernel, (triton.cdiv(num_tokens, block_t), triton.cdiv(hidden, block_h)), down_RH.device,

@@ -1,6 +1,6 @@
 """What moe_fast::experts and its gradients take, and the grouped MLPs in it."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -55,6 +55,12 @@ class ExpertsArguments:
     def values(self) -> tuple:
         """In their order, as they are."""
         return tuple(getattr(self, name) for name in NAMES)
+
+    def tokens(self, start: int, stop: int) -> "ExpertsArguments":
+        """The same layer for some of its tokens."""
+        of_tokens = ("x_TH", "ids_TK", "weights_TK", "shared_gate_T1")
+        given = {name: tensor for name in of_tokens if (tensor := getattr(self, name)) is not None}
+        return replace(self, **{name: tensor[start:stop] for name, tensor in given.items()})
 
     def routed(self) -> GroupedMLP:
         """The routed experts."""

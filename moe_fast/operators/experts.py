@@ -6,6 +6,7 @@ from moe_fast.kernels.align import Alignment, align
 from moe_fast.kernels.combine import combine
 from moe_fast.kernels.down import down
 from moe_fast.kernels.gate_up import gate_up
+from moe_fast.memory import chunk_tokens
 from moe_fast.observe import record_routed_rows
 from moe_fast.operators.arguments import ExpertsArguments, GroupedMLP
 from moe_fast.operators.experts_backward import experts_backward
@@ -62,18 +63,28 @@ experts.register_autograd(_backward, setup_context=_setup_context)
 def experts_forward(given: ExpertsArguments, trace: Trace | None = None) -> torch.Tensor:
     """What the operator runs; called by itself it shows its stages to a trace, and has no gradient."""
     given.check("moe_fast::experts")
-    alignment, act_RI, down_RH = mlp_rows(given.routed())
-    record_routed_rows(trace, alignment, act_RI, down_RH)
-    shared, shared_TH = given.shared(), None
-    if shared is not None:
-        _, _, shared_TH = mlp_rows(shared)
-    merged_TH = combine(down_RH, shared_TH, alignment.local_ids_R, *given.ids_TK.shape, bias_H=given.output_bias_H,
-                        mean=given.mean)
+    merged_TH = given.x_TH.new_empty(given.x_TH.shape)
+    num_tokens, top_k = given.ids_TK.shape
+    step = max(1, num_tokens if trace is not None else chunk_tokens(top_k))
+    for start in range(0, max(1, num_tokens), step):
+        stop = min(num_tokens, start + step)
+        _merge(given.tokens(start, stop), merged_TH[start:stop], trace)
     if trace is not None:
-        if shared_TH is not None:
-            trace.record(Stage.SHARED, shared_TH)
         trace.record(Stage.MERGED, merged_TH)
     return merged_TH
+
+
+def _merge(given: ExpertsArguments, merged_TH: torch.Tensor, trace: Trace | None) -> None:
+    alignment, act_RI, down_RH = mlp_rows(given.routed())
+    record_routed_rows(trace, alignment, act_RI, down_RH)
+    del act_RI  # or it would be held while the shared expert is computed
+    shared, shared_TH = given.shared(), None
+    if shared is not None:
+        shared_TH = mlp_rows(shared)[2]
+        if trace is not None:
+            trace.record(Stage.SHARED, shared_TH)
+    combine(down_RH, shared_TH, alignment.local_ids_R, *given.ids_TK.shape, bias_H=given.output_bias_H,
+            mean=given.mean, merged_TH=merged_TH)
 
 
 def mlp_rows(mlp: GroupedMLP) -> tuple[Alignment, torch.Tensor, torch.Tensor]:
