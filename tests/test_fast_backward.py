@@ -209,12 +209,11 @@ def test_the_layer_chains_its_operators(dtype: torch.dtype) -> None:
     of_x_TH, of_weights_TK, w13_EGIH, w2_EHI, shared_w13_GIH, shared_w2_HI, of_gate_T1, *_ = ops.experts_backward(
         inputs.grad_y_TH, x_TH, routing.ids_TK, routing.weights_TK, torch.arange(6), weights.w13_EGIH, weights.w2_EHI,
         weights.shared_w13_GIH, weights.shared_w2_HI, routing.shared_TS, "gelu", "gelu_tanh")
-    nothing_T0 = torch.empty(6, 0)
-    of_logits_TE, *_ = ops.select_backward(of_weights_TK, nothing_T0, routing.logits_TE, None, None, routing.ids_TK,
+    of_logits_TE, *_ = ops.select_backward(of_weights_TK, None, routing.logits_TE, None, None, routing.ids_TK,
                                            "sigmoid", 1.0, 0.0, True, router.renormalize_epsilon, "add", 2.5, None)
     router_x_TH, router_EH, _ = ops.router_logits_backward(of_logits_TE, x_TH, weights.router_EH, None)
     gate_logits_T1 = ops.router_logits(x_TH, weights.shared_gate_SH, None)
-    of_logits_T1, *_ = ops.select_backward(of_gate_T1, nothing_T0, gate_logits_T1, None, None,
+    of_logits_T1, *_ = ops.select_backward(of_gate_T1, None, gate_logits_T1, None, None,
                                            torch.zeros(6, 1, dtype=torch.int32), "sigmoid", 1.0, 0.0, False, 0.0, "add",
                                            1.0, None)
     gate_x_TH, shared_gate_SH, _ = ops.router_logits_backward(of_logits_T1, x_TH, weights.shared_gate_SH, None)

@@ -88,7 +88,7 @@ def test_torch_checks_the_selection(name: str, num_tokens: int) -> None:
     opcheck(ops.select.default, (*leaves, bias_E, scale_E, *options), **untraced)
     ids_TK, weights_TK, gates_TS = select_by(router, logits_TE, shared_TS, bias_E, scale_E)
     opcheck(ops.select_backward.default,
-            (weights_TK, gates_TS, logits_TE, shared_TS, scale_E, ids_TK, *options[6:]))
+            (weights_TK, None if shared_TS is None else gates_TS, logits_TE, shared_TS, scale_E, ids_TK, *options[6:]))
     limits = [2, None, "weight", None, True, 6, 0, router.top_k, router.renormalize, router.renormalize_epsilon,
               "add", 2.5, router.learned_scale]
     if router.renormalize:
@@ -135,7 +135,8 @@ def test_gradients_of_the_selection(name: str, shared: bool) -> None:
     grad_TK = uniform(40, router.top_k, seed=3)
     ids_TK, _, gates_TS = select_by(router, logits_TE, shared_logits_TS, bias_E, scale_E)
     grad_TS = uniform(*gates_TS.shape, seed=6)
-    found = ops.select_backward(grad_TK, grad_TS, logits_TE, shared_logits_TS, scale_E, ids_TK,
+    given_TS = None if shared_logits_TS is None else grad_TS
+    found = ops.select_backward(grad_TK, given_TS, logits_TE, shared_logits_TS, scale_E, ids_TK,
                                 *(getattr(router, option) for option in WEIGHTING))
     logits_TE, wide_TK = logits_TE.double(), ids_TK.long()
     columns_TS = torch.zeros(40, 0).double() if shared_logits_TS is None else shared_logits_TS.double()
@@ -170,8 +171,8 @@ def test_scores_far_below_zero() -> None:
     """sqrt(softplus) of a logit of -100 is 2^-72, and its slope half of that: nothing underflows on the way."""
     router = replace(SOFTMAX, num_experts=1, top_k=1, score="sqrt_softplus")
     logits_T1 = torch.tensor([[-100.0], [-16.5], [-15.5], [-4.5], [-4.0], [0.0], [3.0], [90.0], [200.0]])
-    ids_T1, weights_T1, nothing_T0 = select_by(router, logits_T1, None, None, None)
-    grad_T1, *_ = ops.select_backward(torch.ones(9, 1), nothing_T0, logits_T1, None, None, ids_T1,
+    ids_T1, weights_T1, _ = select_by(router, logits_T1, None, None, None)
+    grad_T1, *_ = ops.select_backward(torch.ones(9, 1), None, logits_T1, None, None, ids_T1,
                                       *(getattr(router, option) for option in WEIGHTING))
     exact_T1 = logits_T1.double().requires_grad_()
     score_T1 = torch.sqrt(torch.where(exact_T1 > 100, exact_T1, torch.log1p(torch.exp(exact_T1.clamp(max=100)))))

@@ -56,20 +56,23 @@ def _(logits_TE: torch.Tensor, shared_logits_TS: torch.Tensor | None, selection_
 
 
 @torch.library.custom_op("moe_fast::select_backward", mutates_args=())
-def select_backward(grad_TK: torch.Tensor, grad_TS: torch.Tensor, logits_TE: torch.Tensor,
+def select_backward(grad_TK: torch.Tensor, grad_TS: torch.Tensor | None, logits_TE: torch.Tensor,
                     shared_logits_TS: torch.Tensor | None, weight_scale_E: torch.Tensor | None, ids_TK: torch.Tensor,
                     score: str, logit_scale: float, logit_softcap: float, renormalize: bool,
                     renormalize_epsilon: float, epsilon_rule: str, scaling_factor: float,
                     learned_scale: str | None) -> Three:
     """Gradients of logits_TE, shared_logits_TS (fp32) and weight_scale_E (in its dtype), for the ids (int32) selected.
 
-    grad_TK, grad_TS: of weights_TK and shared_TS, fp32. Of a tensor that is not given the gradient has no elements. The
-    choice itself, and so the selection bias and the groups, have none. Sums are in fp32 and in fixed order. Formulas:
-    moe_ref.oracle.backward.weights. Raises UsageValueError / UsageTypeError on wrong shapes, dtypes or options.
+    grad_TK, grad_TS: of weights_TK and shared_TS, fp32; the second goes with shared_logits_TS. Of a tensor that is not
+    given the gradient has no elements. The choice itself, and so the selection bias and the groups, have none. Sums are
+    in fp32 and in fixed order. Formulas: moe_ref.oracle.backward.weights. Raises UsageValueError / UsageTypeError on
+    wrong shapes, dtypes or options.
     """
     options = (score, logit_scale, logit_softcap, renormalize, renormalize_epsilon, epsilon_rule, scaling_factor,
                learned_scale)
     router = _check_backward(grad_TK, grad_TS, logits_TE, shared_logits_TS, weight_scale_E, ids_TK, options)
+    if grad_TS is None:
+        grad_TS = grad_TK.new_empty(len(grad_TK), 0)
     grad_logits_TE, grad_columns_TS, parts = select_gradient(grad_TK, grad_TS, logits_TE, shared_logits_TS,
                                                              weight_scale_E, ids_TK, router)
     scale_E = logits_TE.new_empty(0) if weight_scale_E is None else column_sums(parts, weight_scale_E.dtype)
@@ -77,11 +80,13 @@ def select_backward(grad_TK: torch.Tensor, grad_TS: torch.Tensor, logits_TE: tor
 
 
 @select_backward.register_fake
-def _(grad_TK: torch.Tensor, grad_TS: torch.Tensor, logits_TE: torch.Tensor, shared_logits_TS: torch.Tensor | None,
-      weight_scale_E: torch.Tensor | None, ids_TK: torch.Tensor, *options: object) -> Three:
+def _(grad_TK: torch.Tensor, grad_TS: torch.Tensor | None, logits_TE: torch.Tensor,
+      shared_logits_TS: torch.Tensor | None, weight_scale_E: torch.Tensor | None, ids_TK: torch.Tensor,
+      *options: object) -> Three:
     _check_backward(grad_TK, grad_TS, logits_TE, shared_logits_TS, weight_scale_E, ids_TK, options)
     scale_E = logits_TE.new_empty(0) if weight_scale_E is None else weight_scale_E.new_empty(weight_scale_E.shape)
-    return logits_TE.new_empty(logits_TE.shape), logits_TE.new_empty(grad_TS.shape), scale_E
+    shape_TS = (logits_TE.shape[0], 0) if grad_TS is None else grad_TS.shape
+    return logits_TE.new_empty(logits_TE.shape), logits_TE.new_empty(shape_TS), scale_E
 
 
 def _setup_context(ctx, inputs: tuple, output: Three) -> None:
@@ -92,8 +97,10 @@ def _setup_context(ctx, inputs: tuple, output: Three) -> None:
 
 
 def _backward(ctx, grad_ids: torch.Tensor | None, grad_TK: torch.Tensor, grad_TS: torch.Tensor):
-    logits_TE, shared_logits_TS, scale_E = select_backward(grad_TK, grad_TS, *ctx.saved_tensors, *ctx.options)
     has_shared, has_scale = (ctx.saved_tensors[place] is not None for place in (1, 2))
+    # Autograd makes zeros for a result without columns: plain ones, also where all others are DTensors.
+    given_TS = grad_TS if has_shared else None
+    logits_TE, shared_logits_TS, scale_E = select_backward(grad_TK, given_TS, *ctx.saved_tensors, *ctx.options)
     return (logits_TE, shared_logits_TS if has_shared else None, None, scale_E if has_scale else None,
             *(None,) * len(CHOICE + WEIGHTING))
 
@@ -108,14 +115,15 @@ def _router(num_experts: int, options: tuple) -> Router:
     return Router(num_experts=num_experts, **dict(zip((*CHOICE, *WEIGHTING), options, strict=True)))
 
 
-def _check_backward(grad_TK: torch.Tensor, grad_TS: torch.Tensor, logits_TE: torch.Tensor,
+def _check_backward(grad_TK: torch.Tensor, grad_TS: torch.Tensor | None, logits_TE: torch.Tensor,
                     shared_logits_TS: torch.Tensor | None, weight_scale_E: torch.Tensor | None, ids_TK: torch.Tensor,
                     options: tuple) -> Router:
     operator = "moe_fast::select_backward"
     tensors = {"logits_TE": logits_TE, "ids_TK": ids_TK, "grad_TK": grad_TK}
     check_shapes(operator, tensors, {})
-    check_shapes(operator, {"shared_logits_TS": shared_logits_TS, "grad_TS": grad_TS},
-                 {"T": logits_TE.shape[0]} | ({"S": 0} if shared_logits_TS is None else {}))
+    if (grad_TS is None) != (shared_logits_TS is None):
+        raise_faults(operator, ["grad_TS and shared_logits_TS are given in part, but should be both or neither"])
+    check_shapes(operator, {"shared_logits_TS": shared_logits_TS, "grad_TS": grad_TS}, {"T": logits_TE.shape[0]})
     check_one_device(operator, tensors | {"grad_TS": grad_TS})
     check_dtypes(operator, {"grad_TK": grad_TK, "grad_TS": grad_TS}, (torch.float32,))
     check_dtypes(operator, {"ids_TK": ids_TK}, (torch.int32,))
