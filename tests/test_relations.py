@@ -120,6 +120,7 @@ def test_without_the_promise_it_is_a_note_in_few_cases() -> None:
     (CASE + "-bwd", Ranks.LOCAL, "gradients of parameters are sums over the batch"),
     (CASE + "-tp2", Ranks.GLOO, "virtual ranks say the same"),
     (CASE + "-ep2-tokensep", Ranks.LOCAL, "which rank holds a token depends on the batch"),
+    (CASE + "-ep2-copy0.1", Ranks.LOCAL, "which copy of an expert serves a token depends on its row"),
     (CASE + "-cap5", Ranks.LOCAL, "a capacity counts the whole batch"),
     ("v1-T0.H96.I64.E4.K2-fp32-norm", Ranks.LOCAL, "no token"),
     (CASE + "-tp2-ep2", Ranks.LOCAL, ""),

@@ -20,6 +20,7 @@ def left_out(planned: PlannedCase, capabilities: Capabilities) -> str:
         (planned.ranks is not Ranks.LOCAL, "virtual ranks say the same"),
         (case.direction is not Direction.FORWARD, "gradients of parameters are sums over the batch"),
         (case.parallel.tokens is not Tokens.REPLICATED, "which rank holds a token depends on the batch"),
+        (bool(case.parallel.redundant), "which copy of an expert serves a token depends on its row"),
         (router is not None and router.capacity is not None, "a capacity counts the whole batch"),
         (case.problem.num_tokens == 0, "no token"))
     return next((words for applies, words in reasons if applies), "")
