@@ -31,3 +31,15 @@ def _of_gpu(device: torch.device) -> str:
     if torch.version.hip:
         return properties.gcnArchName.partition(":")[0]
     return f"sm_{properties.major}{properties.minor}"
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once if each takes a whole multiprocessor; 3 in the interpreter, for it to loop."""
+    if device.type in ("cpu", "meta"):
+        return 3
+    return _multiprocessors(device)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

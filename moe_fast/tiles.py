@@ -19,7 +19,11 @@ INTERPRETER_LARGE_TILE = 1024
 
 @dataclass(frozen=True)
 class Tile:
-    """A GEMM tile (rows, output features, inner) and the compiler's options; group: row blocks per L2 group."""
+    """A GEMM tile (rows, output features, inner) and the compiler's options; group: row blocks per L2 group.
+
+    descriptors: weights, and rows in expert order, are fetched by tensor descriptors where their strides allow that
+    (kernels/described.py). persistent: one program for each multiprocessor, which takes tile after tile.
+    """
 
     block_m: int
     block_n: int
@@ -27,6 +31,8 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 3
     group: int = 8
+    descriptors: bool = False
+    persistent: bool = False
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,7 @@ def combinations_of(cases: Iterable[Case], architectures: Iterable[str]) -> list
 def combination_of(launch: Launch, architecture: str) -> Combination:
     """By the binder that a real launch runs: triton.runtime.jit (3.6 and 3.7)."""
     kernel = launch.kernel
-    given = {name: _Pointer(value) if isinstance(value, torch.Tensor) else value
-             for name, value in launch.arguments.items()}
+    given = {name: _as_on_gpu(value) for name, value in launch.arguments.items()}
     bound, derived, options = _binder(kernel, architecture)(**given)
     types = tuple((name, kind) for name, (kind, _) in zip(bound, derived, strict=True))
     constants = tuple((name, _plain(bound[name])) for name, kind in types if kind == _CONSTANT)
@@ -85,6 +84,10 @@ def combination_of(launch: Launch, architecture: str) -> Combination:
 def _plain(constant: Constant | Form) -> Constant:
     """What a line of JSON can hold; resources.py reads the words of a form back."""
     return constant.words if isinstance(constant, Form) else constant
+
+
+def _as_on_gpu(argument: object) -> object:
+    return _Pointer(argument) if isinstance(argument, torch.Tensor) else argument
 
 
 @cache

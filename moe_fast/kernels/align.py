@@ -36,7 +36,8 @@ class Alignment:
     local_ids_R: place of each routed row's expert in the weights at hand, -1 where they do not hold it.
     sorted_rows_R: routed row of each sorted position; positions past offsets[-1] are undefined.
     offsets: first position of each expert, padded to a power of two, then the number of valid rows.
-    block_expert, block_row, block_row_end: per row block its expert (-1: unused) and [start, end) positions.
+    block_expert, block_row, block_row_end: per row block its expert and [start, end) positions; block_count: how many
+    blocks there are, those past them are undefined.
     """
 
     local_ids_R: torch.Tensor
@@ -45,10 +46,11 @@ class Alignment:
     block_expert: torch.Tensor
     block_row: torch.Tensor
     block_row_end: torch.Tensor
+    block_count: torch.Tensor
 
     @property
     def num_blocks(self) -> int:
-        """Upper bound of used blocks: known without looking at the routing."""
+        """Upper bound of block_count: known without looking at the routing."""
         return self.block_expert.numel()
 
 
@@ -68,7 +70,7 @@ def hosted_place(ids, hosted, row, num_rows, num_experts, ROWS: tl.constexpr, EX
 
 
 @triton.jit
-def write_layout(rows_E, offsets, block_expert, block_row, block_row_end, num_blocks, BLOCK_M: tl.constexpr,
+def write_layout(rows_E, offsets, block_expert, block_row, block_row_end, block_count, BLOCK_M: tl.constexpr,
                  EXPERTS: tl.constexpr, BLOCKS: tl.constexpr):
     """First position of each expert, and the block table, from the number of rows of each expert."""
     expert = tl.arange(0, EXPERTS)
@@ -78,6 +80,8 @@ def write_layout(rows_E, offsets, block_expert, block_row, block_row_end, num_bl
     tl.store(offsets + 1 + expert, end_E, mask=expert == EXPERTS - 1)
     blocks_E = (rows_E + BLOCK_M - 1) // BLOCK_M
     last_block_E = tl.cumsum(blocks_E, axis=0)
+    num_blocks = tl.sum(blocks_E)
+    tl.store(block_count, num_blocks)
     for first in range(0, num_blocks, BLOCKS):
         block = first + tl.arange(0, BLOCKS)
         owner = tl.sum((last_block_E[None, :] <= block[:, None]).to(tl.int32), axis=1)
@@ -86,14 +90,14 @@ def write_layout(rows_E, offsets, block_expert, block_row, block_row_end, num_bl
         row = tl.sum(tl.where(is_owner, start_E[None, :] + inner * BLOCK_M, 0), axis=1)
         row_end = tl.sum(tl.where(is_owner, end_E[None, :], 0), axis=1)
         inside = block < num_blocks
-        tl.store(block_expert + block, tl.where(owner < EXPERTS, owner, -1), mask=inside)
+        tl.store(block_expert + block, owner, mask=inside)
         tl.store(block_row + block, row, mask=inside)
         tl.store(block_row_end + block, row_end, mask=inside)
 
 
 @triton.jit
-def few_rows_kernel(ids, hosted, local_ids, sorted_rows, offsets, block_expert, block_row, block_row_end, num_rows,
-                    num_experts, num_blocks, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
+def few_rows_kernel(ids, hosted, local_ids, sorted_rows, offsets, block_expert, block_row, block_row_end, block_count,
+                    num_rows, num_experts, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, EXPERTS: tl.constexpr,
                     EXPERTS_AT_ONCE: tl.constexpr, BLOCKS: tl.constexpr, ROWS_AT_ONCE: tl.constexpr):
     """All of the three kernels below, by one program that holds every row."""
     row = tl.arange(0, ROWS)
@@ -101,7 +105,7 @@ def few_rows_kernel(ids, hosted, local_ids, sorted_rows, offsets, block_expert, 
     valid = expert < EXPERTS
     tl.store(local_ids + row, tl.where(valid, expert, -1), mask=row < num_rows)
     rows_E = tl.histogram(tl.where(valid, expert, 0), EXPERTS, mask=valid)
-    write_layout(rows_E, offsets, block_expert, block_row, block_row_end, num_blocks, BLOCK_M, EXPERTS, BLOCKS)
+    write_layout(rows_E, offsets, block_expert, block_row, block_row_end, block_count, BLOCK_M, EXPERTS, BLOCKS)
     # Threads read below what others of this program have written.
     tl.debug_barrier()
     position = tl.zeros((ROWS,), tl.int32)
@@ -127,7 +131,7 @@ def count_kernel(ids, hosted, local_ids, counts, num_rows, num_experts, CHUNK: t
 
 
 @triton.jit
-def layout_kernel(counts, bases, offsets, block_expert, block_row, block_row_end, num_chunks, num_blocks,
+def layout_kernel(counts, bases, offsets, block_expert, block_row, block_row_end, block_count, num_chunks,
                   BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr, CHUNKS: tl.constexpr, BLOCKS: tl.constexpr):
     """One program: prefix sums over chunks and experts, and the block table."""
     expert = tl.arange(0, EXPERTS)
@@ -139,7 +143,7 @@ def layout_kernel(counts, bases, offsets, block_expert, block_row, block_row_end
         count = tl.load(counts + at, mask=inside, other=0)
         tl.store(bases + at, tl.cumsum(count, axis=0) - count + rows_E[None, :], mask=inside)
         rows_E += tl.sum(count, axis=0)
-    write_layout(rows_E, offsets, block_expert, block_row, block_row_end, num_blocks, BLOCK_M, EXPERTS, BLOCKS)
+    write_layout(rows_E, offsets, block_expert, block_row, block_row_end, block_count, BLOCK_M, EXPERTS, BLOCKS)
 
 
 @triton.jit
@@ -172,11 +176,11 @@ def align(ids_TK: torch.Tensor, hosted_E: torch.Tensor, block_m: int) -> Alignme
         return torch.empty(size, dtype=torch.int32, device=device)
 
     result = Alignment(table(num_rows), table(num_rows), table(experts + 1), table(num_blocks), table(num_blocks),
-                       table(num_blocks))
+                       table(num_blocks), table(1))
     ids = {"ids": ids_R, "hosted": hosted_E, "local_ids": result.local_ids_R, "num_rows": num_rows,
            "num_experts": num_experts, "EXPERTS": experts, "EXPERTS_AT_ONCE": min(experts, EXPERTS_AT_ONCE)}
     layout = {"offsets": result.offsets, "block_expert": result.block_expert, "block_row": result.block_row,
-              "block_row_end": result.block_row_end, "num_blocks": num_blocks, "BLOCK_M": block_m,
+              "block_row_end": result.block_row_end, "block_count": result.block_count, "BLOCK_M": block_m,
               "BLOCKS": BLOCKS_AT_ONCE}
     if num_rows <= (FEW_ROWS_INTERPRETED if device.type == "cpu" else FEW_ROWS):
         rows = max(16, triton.next_power_of_2(num_rows))
