@@ -8,5 +8,6 @@ from moe_fast.capabilities import CAPABILITIES
 from moe_fast.invariance import batch_invariant
 from moe_fast.layer import experts, moe, route
 from moe_fast.module import MoELayer
+from moe_fast.saving import saving_activations
 
-__all__ = ["CAPABILITIES", "MoELayer", "batch_invariant", "experts", "moe", "route"]
+__all__ = ["CAPABILITIES", "MoELayer", "batch_invariant", "experts", "moe", "route", "saving_activations"]

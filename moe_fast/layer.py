@@ -12,6 +12,7 @@ from moe_fast.observe import check_untracked, record_routing
 from moe_fast.operators.drop import before_drop, drop_by
 from moe_fast.operators.router_logits import router_logits
 from moe_fast.operators.select import select_by
+from moe_fast.overlap import overlaps, summed_in_chunks
 from moe_fast.tokens import agreed_tokens, complete, enter_tokens, router_over_tokens
 from moe_fast.whole import with_whole_shared
 from moe_ref.contract.checks import (
@@ -133,12 +134,15 @@ def _experts(x_TH: torch.Tensor, routing: Routing, weights: MoEWeights, spec: Mo
     given_TS = routing.shared_TS
     gate_TS = given_TS if given_TS is not None and given_TS.shape[1] else _shared_gate(x_TH, weights, spec)
     tokens = enter_tokens(x_TH, routing, gate_TS, rank)
-    merged_TH = merged_tokens(tokens, weights, spec, rank, trace)
-    if trace is not None:
-        trace.record(Stage.MERGED, merged_TH)
-    if not reduce:
-        return merged_TH
-    y_TH = merged_TH if rank.by_slot else complete(merged_TH, tokens.counts, rank)
+    if reduce and trace is None and overlaps(tokens, weights, rank):
+        y_TH = summed_in_chunks(tokens, lambda some: merged_tokens(some, weights, spec, rank, None), rank)
+    else:
+        merged_TH = merged_tokens(tokens, weights, spec, rank, trace)
+        if trace is not None:
+            trace.record(Stage.MERGED, merged_TH)
+        if not reduce:
+            return merged_TH
+        y_TH = merged_TH if rank.by_slot else complete(merged_TH, tokens.counts, rank)
     if not rank.whole_shared:
         return y_TH
     shared_TH = None

@@ -1,8 +1,8 @@
 """What the experts' operator allocates: rows are computed in chunks, so that a long prefill needs no more than one.
 
 A routed row has act (I) and down (H), a gradient of one besides gate and up, the weighted act and a row of x. Gradients
-take all rows at once, since those of weights are sums over rows; act is computed again there, not kept from the forward
-pass: two of three products once more for `R I` numbers less per layer.
+take all rows at once, since those of weights are sums over rows. What they need of gate and up is computed again, two
+of three products once more, or kept from the forward pass inside `saving_activations`.
 """
 
 CHUNK_ROWS = 2**16
@@ -35,3 +35,12 @@ def backward_bytes(num_tokens: int, top_k: int, num_experts: int, hidden_size: i
     weights = (num_projections + 1) * num_experts * intermediate_size * hidden_size
     between = rows * ((num_projections + 1) * intermediate_size + hidden_size)
     return item_bytes * (weights + between) + 12 * rows
+
+
+def saved_bytes(num_tokens: int, top_k: int, intermediate_size: int, num_projections: int = 2,
+                shared_size: int = 0) -> int:
+    """What `saving_activations` holds from the forward to the backward pass of a layer on one rank: products in fp32.
+
+    The same number of projections for routed and shared experts.
+    """
+    return 4 * num_projections * num_tokens * (top_k * intermediate_size + shared_size)

@@ -15,9 +15,10 @@ from moe_fast.dispatch import send, send_back
 from moe_fast.form import form_of, routed_form
 from moe_fast.gather_form import merged_columns
 from moe_fast.operators.arguments import ExpertsArguments
-from moe_fast.operators.experts import experts, experts_forward
+from moe_fast.operators.experts import experts_forward
 from moe_fast.operators.moved_rows import sum_rows, take_rows
 from moe_fast.operators.rows import every_token
+from moe_fast.operators.saved_experts import experts_by_choice
 from moe_fast.slot_rows import has_blocks, has_identity, merged_slots, merges_slots, shared_blocks, slots, sum_of_blocks
 from moe_fast.tokens import GroupTokens
 from moe_fast.whole import output_bias, routed_bias, shared_bias, takes_mean
@@ -70,7 +71,7 @@ def _routed(x_TH: torch.Tensor, local_TK: torch.Tensor, weights_TK: torch.Tensor
 def _run(given: ExpertsArguments, trace: Trace | None, compact: bool, with_down: bool = True) -> torch.Tensor:
     """The operator; compact: a trace gets only the rows of slots that have an expert here."""
     if trace is None:
-        return experts(*given.values())
+        return experts_by_choice(*given.values())
     seen = Trace()
     merged_TH = experts_forward(given, trace=seen)
     for stage in (Stage.ACT, Stage.DOWN)[:1 + with_down]:
@@ -127,9 +128,9 @@ def shared_rows(x_TH: torch.Tensor, gate_TS: torch.Tensor | None, weights: MoEWe
     assert w2_EHI is not None
     form = form_of(spec.shared.mlp)
     if gate_TS is None or not has_blocks(spec):
-        return experts(x_TH, *every_token(x_TH, gate_TS), w13_EGIH, w2_EHI, None, None, None, form, form,
-                       w13_bias_EGI, w2_bias_EH)
+        return experts_by_choice(x_TH, *every_token(x_TH, gate_TS), w13_EGIH, w2_EHI, None, None, None, form, form,
+                                 w13_bias_EGI, w2_bias_EH)
     return sum_of_blocks([
-        experts(x_TH, *every_token(x_TH, gate_TS[:, block:block + 1]), w13_EGIH[:, :, start:stop],
-                w2_EHI[:, :, start:stop], None, None, None, form, form, None, None)
+        experts_by_choice(x_TH, *every_token(x_TH, gate_TS[:, block:block + 1]), w13_EGIH[:, :, start:stop],
+                          w2_EHI[:, :, start:stop], None, None, None, form, form, None, None)
         for block, (start, stop) in shared_blocks(spec, held)])

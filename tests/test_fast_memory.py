@@ -78,7 +78,7 @@ def test_a_backward_pass_needs_what_the_formula_says(name: str) -> None:
     tokens, top_k, num_experts, hidden, intermediate, _ = LAYERS[name]
     arguments = given(*LAYERS[name])
     with assuming("sm_90"), recording(lambda *_: None), Peak() as peak:
-        found = _mlp_gradients(torch.empty_like(arguments.x_TH), arguments.routed())
+        found = _mlp_gradients(torch.empty_like(arguments.x_TH), arguments.routed(), None)
     said = memory.backward_bytes(tokens, top_k, num_experts, hidden, intermediate, 2)
     gradient_bytes = tokens * hidden * 2  # that of the result, made here
     assert found.rows_RH.shape == (tokens * top_k, hidden)

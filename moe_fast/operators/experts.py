@@ -1,5 +1,7 @@
 """moe_fast::experts, the routed and shared experts of one rank and their weighted merge."""
 
+from dataclasses import dataclass
+
 import torch
 
 from moe_fast.kernels.align import Alignment, align
@@ -60,7 +62,25 @@ GRADIENT_PLACES = (0, 2, 4, 5, 6, 7, 8, 11, 12, 13, 14, 15)
 experts.register_autograd(_backward, setup_context=_setup_context)
 
 
-def experts_forward(given: ExpertsArguments, trace: Trace | None = None) -> torch.Tensor:
+@dataclass(frozen=True)
+class Products:
+    """Where gate and up of routed and shared rows are written (fp32), as they are before anything is added to them.
+
+    routed_RGI: in (token, slot) order. shared_TGI: of a shared expert, if there is one.
+    """
+
+    routed_RGI: torch.Tensor
+    shared_TGI: torch.Tensor | None
+
+    def tokens(self, start: int, stop: int, top_k: int) -> "Products":
+        """The part of some tokens."""
+        shared_TGI = self.shared_TGI
+        return Products(self.routed_RGI[start * top_k:stop * top_k],
+                        None if shared_TGI is None else shared_TGI[start:stop])
+
+
+def experts_forward(given: ExpertsArguments, trace: Trace | None = None,
+                    products: Products | None = None) -> torch.Tensor:
     """What the operator runs; called by itself it shows its stages to a trace, and has no gradient."""
     given.check("moe_fast::experts")
     merged_TH = given.x_TH.new_empty(given.x_TH.shape)
@@ -68,27 +88,28 @@ def experts_forward(given: ExpertsArguments, trace: Trace | None = None) -> torc
     step = max(1, num_tokens if trace is not None else chunk_tokens(top_k))
     for start in range(0, max(1, num_tokens), step):
         stop = min(num_tokens, start + step)
-        _merge(given.tokens(start, stop), merged_TH[start:stop], trace)
+        _merge(given.tokens(start, stop), merged_TH[start:stop], trace,
+               None if products is None else products.tokens(start, stop, top_k))
     if trace is not None:
         trace.record(Stage.MERGED, merged_TH)
     return merged_TH
 
 
-def _merge(given: ExpertsArguments, merged_TH: torch.Tensor, trace: Trace | None) -> None:
-    alignment, act_RI, down_RH = mlp_rows(given.routed())
+def _merge(given: ExpertsArguments, merged_TH: torch.Tensor, trace: Trace | None, products: Products | None) -> None:
+    alignment, act_RI, down_RH = mlp_rows(given.routed(), None if products is None else products.routed_RGI)
     record_routed_rows(trace, alignment, act_RI, down_RH)
     del act_RI  # or it would be held while the shared expert is computed
     shared, shared_TH = given.shared(), None
     if shared is not None:
-        shared_TH = mlp_rows(shared)[2]
+        shared_TH = mlp_rows(shared, None if products is None else products.shared_TGI)[2]
         if trace is not None:
             trace.record(Stage.SHARED, shared_TH)
     combine(down_RH, shared_TH, alignment.local_ids_R, *given.ids_TK.shape, bias_H=given.output_bias_H,
             mean=given.mean, merged_TH=merged_TH)
 
 
-def mlp_rows(mlp: GroupedMLP) -> tuple[Alignment, torch.Tensor, torch.Tensor]:
-    """The alignment, act_RI in expert order and weighted down_RH in (token, slot) order."""
+def mlp_rows(mlp: GroupedMLP, products_RGI: torch.Tensor | None) -> tuple[Alignment, torch.Tensor, torch.Tensor]:
+    """The alignment, act_RI in expert order and weighted down_RH in (token, slot) order; products_RGI is filled."""
     (num_experts, num_parts, intermediate, hidden), top_k = mlp.w13_EGIH.shape, mlp.ids_TK.shape[1]
     rows_per_expert, device, dtype = mean_rows(mlp.ids_TK, num_experts), mlp.x_TH.device, mlp.x_TH.dtype
     first = gemm_tile(device, dtype, rows_per_expert, intermediate, hidden, accumulators=num_parts)
@@ -96,5 +117,5 @@ def mlp_rows(mlp: GroupedMLP) -> tuple[Alignment, torch.Tensor, torch.Tensor]:
     assert first.block_m == second.block_m
     alignment = align(mlp.ids_TK, mlp.hosted_E, first.block_m)
     act_RI = gate_up(mlp.x_TH, mlp.w13_EGIH, mlp.w13_bias_EGI, mlp.weights_TK.reshape(-1), alignment, top_k, mlp.form,
-                     first)
+                     first, products_RGI)
     return alignment, act_RI, down(act_RI, mlp.w2_EHI, mlp.w2_bias_EH, mlp.output_weights_R, alignment, second)

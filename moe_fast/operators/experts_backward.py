@@ -11,7 +11,7 @@ from moe_fast.kernels.bias_product import bias_product
 from moe_fast.kernels.combine import combine
 from moe_fast.kernels.row_gradient import row_gradient
 from moe_fast.kernels.weight_gradient import weight_gradient
-from moe_fast.operators.arguments import ExpertsArguments, GroupedMLP
+from moe_fast.operators.arguments import NAMES, ExpertsArguments, GroupedMLP
 from moe_fast.operators.once import refuse_second_gradients
 from moe_fast.operators.rows import mean_rows, sum_of_tokens
 from moe_fast.tiles import gemm_tile
@@ -28,13 +28,16 @@ def experts_backward(grad_TH: torch.Tensor, x_TH: torch.Tensor, ids_TK: torch.Te
                      shared_gate_T1: torch.Tensor | None, form: str, shared_form: str,
                      w13_bias_EGI: torch.Tensor | None = None, w2_bias_EH: torch.Tensor | None = None,
                      shared_w13_bias_GI: torch.Tensor | None = None, shared_w2_bias_H: torch.Tensor | None = None,
-                     output_bias_H: torch.Tensor | None = None, mean: bool = False) -> Twelve:
+                     output_bias_H: torch.Tensor | None = None, mean: bool = False,
+                     products_RGI: torch.Tensor | None = None,
+                     shared_products_TGI: torch.Tensor | None = None) -> Twelve:
     """Gradients of x_TH, weights_TK, w13_EGIH, w2_EHI, shared_w13_GIH, shared_w2_HI, shared_gate_T1, and of the biases.
 
     In the order of the operator's arguments, which follow grad_TH, the gradient of its result in x's dtype. Each has
     the shape and dtype of its tensor; of those that are not given, shape (0,). Sums are in fp32 and in fixed order;
-    rows between the products are rounded to x's dtype. Formulas: moe_ref.oracle.backward.layer. Raises UsageValueError
-    / UsageTypeError on wrong shapes, dtypes or words.
+    rows between the products are rounded to x's dtype. products_RGI, shared_products_TGI: of moe_fast::saved_experts;
+    without them gate and up are made again, with the same bits. Formulas: moe_ref.oracle.backward.layer. Raises
+    UsageValueError / UsageTypeError on wrong shapes, dtypes or words.
     """
     given = ExpertsArguments(
         x_TH, ids_TK, weights_TK, hosted_E, w13_EGIH, w2_EHI, shared_w13_GIH, shared_w2_HI, shared_gate_T1, form,
@@ -42,8 +45,8 @@ def experts_backward(grad_TH: torch.Tensor, x_TH: torch.Tensor, ids_TK: torch.Te
     given.check("moe_fast::experts_backward")
     _check_gradient(grad_TH, x_TH)
     part_TH = grad_TH * 0.5 if mean else grad_TH
-    routed, shared_mlp = _mlp_gradients(part_TH, given.routed()), given.shared()
-    shared = None if shared_mlp is None else _mlp_gradients(part_TH, shared_mlp)
+    routed, shared_mlp = _mlp_gradients(part_TH, given.routed(), products_RGI), given.shared()
+    shared = None if shared_mlp is None else _mlp_gradients(part_TH, shared_mlp, shared_products_TGI)
     grad_x_TH = combine(routed.rows_RH, None if shared is None else shared.rows_RH, routed.alignment.local_ids_R,
                         *ids_TK.shape)
     of_shared = (None,) * 4 if shared is None else [None if one is None else one[0] for one in shared[3:]]
@@ -66,14 +69,14 @@ class _Gradients(NamedTuple):
     w2_bias_EH: torch.Tensor | None
 
 
-def _mlp_gradients(grad_TH: torch.Tensor, mlp: GroupedMLP) -> _Gradients:
+def _mlp_gradients(grad_TH: torch.Tensor, mlp: GroupedMLP, products_RGI: torch.Tensor | None) -> _Gradients:
     (num_experts, _, intermediate, hidden), top_k, x_TH = mlp.w13_EGIH.shape, mlp.ids_TK.shape[1], mlp.x_TH
     rows_per_expert = mean_rows(mlp.ids_TK, num_experts)
     tile = gemm_tile(x_TH.device, x_TH.dtype, rows_per_expert, hidden, intermediate)
     alignment = align(mlp.ids_TK, mlp.hosted_E, tile.block_m)
     grad_gate_up_RGI, weighted_act_RI, grad_weights_R = act_gradient(
         x_TH, grad_TH, mlp.w13_EGIH, mlp.w13_bias_EGI, mlp.w2_EHI, mlp.weights_TK.reshape(-1), alignment, top_k,
-        mlp.form, rows_per_expert)
+        mlp.form, rows_per_expert, products_RGI)
     rows_RH = row_gradient(grad_gate_up_RGI, mlp.w13_EGIH, alignment, tile)
     grad_w13_EGIH, grad_w2_EHI = torch.empty_like(mlp.w13_EGIH), torch.empty_like(mlp.w2_EHI)
     weight_gradient(grad_gate_up_RGI, x_TH, grad_w13_EGIH, alignment, top_k)
@@ -92,8 +95,9 @@ def _mlp_gradients(grad_TH: torch.Tensor, mlp: GroupedMLP) -> _Gradients:
 
 
 @experts_backward.register_fake
-def _(grad_TH: torch.Tensor, *arguments, **options) -> tuple[torch.Tensor, ...]:
-    given = ExpertsArguments(*arguments, **options)
+def _(grad_TH: torch.Tensor, *arguments, products_RGI: torch.Tensor | None = None,
+      shared_products_TGI: torch.Tensor | None = None, **options) -> tuple[torch.Tensor, ...]:
+    given = ExpertsArguments(*arguments[:len(NAMES)], **options)
     given.check("moe_fast::experts_backward")
     _check_gradient(grad_TH, given.x_TH)
 
