@@ -12,7 +12,7 @@ import torch
 import moe_fast
 from moe_fast.architecture import assuming
 from moe_fast.kernels.act_gradient import three_product_tile
-from moe_fast.tiles import Tile, gemm_tile
+from moe_fast.tiles import Tile, choose, gemm_tile
 from moe_ref.contract.vocabulary import Verdict
 from tests.in_process import judged
 
@@ -24,8 +24,12 @@ ROWS = {1: "one row per expert", 16: "the narrowest tile, full", 30: "the next, 
         100: "the widest"}
 
 
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> set[Tile]:
-    """Makes every kernel take the tile that it has on a GPU; the tiles that were taken."""
+def on_gpu(monkeypatch: pytest.MonkeyPatch, programs_per_multiprocessor: int = 2) -> set[Tile]:
+    """Makes every kernel take the tile that it has on a GPU; the tiles that were taken.
+
+    programs_per_multiprocessor: 0 leaves few rows the wide tiles, which need no more programs to fill a GPU.
+    """
+    monkeypatch.setattr(choose, "PROGRAMS_PER_MULTIPROCESSOR", programs_per_multiprocessor)
     tiles: set[Tile] = set()
 
     def replaced(choose: Callable[..., Tile]) -> Callable[..., Tile]:
@@ -54,3 +58,12 @@ def test_every_tile_of_a_gpu_computes_the_layer(rows: int, layer: str, dtype: st
     assert found.verdict == Verdict.PASS, found.reason
     wide = 128 if (layer, dtype) == ("aligned", "bf16") else 64
     assert next(size for size in (16, 32, 64, wide) if rows <= size or size == wide) in {tile.block_m for tile in used}
+
+
+@pytest.mark.parametrize("direction", ["", "-bwd"])
+def test_few_rows_of_many_experts_have_wide_tiles(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers above have too few experts to fill a GPU with these; their tiles are narrowed."""
+    used = on_gpu(monkeypatch, programs_per_multiprocessor=0)
+    found = judged(moe_fast, f"v1-T30.{LAYERS['aligned']}-bf16-norm-tp2{direction}", runs=1)
+    assert found.verdict == Verdict.PASS, found.reason
+    assert {(tile.block_m, tile.block_n) for tile in used} >= {(16, 128)} | ({(16, 64)} if not direction else set())
