@@ -5,6 +5,7 @@ One wrong bucket of a table of tiles is a known defect: it shows at some numbers
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import moe_fast
 from moe_fast.architecture import assuming
 from moe_fast.kernels.act_gradient import three_product_tile
 from moe_fast.tiles import Tile, choose, gemm_tile
+from moe_fast.tiles.tables import table_of
 from moe_ref.contract.vocabulary import Verdict
 from tests.in_process import judged
 
@@ -24,12 +26,9 @@ ROWS = {1: "one row per expert", 16: "the narrowest tile, full", 30: "the next, 
         100: "the widest"}
 
 
-def on_gpu(monkeypatch: pytest.MonkeyPatch, programs_per_multiprocessor: int = 2) -> set[Tile]:
-    """Makes every kernel take the tile that it has on a GPU; the tiles that were taken.
-
-    programs_per_multiprocessor: 0 leaves few rows the wide tiles, which need no more programs to fill a GPU.
-    """
-    monkeypatch.setattr(choose, "PROGRAMS_PER_MULTIPROCESSOR", programs_per_multiprocessor)
+def on_gpu(monkeypatch: pytest.MonkeyPatch, **table: object) -> set[Tile]:
+    """Makes every kernel take the tile that it has on a GPU, by a table with those parts; the tiles that were taken."""
+    monkeypatch.setattr(choose, "table_of", lambda name: replace(table_of(name), **table))
     tiles: set[Tile] = set()
 
     def replaced(choose: Callable[..., Tile]) -> Callable[..., Tile]:
@@ -61,9 +60,11 @@ def test_every_tile_of_a_gpu_computes_the_layer(rows: int, layer: str, dtype: st
 
 
 @pytest.mark.parametrize("direction", ["", "-bwd"])
-def test_few_rows_of_many_experts_have_wide_tiles(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layers above have too few experts to fill a GPU with these; their tiles are narrowed."""
-    used = on_gpu(monkeypatch, programs_per_multiprocessor=0)
-    found = judged(moe_fast, f"v1-T30.{LAYERS['aligned']}-bf16-norm-tp2{direction}", runs=1)
+@pytest.mark.parametrize("rows", ROWS, ids=ROWS.values())
+def test_a_gpu_that_is_full_has_the_widest_tiles(rows: int, direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers above are too small to fill a GPU, so that their tiles are narrower, or of fewer rows."""
+    used = on_gpu(monkeypatch, multiprocessors=1)
+    found = judged(moe_fast, f"v1-T{2 * rows}.{LAYERS['aligned']}-bf16-norm-tp2{direction}", runs=1)
     assert found.verdict == Verdict.PASS, found.reason
-    assert {(tile.block_m, tile.block_n) for tile in used} >= {(16, 128)} | ({(16, 64)} if not direction else set())
+    wide = {1: (16, 128), 16: (16, 128), 30: (32, 128), 64: (64, 128), 100: (128, 256)}[rows]
+    assert wide in {(tile.block_m, tile.block_n) for tile in used}

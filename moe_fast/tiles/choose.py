@@ -12,13 +12,11 @@ import torch
 
 from moe_fast.architecture import architecture
 from moe_fast.invariance import rows_for_tiles
-from moe_fast.tiles.tables import Entry, Product, Table, table_of
+from moe_fast.tiles.tables import Product, Table, table_of
 from moe_fast.tiles.tile import ALIGNED, Load, Tile
 
 INTERPRETER_TILE = 64
 INTERPRETER_LARGE_TILE = 1024
-PROGRAMS_PER_MULTIPROCESSOR = 2
-"""Few rows are bound by how fast weights arrive, and a multiprocessor without a program asks for none."""
 NEAR = 2
 """A tuned entry speaks for half to twice its rows."""
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -45,10 +43,7 @@ def gemm_tile(device: torch.device, dtype: torch.dtype, load: Load, out_features
     if _is_odd(out_features) or _is_odd(in_features):
         # Loaded element by element, with an address in registers for each.
         return Tile(block_of_rows, min(64, 128 // accumulators), 64, num_warps=8, num_stages=2)
-    entry = next(entry for entry in table.heuristic
-                 if (load.per_expert <= entry.rows if block_m is None else entry.tile.block_m == block_m))
-    tile = replace(entry.tile, block_n=min(entry.tile.block_n, entry.columns // accumulators))
-    return _filling(tile, entry, load, out_features, table.multiprocessors)
+    return _heuristic(table, load, out_features, accumulators, block_m)
 
 
 def _tuned(table: Table, product: Product, rows: int, block_m: int | None) -> Tile | None:
@@ -60,13 +55,19 @@ def _tuned(table: Table, product: Product, rows: int, block_m: int | None) -> Ti
     return nearest.tile if nearest.rows <= NEAR * rows and rows <= NEAR * nearest.rows else None
 
 
-def _filling(tile: Tile, entry: Entry, load: Load, out_features: int, multiprocessors: int) -> Tile:
-    """Half the columns, and again, while there are too few programs; sums over the inner dimension stay as they are."""
-    block_n = tile.block_n
-    while (block_n > entry.narrowest and load.most_visited * -(-out_features // block_n)
-           < PROGRAMS_PER_MULTIPROCESSOR * multiprocessors):
-        block_n //= 2
-    return replace(tile, block_n=block_n)
+def _heuristic(table: Table, load: Load, out_features: int, accumulators: int, block_m: int | None) -> Tile:
+    """The entry of these rows, with narrower columns, or of fewer, while programs would leave multiprocessors idle."""
+    place = next(place for place, entry in enumerate(table.heuristic)
+                 if (load.per_expert <= entry.rows if block_m is None else entry.tile.block_m == block_m))
+    while True:
+        entry = table.heuristic[place]
+        for block_n in entry.widths(accumulators):
+            programs = load.blocks(entry.tile.block_m) * -(-out_features // block_n)
+            if programs >= entry.programs * table.multiprocessors:
+                return replace(entry.tile, block_n=block_n)
+        if block_m or not place:
+            return replace(entry.tile, block_n=block_n)
+        place -= 1
 
 
 def _power_of_two_at_least(value: int, low: int, high: int) -> int:

@@ -21,13 +21,21 @@ MANY = 2**62
 class Entry:
     """The tile up to so many rows per expert (none: MANY); its block_n is shared among `columns` of all accumulators.
 
-    narrowest: how far block_n may be halved where the programs would be too few for the GPU; block_n: not at all.
+    narrowest: how far block_n may be halved where a GPU would have less than `programs` programs per multiprocessor.
     """
 
     rows: int
     columns: int
     narrowest: int
+    programs: int
     tile: Tile
+
+    def widths(self, accumulators: int) -> list[int]:
+        """What block_n may be, the widest first."""
+        found = [min(self.tile.block_n, self.columns // accumulators)]
+        while found[-1] > self.narrowest:
+            found.append(found[-1] // 2)
+        return found
 
 
 @dataclass(frozen=True)
@@ -129,11 +137,12 @@ def _table(document: object) -> Table:
 
 
 def _entry(document: object) -> Entry:
-    given = _members(document, ("rows", "columns", "narrowest", "tile"))
+    given = _members(document, ("rows", "columns", "narrowest", "programs", "tile"))
     tile = _tile(given["tile"])
     rows = MANY if given["rows"] is None else _count("rows", given["rows"])
     narrowest = _power("narrowest", given["narrowest"], 16, tile.block_n)
-    return Entry(rows, _power("columns", given["columns"], 16, 1024), narrowest, tile)
+    columns = _power("columns", given["columns"], 4 * 16, 1024)  # of four accumulators at most
+    return Entry(rows, columns, narrowest, _count("programs", given["programs"]), tile)
 
 
 def _tuned(document: object) -> Tuned:

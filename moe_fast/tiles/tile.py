@@ -30,7 +30,6 @@ class Load:
         """The mean, rounded up."""
         return -(-self.rows // max(self.experts, 1))
 
-    @property
-    def most_visited(self) -> int:
-        """Experts that can have rows: the row blocks where every expert has few."""
-        return min(self.rows, self.experts)
+    def blocks(self, block_m: int) -> int:
+        """Row blocks that have rows if loads are even, and every expert that can have rows has some."""
+        return min(self.rows, self.experts) * -(-self.per_expert // block_m)
