@@ -1,6 +1,6 @@
 """One grouped product with a given tile, as a layer would launch it: recorded on meta tensors."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,7 @@ from moe_fast.kernels.align import align
 from moe_fast.kernels.down import down
 from moe_fast.kernels.gate_up import gate_up
 from moe_fast.launch import recording
-from moe_fast.tiles.tables import Product, Table, Tuned, table_of
+from moe_fast.tiles.tables import Entry, Product, table_of
 from moe_fast.tiles.tile import Tile
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -42,13 +42,26 @@ def record_product(product: Product, rows: int, top_k: int, tile: Tile, architec
 
 
 def tile_combinations(architectures: Iterable[str]) -> list[Combination]:
-    """Every tile of the tables: each width of the heuristic's, on one shape, and every tuned entry on its own."""
-    found: dict[str, Combination] = {}
+    """Every tile of the tables: all widths of the heuristic's, of a rank of Mixtral 8x7B at tp 8, and tuned ones."""
+    found = {}
     for architecture in architectures:
-        table = table_of(architecture)
-        for product, rows, tile in [*_heuristic(table), *((one.product, one.rows, one.tile) for one in table.tuned)]:
-            combination = combination_of(record_product(product, rows, _TOP_K if rows % _TOP_K == 0 else 1, tile,
-                                                        architecture), architecture)
+        for entry in table_of(architecture).heuristic:
+            for product, tile in _widths(entry):
+                rows = _EXPERTS * entry.tile.block_m
+                one = combination_of(record_product(product, rows, _TOP_K, tile, architecture), architecture)
+                found.setdefault(one.key, one)
+    tuned = {one.key: one for one in tuned_combinations(architectures)}
+    return list((found | tuned).values())
+
+
+def tuned_combinations(architectures: Iterable[str]) -> list[Combination]:
+    """Of every tuned entry on its own shape; another number of experts per token is no other kernel."""
+    found = {}
+    for architecture in architectures:
+        for one in table_of(architecture).tuned:
+            top_k = _TOP_K if one.rows % _TOP_K == 0 else 1
+            combination = combination_of(record_product(one.product, one.rows, top_k, one.tile, architecture),
+                                         architecture)
             found.setdefault(combination.key, combination)
     return list(found.values())
 
@@ -56,11 +69,9 @@ def tile_combinations(architectures: Iterable[str]) -> list[Combination]:
 _TOP_K, _EXPERTS, _HIDDEN, _INTERMEDIATE = 2, 8, 4096, 1792
 
 
-def _heuristic(table: Table) -> Iterable[tuple[Product, int, Tile]]:
-    """Of a rank of Mixtral 8x7B at tp 8, with the rows that an entry is for."""
-    for entry in table.heuristic:
-        for kernel, accumulators in (("gate_up", 2), ("down", 1)):
-            out, inner = (_INTERMEDIATE, _HIDDEN) if kernel == "gate_up" else (_HIDDEN, _INTERMEDIATE)
-            for block_n in entry.widths(accumulators):
-                yield (Product(kernel, "bf16", out, inner, accumulators, _EXPERTS), _EXPERTS * entry.tile.block_m,
-                       replace(entry.tile, block_n=block_n))
+def _widths(entry: Entry) -> Iterator[tuple[Product, Tile]]:
+    gate_up = Product("gate_up", "bf16", _INTERMEDIATE, _HIDDEN, 2, _EXPERTS)
+    down = Product("down", "bf16", _HIDDEN, _INTERMEDIATE, 1, _EXPERTS)
+    for product in (gate_up, down):
+        for block_n in entry.widths(product.accumulators):
+            yield product, replace(entry.tile, block_n=block_n)

@@ -18,7 +18,7 @@ Compiler = Callable[[list[Combination]], list[Resources]]
 
 @dataclass(frozen=True)
 class KernelTime:
-    """part: as gate_up, or "shared gate_up". product and time: None of kernels that are none, which need their bytes."""
+    """part: as gate_up, or "shared gate_up". product, time, resources: None of kernels that are no product."""
 
     part: str
     seconds: float

@@ -4,7 +4,7 @@ The roofline (doi 10.1145/1498765.1498785) with what keeps a kernel below it: id
 tiles that are not full, bytes in flight that are too few for the latency (Little's law), a slower matrix instruction.
 """
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 
 from moe_fast.compile.resources import Resources
@@ -43,7 +43,8 @@ def predict(product: Product, found: Resources, device: Device) -> ProductTime:
     """Of one launch, with an L2 cache that holds none of its operands at the start."""
     fitting = blocks_per_multiprocessor(product.warps, found, device)
     walked = waves(product, fitting * device.multiprocessors, device.l2_bytes)
-    total, waited = device.launch + device.latency, Counter[str]({"start": device.launch + device.latency})
+    total = device.launch + device.latency
+    waited = defaultdict[str, float](float, {"start": total})
     for wave in walked:
         needs = _needs(wave, product, found, device)
         bound = max(needs, key=lambda name: needs[name])
@@ -51,7 +52,7 @@ def predict(product: Product, found: Resources, device: Device) -> ProductTime:
         waited[bound] += needs[bound]
     programs = sum(wave.programs for wave in walked)
     least = max(product.least_bytes / device.memory, product.flop / device.flop)
-    return ProductTime(total, least, waited.most_common(1)[0][0], programs, fitting, len(walked),
+    return ProductTime(total, least, max(waited, key=lambda name: waited[name]), programs, fitting, len(walked),
                        sum(wave.num_bytes for wave in walked), programs * product.program_flop)
 
 

@@ -138,7 +138,7 @@ def _table(document: object) -> Table:
 
 def _entry(document: object) -> Entry:
     given = _members(document, ("rows", "columns", "narrowest", "programs", "tile"))
-    tile = _tile(given["tile"])
+    tile = tile_of(given["tile"])
     rows = MANY if given["rows"] is None else _count("rows", given["rows"])
     narrowest = _power("narrowest", given["narrowest"], 16, tile.block_n)
     columns = _power("columns", given["columns"], 4 * 16, 1024)  # of four accumulators at most
@@ -146,37 +146,43 @@ def _entry(document: object) -> Entry:
 
 
 def _tuned(document: object) -> Tuned:
-    own = ("rows", "tile", "measured")
-    given = _members(document, tuple(field.name for field in fields(Product)) + own)
+    names = tuple(field.name for field in fields(Product))
+    given = _members(document, (*names, "rows", "tile", "measured"))
+    return Tuned(product_of({name: given[name] for name in names}), _count("rows", given["rows"]),
+                 tile_of(given["tile"]), _measured(given["measured"]))
+
+
+def product_of(document: object) -> Product:
+    """A product from its fields; ValueError for anything else."""
+    given = _members(document, tuple(field.name for field in fields(Product)))
     kernel, dtype = given["kernel"], given["dtype"]
     if kernel not in TUNED_KERNELS:
         _refuse(f"kernel {kernel!r}, but should be one of {', '.join(TUNED_KERNELS)}")
     if dtype not in DTYPES:
         _refuse(f"dtype {dtype!r}, but should be one of {', '.join(DTYPES)}")
     counts = {name: _count(name, given[name]) for name in ("out_features", "in_features", "accumulators", "experts")}
-    return Tuned(Product(str(kernel), str(dtype), **counts), _count("rows", given["rows"]), _tile(given["tile"]),
-                 _measured(given["measured"]))
+    return Product(str(kernel), str(dtype), **counts)
 
 
 def _measured(document: object) -> Measured:
     kinds = {field.name: field.type for field in fields(Measured)}
     given = _members(document, tuple(kinds))
     for name, value in given.items():
-        if not (isinstance(value, str) if kinds[name] is str else _is_number(value) and value > 0):
+        if not (isinstance(value, str) if kinds[name] is str else _is_positive(value)):
             _refuse(f"measured: {name}={value!r}, but should be {'text' if kinds[name] is str else 'above 0'}")
     return Measured(**given)  # pyrefly: ignore
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 _LIMITS = {"block_m": (16, 256), "block_n": (16, 512), "block_k": (16, 512), "num_warps": (1, 16)}
 _COUNTS = {"num_stages": 8, "group": 128}
 
 
-def _tile(document: object) -> Tile:
-    """Every field of Tile that has no default, and any of the others."""
+def tile_of(document: object) -> Tile:
+    """A tile from every field that has no default, and any of the others; ValueError for anything else."""
     needed = tuple(field.name for field in fields(Tile) if field.default is MISSING)
     given = _members(document, needed, tuple(field.name for field in fields(Tile) if field.name not in needed))
     for name, value in given.items():
