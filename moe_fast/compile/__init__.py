@@ -15,9 +15,9 @@ from moe_fast.compile.combinations import Combination, combinations_of
 from moe_fast.compile.lanes import compile_all
 from moe_fast.compile.products import tile_combinations, tuned_combinations
 from moe_fast.compile.resources import Resources, faults
-from moe_fast.compile.table import Comparison, compare, read_table, triton_series, write_table
+from moe_fast.compile.table import BASELINES, Comparison, compare, read_table, triton_series, write_table
 from moe_fast.compile.targets import ARCHITECTURES
 
-__all__ = ["ARCHITECTURES", "CASES", "Combination", "Comparison", "Resources", "combinations_of", "compare",
-           "compile_all", "faults", "read_table", "tile_combinations", "triton_series", "tuned_combinations",
+__all__ = ["ARCHITECTURES", "BASELINES", "CASES", "Combination", "Comparison", "Resources", "combinations_of",
+           "compare", "compile_all", "faults", "read_table", "tile_combinations", "triton_series", "tuned_combinations",
            "write_table"]

@@ -66,10 +66,10 @@ def blocks_per_multiprocessor(warps: int, found: Resources, device: Device) -> i
 def _needs(wave: Wave, product: Product, found: Resources, device: Device) -> dict[str, float]:
     """Seconds by what a wave may wait for; a multiprocessor has the programs of the fullest one."""
     most = -(-wave.programs // device.multiprocessors)
-    program_bytes = product.stage_bytes * product.steps
+    program_bytes = wave.asked / wave.programs
     rate = device.flop / device.multiprocessors
     if not any(name.startswith(_FULL_RATE) for name in found.matrix):
         rate *= device.plain_matrix
-    return {"memory": wave.num_bytes / device.memory, "L2": wave.programs * program_bytes / device.l2,
+    return {"memory": wave.num_bytes / device.memory, "L2": wave.asked / device.l2,
             "port": most * program_bytes / device.port, "matrix": most * product.program_flop / rate,
             "latency": -(-product.steps // max(1, product.stages - 1)) * device.latency}

@@ -65,11 +65,6 @@ class Product:
         return 2.0 * self.block_m * self.block_n * self.steps * self.block_k * self.parts
 
     @property
-    def stage_bytes(self) -> int:
-        """Operand tiles of one step."""
-        return (self.block_m + self.parts * self.block_n) * self.block_k * self.itemsize
-
-    @property
     def least_bytes(self) -> int:
         """Weights of experts with rows, rows and results, once."""
         weights = len({expert for expert, _ in self.blocks}) * self.parts * self.out * self.inner

@@ -14,12 +14,16 @@ from moe_fast.roofline.product import Product
 
 @dataclass(frozen=True)
 class Wave:
-    """Programs that run side by side, and the bytes they bring from memory: weights, rows, results."""
+    """Programs that run side by side, and the bytes they bring from memory: weights, rows, results.
+
+    asked: bytes of operands that they ask L2 for; rows of padding are masked and asked for by nobody.
+    """
 
     programs: int
     weights: int
     rows: int
     results: int
+    asked: int
 
     @property
     def num_bytes(self) -> int:
@@ -40,7 +44,7 @@ def waves(product: Product, at_once: int, l2_bytes: int) -> list[Wave]:
     cache, found, programs = _Cache(l2_bytes), [], list(order(product))
     rows_left = product.rows_bytes
     for start in range(0, len(programs), at_once):
-        weights = rows = results = 0
+        weights = rows = results = asked = 0
         for block, column in programs[start:start + at_once]:
             expert, filled = product.blocks[block]
             weights += cache.missing(("w", expert, column), product.weight_stripe)
@@ -52,7 +56,8 @@ def waves(product: Product, at_once: int, l2_bytes: int) -> list[Wave]:
             rows += missing
             width = min(product.block_n, product.out - column * product.block_n)
             results += filled * width * product.itemsize
-        found.append(Wave(len(programs[start:start + at_once]), weights, rows, results))
+            asked += row_bytes + product.weight_stripe
+        found.append(Wave(len(programs[start:start + at_once]), weights, rows, results, asked))
     return found
 
 

@@ -17,6 +17,7 @@ from moe_fast.tiles.tile import ALIGNED, Load, Tile
 
 INTERPRETER_TILE = 64
 INTERPRETER_LARGE_TILE = 1024
+WORTHWHILE = 0.85
 NEAR = 2
 """A tuned entry speaks for half to twice its rows."""
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -62,12 +63,20 @@ def _heuristic(table: Table, load: Load, out_features: int, accumulators: int, b
     while True:
         entry = table.heuristic[place]
         for block_n in entry.widths(accumulators):
+            if block_n > entry.narrowest and _pads(out_features, block_n):
+                continue
             programs = load.blocks(entry.tile.block_m) * -(-out_features // block_n)
             if programs >= entry.programs * table.multiprocessors:
                 return replace(entry.tile, block_n=block_n)
         if block_m or not place:
             return replace(entry.tile, block_n=block_n)
         place -= 1
+
+
+def _pads(out_features: int, block_n: int) -> bool:
+    """Whether half the columns would leave out a good part of the padding, as of 192 columns in tiles of 128."""
+    padded, with_half = (-(-out_features // width) * width for width in (block_n, block_n // 2))
+    return with_half <= WORTHWHILE * padded
 
 
 def _power_of_two_at_least(value: int, low: int, high: int) -> int:

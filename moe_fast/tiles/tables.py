@@ -27,7 +27,7 @@ class Entry:
     rows: int
     columns: int
     narrowest: int
-    programs: int
+    programs: float
     tile: Tile
 
     def widths(self, accumulators: int) -> list[int]:
@@ -142,7 +142,9 @@ def _entry(document: object) -> Entry:
     rows = MANY if given["rows"] is None else _count("rows", given["rows"])
     narrowest = _power("narrowest", given["narrowest"], 16, tile.block_n)
     columns = _power("columns", given["columns"], 4 * 16, 1024)  # of four accumulators at most
-    return Entry(rows, columns, narrowest, _count("programs", given["programs"]), tile)
+    if not _is_positive(given["programs"]):
+        _refuse(f"programs={given['programs']!r}, but should be above 0")
+    return Entry(rows, columns, narrowest, float(given["programs"]), tile)  # pyrefly: ignore
 
 
 def _tuned(document: object) -> Tuned:

@@ -21,7 +21,6 @@ from moe_ref.contract.errors import UsageValueError
 from moe_ref.models.registry import models
 from moe_ref.verify.run.subjects import load_subject
 
-_BASELINES = Path("ci/baselines")
 _MODEL_SIZES = ("T1-bf16", "T64-bf16", "T4096-bf16", "T64-fp16", "T64-fp32")
 _TOLD_EVERY = 50
 
@@ -68,8 +67,8 @@ def compile_command(implementation: str, architectures: tuple[str, ...], case_id
         combinations += gate.tuned_combinations(chosen)
     with _progress(len(combinations)) as observe:
         found = gate.compile_all(combinations, lanes, observe)
-    report = _Report(gate, combinations, found, baseline or _BASELINES / f"compile-triton-{gate.triton_series()}.json",
-                     chosen if own else ())
+    path = baseline or gate.BASELINES / f"compile-triton-{gate.triton_series()}.json"
+    report = _Report(gate, combinations, found, path, chosen if own else ())
     if accept:
         gate.write_table(report.path, {one.key: what for one, what in zip(combinations, found, strict=True)
                                        if not what.error})
