@@ -27,6 +27,6 @@ def batch_invariant() -> Iterator[None]:
         _invariant.reset(token)
 
 
-def rows_for_tiles(rows_per_expert: int) -> int:
-    """What tiles follow."""
-    return ROWS if _invariant.get() else rows_per_expert
+def rows_for_tiles(rows: int, experts: int) -> int:
+    """The number of routed rows that tiles follow."""
+    return ROWS * experts if _invariant.get() else rows

@@ -9,7 +9,7 @@ import moe_fast
 from moe_fast import invariant
 from moe_fast.architecture import assuming
 from moe_fast.invariance import batch_invariant
-from moe_fast.tiles import gemm_tile
+from moe_fast.tiles import Load, gemm_tile
 from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.vocabulary import Verdict
 from moe_ref.inputs.build import build_inputs, build_shards
@@ -43,7 +43,8 @@ def test_the_tile_is_one_for_all() -> None:
     """Whatever number of rows; outside, it follows them again."""
     def tiles() -> int:
         with assuming("sm_90"):
-            return len({gemm_tile(torch.device("meta"), torch.bfloat16, rows, 4096, 1792) for rows in (1, 30, 64, 999)})
+            return len({gemm_tile(torch.device("meta"), torch.bfloat16, Load(8 * rows, 8), 4096, 1792, kernel="down")
+                        for rows in (1, 30, 64, 999)})
 
     with batch_invariant():
         assert tiles() == 1

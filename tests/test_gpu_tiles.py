@@ -5,6 +5,7 @@ One wrong bucket of a table of tiles is a known defect: it shows at some numbers
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ import torch
 import moe_fast
 from moe_fast.architecture import assuming
 from moe_fast.kernels.act_gradient import three_product_tile
-from moe_fast.tiles import Tile, gemm_tile
+from moe_fast.tiles import Tile, choose, gemm_tile
+from moe_fast.tiles.tables import table_of
 from moe_ref.contract.vocabulary import Verdict
 from tests.in_process import judged
 
@@ -24,8 +26,9 @@ ROWS = {1: "one row per expert", 16: "the narrowest tile, full", 30: "the next, 
         100: "the widest"}
 
 
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> set[Tile]:
-    """Makes every kernel take the tile that it has on a GPU; the tiles that were taken."""
+def on_gpu(monkeypatch: pytest.MonkeyPatch, **table: object) -> set[Tile]:
+    """Makes every kernel take the tile that it has on a GPU, by a table with those parts; the tiles that were taken."""
+    monkeypatch.setattr(choose, "table_of", lambda name: replace(table_of(name), **table))
     tiles: set[Tile] = set()
 
     def replaced(choose: Callable[..., Tile]) -> Callable[..., Tile]:
@@ -54,3 +57,14 @@ def test_every_tile_of_a_gpu_computes_the_layer(rows: int, layer: str, dtype: st
     assert found.verdict == Verdict.PASS, found.reason
     wide = 128 if (layer, dtype) == ("aligned", "bf16") else 64
     assert next(size for size in (16, 32, 64, wide) if rows <= size or size == wide) in {tile.block_m for tile in used}
+
+
+@pytest.mark.parametrize("direction", ["", "-bwd"])
+@pytest.mark.parametrize("rows", ROWS, ids=ROWS.values())
+def test_a_gpu_that_is_full_has_the_widest_tiles(rows: int, direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layers above are too small to fill a GPU, so that their tiles are narrower, or of fewer rows."""
+    used = on_gpu(monkeypatch, multiprocessors=1)
+    found = judged(moe_fast, f"v1-T{2 * rows}.{LAYERS['aligned']}-bf16-norm-tp2{direction}", runs=1)
+    assert found.verdict == Verdict.PASS, found.reason
+    wide = {1: (16, 128), 16: (16, 128), 30: (32, 128), 64: (64, 128), 100: (128, 256)}[rows]
+    assert wide in {(tile.block_m, tile.block_n) for tile in used}

@@ -51,7 +51,8 @@ def test_a_recorded_gradient_sees_all_tokens(monkeypatch: pytest.MonkeyPatch) ->
         assert reductions(21, grad=True)[0] == [[8 * 80, 8 * 80, 5 * 80]] * 2
 
 
-@pytest.mark.parametrize("options", ["", "-ep2", "-ep2-copy0.1", "-allreducerows", "-reducescatter", "-reducescatter-tokenstp"])
+@pytest.mark.parametrize("options", ["", "-ep2", "-ep2-copy0.1", "-allreducerows", "-reducescatter",
+                                     "-reducescatter-tokenstp"])
 def test_the_harness_finds_nothing_wrong(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Output, elements sent and equality of ranks, under every schedule that has chunks and some that must not."""
     monkeypatch.setattr(overlap, "CHUNK_TOKENS", 8)

@@ -13,6 +13,9 @@ from moe_ref.contract.errors import UsageValueError
 MORE_REGISTERS = 1.10
 """How far registers may grow before it counts as worse: ptxas moves by a few with every change of a kernel."""
 
+BASELINES = Path("ci/baselines")
+"""Where accepted tables are, from the root of a checkout."""
+
 _COLUMNS = ("registers", "spill_bytes", "shared_bytes", "matrix")
 
 Table = dict[str, Resources]

@@ -12,7 +12,7 @@ from moe_fast.kernels.align import Alignment
 from moe_fast.kernels.described import weight_operand, weight_tile, weights_at
 from moe_fast.kernels.gate_up import gate_up_arguments
 from moe_fast.kernels.grouped import block_rows, grouped_tile, launch_grouped
-from moe_fast.tiles import Tile, gemm_tile
+from moe_fast.tiles import Load, Tile, gemm_tile
 
 
 @triton.jit
@@ -110,16 +110,20 @@ def act_gradient_kernel(x, grad, w13, w13_bias, w2, row_weights, products, grad_
             tl.store(gate_at + intermediate_size, grad_up.to(kind), mask=inside)
 
 
-def three_product_tile(device: torch.device, dtype: torch.dtype, rows_per_expert: int, out_features: int,
+def three_product_tile(device: torch.device, dtype: torch.dtype, load: Load, out_features: int,
                        in_features: int) -> Tile:
-    """The tile for three accumulators and five operand tiles: more columns or stages would not fit on a GPU."""
-    tile = gemm_tile(device, dtype, rows_per_expert, out_features, in_features, accumulators=4)
-    return tile if device.type == "cpu" else replace(tile, block_n=min(tile.block_n, 64), num_stages=2)
+    """The tile for three accumulators and five operand tiles: more columns or stages would not fit on a GPU.
+
+    Persistent programs, which hold a tile's end beside the next one's start, would spill.
+    """
+    tile = gemm_tile(device, dtype, load, out_features, in_features, accumulators=4, kernel="act_gradient")
+    return tile if device.type == "cpu" else replace(tile, block_n=min(tile.block_n, 64), num_stages=2,
+                                                         persistent=False)
 
 
 def act_gradient(x_TH: torch.Tensor, grad_TH: torch.Tensor, w13_EGIH: torch.Tensor, w13_bias_EGI: torch.Tensor | None,
                  w2_EHI: torch.Tensor, row_weights_R: torch.Tensor, alignment: Alignment, top_k: int, form: Form,
-                 rows_per_expert: int, products_RGI: torch.Tensor | None = None,
+                 load: Load, products_RGI: torch.Tensor | None = None,
                  ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """grad_gate_up_RGI and weighted act_RI in expert order and x's dtype, and grad_weights_R (fp32).
 
@@ -129,7 +133,7 @@ def act_gradient(x_TH: torch.Tensor, grad_TH: torch.Tensor, w13_EGIH: torch.Tens
     """
     row_weights_R = row_weights_R.contiguous()  # the kernel knows no stride of them
     num_rows, (_, num_parts, intermediate, hidden), device = row_weights_R.numel(), w13_EGIH.shape, x_TH.device
-    tile = three_product_tile(device, x_TH.dtype, rows_per_expert, intermediate, hidden)
+    tile = three_product_tile(device, x_TH.dtype, load, intermediate, hidden)
     grad_gate_up_RGI = torch.empty(num_rows, num_parts, intermediate, dtype=x_TH.dtype, device=device)
     weighted_act_RI = torch.empty(num_rows, intermediate, dtype=x_TH.dtype, device=device)
     num_columns = triton.cdiv(intermediate, tile.block_n)

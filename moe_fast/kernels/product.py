@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from moe_fast.launch import launch
-from moe_fast.tiles import gemm_tile
+from moe_fast.tiles import ALIGNED, Load, gemm_tile
 
 
 @triton.jit
@@ -42,7 +42,9 @@ def product(left_MK: torch.Tensor, right_NK: torch.Tensor, dtype: torch.dtype,
     (num_rows, inner), num_columns, device = left_MK.shape, right_NK.shape[0], left_MK.device
     result_MN = torch.empty(num_rows, num_columns, dtype=dtype, device=device)
     operands = torch.promote_types(left_MK.dtype, right_NK.dtype)
-    tile = gemm_tile(device, operands, min(num_rows, 32), min(num_columns, 64), inner)
+    # As if a block of rows were an expert's; columns are aligned, since none of them is a row in memory.
+    load, columns = Load(num_rows, triton.cdiv(num_rows, 32)), triton.cdiv(num_columns, ALIGNED) * ALIGNED
+    tile = gemm_tile(device, operands, load, columns, inner, kernel="product")
     block_n = max(16, min(tile.block_n, triton.next_power_of_2(num_columns)))
     launch(product_kernel, (triton.cdiv(num_rows, tile.block_m), triton.cdiv(num_columns, block_n)), device,
            left=left_MK, right=right_NK, bias=left_MK if bias_N is None else bias_N, result=result_MN,

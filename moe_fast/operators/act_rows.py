@@ -14,7 +14,7 @@ from moe_fast.kernels.take import take
 from moe_fast.kernels.weight_gradient import weight_gradient
 from moe_fast.operators.checks import check_dtypes, check_shapes
 from moe_fast.operators.once import refuse_second_gradients
-from moe_fast.operators.rows import mean_rows
+from moe_fast.operators.rows import load_of
 from moe_fast.tiles import gemm_tile
 from moe_ref.contract.errors import raise_faults
 
@@ -29,8 +29,8 @@ def act_rows(x_TH: torch.Tensor, ids_TK: torch.Tensor, hosted_E: torch.Tensor, w
     """
     _check("moe_fast::act_rows", x_TH, ids_TK, hosted_E, w13_EGIH, form, weights_TK, w13_bias_EGI)
     (num_experts, num_parts, intermediate, hidden), top_k = w13_EGIH.shape, ids_TK.shape[1]
-    tile = gemm_tile(x_TH.device, x_TH.dtype, mean_rows(ids_TK, num_experts), intermediate, hidden,
-                     accumulators=num_parts)
+    tile = gemm_tile(x_TH.device, x_TH.dtype, load_of(ids_TK, num_experts), intermediate, hidden,
+                     accumulators=num_parts, kernel="gate_up")
     alignment = align(ids_TK, hosted_E, tile.block_m)
     row_weights_R = None if weights_TK is None else weights_TK.reshape(-1)
     sorted_act_RI = gate_up(x_TH, w13_EGIH, w13_bias_EGI, row_weights_R, alignment, top_k, parse_form(form), tile)
@@ -57,10 +57,9 @@ def act_rows_backward(grad_RI: torch.Tensor, x_TH: torch.Tensor, ids_TK: torch.T
     """
     _check("moe_fast::act_rows_backward", x_TH, ids_TK, hosted_E, w13_EGIH, form, weights_TK, w13_bias_EGI, grad_RI)
     (num_experts, _, intermediate, hidden), top_k = w13_EGIH.shape, ids_TK.shape[1]
-    rows_per_expert = mean_rows(ids_TK, num_experts)
-    first = gemm_tile(x_TH.device, x_TH.dtype, rows_per_expert, intermediate, hidden, accumulators=4)
-    second = gemm_tile(x_TH.device, x_TH.dtype, rows_per_expert, hidden, intermediate)
-    assert first.block_m == second.block_m
+    load, device, dtype = load_of(ids_TK, num_experts), x_TH.device, x_TH.dtype
+    first = gemm_tile(device, dtype, load, intermediate, hidden, accumulators=4, kernel="projection_gradient")
+    second = gemm_tile(device, dtype, load, hidden, intermediate, kernel="row_gradient", block_m=first.block_m)
     alignment = align(ids_TK, hosted_E, first.block_m)
     row_weights_R = None if weights_TK is None else weights_TK.reshape(-1)
     grad_gate_up_RGI, grad_weights_R = projection_gradient(grad_RI, x_TH, w13_EGIH, w13_bias_EGI, row_weights_R,

@@ -12,7 +12,7 @@ from moe_fast.memory import chunk_tokens
 from moe_fast.observe import record_routed_rows
 from moe_fast.operators.arguments import ExpertsArguments, GroupedMLP
 from moe_fast.operators.experts_backward import experts_backward
-from moe_fast.operators.rows import mean_rows
+from moe_fast.operators.rows import load_of
 from moe_fast.tiles import gemm_tile
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Stage
@@ -111,10 +111,9 @@ def _merge(given: ExpertsArguments, merged_TH: torch.Tensor, trace: Trace | None
 def mlp_rows(mlp: GroupedMLP, products_RGI: torch.Tensor | None) -> tuple[Alignment, torch.Tensor, torch.Tensor]:
     """The alignment, act_RI in expert order and weighted down_RH in (token, slot) order; products_RGI is filled."""
     (num_experts, num_parts, intermediate, hidden), top_k = mlp.w13_EGIH.shape, mlp.ids_TK.shape[1]
-    rows_per_expert, device, dtype = mean_rows(mlp.ids_TK, num_experts), mlp.x_TH.device, mlp.x_TH.dtype
-    first = gemm_tile(device, dtype, rows_per_expert, intermediate, hidden, accumulators=num_parts)
-    second = gemm_tile(device, dtype, rows_per_expert, hidden, intermediate)
-    assert first.block_m == second.block_m
+    load, device, dtype = load_of(mlp.ids_TK, num_experts), mlp.x_TH.device, mlp.x_TH.dtype
+    first = gemm_tile(device, dtype, load, intermediate, hidden, accumulators=num_parts, kernel="gate_up")
+    second = gemm_tile(device, dtype, load, hidden, intermediate, kernel="down", block_m=first.block_m)
     alignment = align(mlp.ids_TK, mlp.hosted_E, first.block_m)
     act_RI = gate_up(mlp.x_TH, mlp.w13_EGIH, mlp.w13_bias_EGI, mlp.weights_TK.reshape(-1), alignment, top_k, mlp.form,
                      first, products_RGI)

@@ -13,7 +13,7 @@ from moe_fast.kernels.row_gradient import row_gradient
 from moe_fast.kernels.weight_gradient import weight_gradient
 from moe_fast.operators.arguments import NAMES, ExpertsArguments, GroupedMLP
 from moe_fast.operators.once import refuse_second_gradients
-from moe_fast.operators.rows import mean_rows, sum_of_tokens
+from moe_fast.operators.rows import load_of, sum_of_tokens
 from moe_fast.tiles import gemm_tile
 from moe_ref.contract.errors import raise_faults
 
@@ -71,12 +71,12 @@ class _Gradients(NamedTuple):
 
 def _mlp_gradients(grad_TH: torch.Tensor, mlp: GroupedMLP, products_RGI: torch.Tensor | None) -> _Gradients:
     (num_experts, _, intermediate, hidden), top_k, x_TH = mlp.w13_EGIH.shape, mlp.ids_TK.shape[1], mlp.x_TH
-    rows_per_expert = mean_rows(mlp.ids_TK, num_experts)
-    tile = gemm_tile(x_TH.device, x_TH.dtype, rows_per_expert, hidden, intermediate)
+    load = load_of(mlp.ids_TK, num_experts)
+    tile = gemm_tile(x_TH.device, x_TH.dtype, load, hidden, intermediate, kernel="row_gradient")
     alignment = align(mlp.ids_TK, mlp.hosted_E, tile.block_m)
     grad_gate_up_RGI, weighted_act_RI, grad_weights_R = act_gradient(
         x_TH, grad_TH, mlp.w13_EGIH, mlp.w13_bias_EGI, mlp.w2_EHI, mlp.weights_TK.reshape(-1), alignment, top_k,
-        mlp.form, rows_per_expert, products_RGI)
+        mlp.form, load, products_RGI)
     rows_RH = row_gradient(grad_gate_up_RGI, mlp.w13_EGIH, alignment, tile)
     grad_w13_EGIH, grad_w2_EHI = torch.empty_like(mlp.w13_EGIH), torch.empty_like(mlp.w2_EHI)
     weight_gradient(grad_gate_up_RGI, x_TH, grad_w13_EGIH, alignment, top_k)

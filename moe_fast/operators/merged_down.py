@@ -15,7 +15,7 @@ from moe_fast.kernels.take import take
 from moe_fast.kernels.weight_gradient import weight_gradient
 from moe_fast.operators.down_arguments import GroupedDown, MergedDownArguments
 from moe_fast.operators.once import refuse_second_gradients
-from moe_fast.operators.rows import mean_rows, sum_of_tokens
+from moe_fast.operators.rows import load_of, sum_of_tokens
 from moe_fast.tiles import gemm_tile
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Stage
@@ -66,7 +66,8 @@ def merged_down_forward(given: MergedDownArguments, trace: Trace | None = None) 
 def _down_rows(rows: GroupedDown) -> tuple[Alignment, torch.Tensor]:
     """The alignment, and weighted down_RH in (token, slot) order."""
     num_experts, hidden, intermediate = rows.w2_EHI.shape
-    tile = gemm_tile(rows.act_RI.device, rows.act_RI.dtype, mean_rows(rows.ids_TK, num_experts), hidden, intermediate)
+    tile = gemm_tile(rows.act_RI.device, rows.act_RI.dtype, load_of(rows.ids_TK, num_experts), hidden, intermediate,
+                     kernel="down")
     alignment = align(rows.ids_TK, rows.hosted_E, tile.block_m)
     sorted_act_RI = take(rows.act_RI, order(alignment)[0])
     return alignment, down(sorted_act_RI, rows.w2_EHI, rows.w2_bias_EH, rows.weights_TK.reshape(-1), alignment, tile)
@@ -109,8 +110,8 @@ class _Gradients(NamedTuple):
 
 def _gradients(grad_TH: torch.Tensor, rows: GroupedDown) -> _Gradients:
     (num_experts, hidden, intermediate), top_k = rows.w2_EHI.shape, rows.ids_TK.shape[1]
-    tile = gemm_tile(rows.act_RI.device, rows.act_RI.dtype, mean_rows(rows.ids_TK, num_experts), intermediate, hidden,
-                     accumulators=4)
+    tile = gemm_tile(rows.act_RI.device, rows.act_RI.dtype, load_of(rows.ids_TK, num_experts), intermediate, hidden,
+                     accumulators=4, kernel="down_gradient")
     alignment, weights_R = align(rows.ids_TK, rows.hosted_E, tile.block_m), rows.weights_TK.reshape(-1)
     grad_act_RI, weighted_act_RI, grad_weights_R = down_gradient(grad_TH, rows.act_RI, rows.w2_EHI, weights_R,
                                                                  alignment, top_k, tile)

@@ -2,10 +2,12 @@
 
 import torch
 
+from moe_fast.tiles import Load
 
-def mean_rows(ids_TK: torch.Tensor, num_experts: int) -> int:
-    """Rows per expert if all slots were at hand, rounded up: what tile sizes follow."""
-    return -(-ids_TK.numel() // max(num_experts, 1))
+
+def load_of(ids_TK: torch.Tensor, num_experts: int) -> Load:
+    """What tile sizes follow: every slot, as if all experts were at hand."""
+    return Load(ids_TK.numel(), num_experts)
 
 
 def every_token(x_TH: torch.Tensor, gate_T1: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

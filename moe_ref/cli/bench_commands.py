@@ -50,11 +50,13 @@ _TELL_EVERY_SECONDS = 15.0
 @click.option("--record", type=click.Path(path_type=Path, file_okay=False), help="Folder for records.jsonl.")
 @click.option("--read", "read_from", type=click.Path(path_type=Path), help="Show a record; runs nothing.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw times into a .svg or .png file.")
+@click.option("--roofline", metavar="DEVICE", help="Predict times on a device, as H100, instead: nothing is run, and a "
+                                                   "machine without a GPU will do. Default preset: mixtral-founding.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 def bench_command(subjects: tuple[str, ...], preset: str | None, models: tuple[str, ...], degrees: str | None,
                   tokens: str | None, operations: str | None, against: str, dtype: str, seed: int, seconds: float,
                   deadline: float, kernels: bool, device: str, record: Path | None, read_from: Path | None,
-                  plot: Path | None, as_json: bool) -> int:
+                  plot: Path | None, roofline: str | None, as_json: bool) -> int:
     """Time each IMPL (a name, module or module:attr, as of `verify`) against torch and peers, on one device.
 
     Each is compared with the truth on the very shape first: what is wrong is not timed. Times of a CPU are no evidence.
@@ -65,6 +67,8 @@ def bench_command(subjects: tuple[str, ...], preset: str | None, models: tuple[s
         return _show(read_bench(read_from), plot, as_json)
     if not subjects:
         raise UsageValueError("no implementation; name some, as in `moe-ref bench moe_fast`")
+    if roofline:
+        return _predict(subjects, roofline, preset, models, degrees, tokens, dtype, as_json)
     # Imported here, so that a record can be shown without torch.
     from moe_ref.bench.peers import PEERS
     from moe_ref.bench.problem import Operation
@@ -92,6 +96,20 @@ def bench_command(subjects: tuple[str, ...], preset: str | None, models: tuple[s
     finally:
         collected.close()
     return _show(collected.run, plot, as_json)
+
+
+def _predict(subjects: tuple[str, ...], device: str, preset: str | None, models: tuple[str, ...],
+             degrees: str | None, tokens: str | None, dtype: str, as_json: bool) -> int:
+    """--roofline: the shapes of a preset for one implementation."""
+    from moe_ref.cli.roofline import show_roofline
+    from moe_ref.diverge.problem import ladder
+
+    if len(subjects) != 1:
+        raise UsageValueError(f"--roofline with {len(subjects)} implementations, but should be with one")
+    chosen = PRESETS[preset or "mixtral-founding"]
+    return show_roofline(subjects[0], device, models or chosen.models,
+                         _numbers("--tp", degrees) if degrees else chosen.tp,
+                         ladder(tokens) if tokens else chosen.tokens, dtype, as_json)
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

@@ -5,8 +5,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib import import_module
-from importlib.metadata import entry_points
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from moe_ref.cli.parts import part_of
 from moe_ref.contract.case import Case
 from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.models.registry import models
-from moe_ref.verify.run.subjects import ENTRY_POINT_GROUP, load_subject
+from moe_ref.verify.run.subjects import load_subject
 
-_BASELINES = Path("ci/baselines")
 _MODEL_SIZES = ("T1-bf16", "T64-bf16", "T4096-bf16", "T64-fp16", "T64-fp32")
 _TOLD_EVERY = 50
 
@@ -38,6 +36,8 @@ def _names(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--case", "case_ids", multiple=True, help="A case id; may be given several times; default: the gate's.")
 @click.option("--models", "all_models", is_flag=True,
               help="Instead every named model that the implementation computes, on 8 ranks, in sizes and dtypes.")
+@click.option("--tiles", "all_tiles", is_flag=True,
+              help="Instead every tile of the tables: each width of the heuristic's, and every tuned one.")
 @click.option("--baseline", type=click.Path(path_type=Path, dir_okay=False), default=None,
               help="Table to compare with; default: ci/baselines/compile-triton-<version>.json.")
 @click.option("--accept", is_flag=True, help="Write the table of the gate's own cases on all architectures.")
@@ -46,45 +46,35 @@ def _names(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--each", is_flag=True, help="One line per combination, not only per kernel.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 def compile_command(implementation: str, architectures: tuple[str, ...], case_ids: tuple[str, ...], all_models: bool,
-                    baseline: Path | None, accept: bool, lanes: int, each: bool, as_json: bool) -> int:
+                    all_tiles: bool, baseline: Path | None, accept: bool, lanes: int, each: bool, as_json: bool) -> int:
     """Cross-compile every kernel that IMPLEMENTATION launches; nothing is run and no GPU is needed.
 
     Printed: registers, spilled bytes, shared memory, matrix instructions. Exit code 1: a kernel that does not compile,
     takes more shared memory than a block may have, spills in a product or makes none of its 16-bit products on matrix
     units; or one that is worse than the accepted table of this Triton version, or gone from it.
     """
-    gate = _gate(implementation)
-    if case_ids and all_models:
-        raise UsageValueError("--case and --models exclude each other; give one")
-    own = not case_ids and not all_models
+    gate = part_of(implementation, "compile", "its kernels cannot be cross-compiled")
+    if bool(case_ids) + all_models + all_tiles > 1:
+        raise UsageValueError("--case, --models and --tiles exclude each other; give one")
+    own = not case_ids and not all_models and not all_tiles
     if accept and (not own or architectures):
-        raise UsageValueError("--accept with --case, --models or --arch, but the table is of the gate's own cases on "
-                              "all architectures")
+        raise UsageValueError("--accept with --case, --models, --tiles or --arch, but the table is of the gate's "
+                              "own cases on all architectures")
     chosen = _known(architectures, tuple(gate.ARCHITECTURES))
     cases = _model_cases(implementation) if all_models else [parse_case(text) for text in case_ids or gate.CASES]
-    combinations = gate.combinations_of(cases, chosen)
+    combinations = gate.tile_combinations(chosen) if all_tiles else gate.combinations_of(cases, chosen)
+    if own:
+        combinations += gate.tuned_combinations(chosen)
     with _progress(len(combinations)) as observe:
         found = gate.compile_all(combinations, lanes, observe)
-    report = _Report(gate, combinations, found, baseline or _BASELINES / f"compile-triton-{gate.triton_series()}.json",
-                     chosen if own else ())
+    path = baseline or gate.BASELINES / f"compile-triton-{gate.triton_series()}.json"
+    report = _Report(gate, combinations, found, path, chosen if own else ())
     if accept:
         gate.write_table(report.path, {one.key: what for one, what in zip(combinations, found, strict=True)
                                        if not what.error})
         report = _Report(gate, combinations, found, report.path, chosen)
     click.echo(json.dumps(report.document, indent=1) if as_json else report.text(each))
     return 1 if report.failures else 0
-
-
-def _gate(implementation: str) -> Any:
-    """The module `compile` of the implementation's package, which is the gate."""
-    load_subject(implementation)
-    points = {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
-    package = points.get(implementation, implementation).partition(":")[0]
-    try:
-        return import_module(f"{package}.compile")
-    except ImportError as error:
-        raise UsageValueError(f"implementation {implementation!r} has no {package}.compile that could be imported "
-                              f"({error}), so its kernels cannot be cross-compiled") from error
 
 
 def _known(architectures: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ def fast_grouped(x_RK: torch.Tensor, w_ENK: torch.Tensor, ends_E: torch.Tensor) 
     except ImportError as error:
         raise NotRun(f"moe_fast cannot be imported: {error}") from error
     experts, columns, terms = w_ENK.shape
-    tile = tiles.gemm_tile(x_RK.device, x_RK.dtype, -(-len(x_RK) // experts), columns, terms)
+    tile = tiles.gemm_tile(x_RK.device, x_RK.dtype, tiles.Load(len(x_RK), experts), columns, terms, kernel="down")
     loads = torch.diff(ends_E, prepend=ends_E.new_zeros(1))
     # Rows are sorted by expert, so that the place in that order is the row itself.
     hosted_E = torch.arange(experts, device=x_RK.device)
