@@ -70,13 +70,13 @@ def _route(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, logits_TE: 
     given = shared_logits_TS, weights.selection_bias_E, scale_E
     if logits_TE is None:
         assert weights.router_EH is not None
-        *selected, logits_TE = route_by(chosen_by, x_TH, weights.router_EH, weights.router_bias_E, *given)
+        ids_TK, weights_TK, shared_TS, logits_TE = route_by(chosen_by, x_TH, weights.router_EH, weights.router_bias_E,
+                                                            *given)
     else:
         logits_TE = logits_TE.to(torch.float32)
-        selected = select_by(chosen_by, logits_TE, *given)
+        ids_TK, weights_TK, shared_TS = select_by(chosen_by, logits_TE, *given)
     if router.capacity is not None:
-        selected = drop_by(router, *selected, weights.weight_scale_E)
-    ids_TK, weights_TK, shared_TS = selected
+        ids_TK, weights_TK, shared_TS = drop_by(router, ids_TK, weights_TK, shared_TS, weights.weight_scale_E)
     return Routing(ids_TK, weights_TK, logits_TE,
                    _shared_gate(x_TH, weights, spec) if shared_logits_TS is None else shared_TS)
 

@@ -123,8 +123,7 @@ def select_kernel(logits, sums, shared_logits, selection_bias, weight_scale, ids
                   BIAS_ON: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr, GROUPS_KEPT: tl.constexpr,
                   TOP2_SUM: tl.constexpr, FILL_ZERO: tl.constexpr, RENORMALIZE: tl.constexpr, CLAMP: tl.constexpr,
                   HAS_SCALE: tl.constexpr, PER_EXPERT: tl.constexpr, HAS_SHARED: tl.constexpr, BLOCK_T: tl.constexpr):
-    """The selection by logits that lie in PARTS, which are added up in order; their sums are kept where there are several.
-    """
+    """The selection by logits in PARTS, which are added up in order; where there are several their sums are kept."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.arange(0, EXPERTS)
     wide_t = t.to(tl.int64)[:, None]

@@ -25,10 +25,10 @@ def route(x_TH: torch.Tensor, router_EH: torch.Tensor, router_bias_E: torch.Tens
           num_groups_kept: int, group_score: str, group_fill: str, score: str, logit_scale: float,
           logit_softcap: float, renormalize: bool, renormalize_epsilon: float, epsilon_rule: str,
           scaling_factor: float, learned_scale: str | None) -> Four:
-    """ids_TK (int32), weights_TK and shared_TS of moe_fast::select by the logits_TE of moe_fast::router_logits, and those.
+    """ids_TK (int32), weights_TK and shared_TS as of moe_fast::select, and the logits_TE that they follow, in fp32.
 
-    All in fp32. The sums over H may be cut elsewhere than there. Raises UsageValueError / UsageTypeError on wrong
-    shapes, dtypes or options.
+    logits_TE = x_TH @ router_EH^T + router_bias_E, accumulated in fp32. Raises UsageValueError / UsageTypeError on
+    wrong shapes, dtypes or options.
     """
     options = (top_k, selection_bias, num_groups, num_groups_kept, group_score, group_fill, score, logit_scale,
                logit_softcap, renormalize, renormalize_epsilon, epsilon_rule, scaling_factor, learned_scale)

@@ -1,5 +1,6 @@
 """moe_fast::select, from logits to expert ids and weights, and moe_fast::select_backward."""
 
+from collections.abc import Mapping
 from functools import cache
 
 import torch
@@ -140,7 +141,7 @@ def _check(operator: str, logits_TE: torch.Tensor, shared_logits_TS: torch.Tenso
                            options)
 
 
-def check_selection(operator: str, leaders: dict[str, torch.Tensor | None], num_experts: int,
+def check_selection(operator: str, leaders: Mapping[str, torch.Tensor], num_experts: int,
                     shared_logits_TS: torch.Tensor | None, selection_bias_E: torch.Tensor | None,
                     weight_scale_E: torch.Tensor | None, options: tuple) -> Router:
     """The options as a Router; leaders: what has the axes T and E that others should have.
@@ -149,12 +150,12 @@ def check_selection(operator: str, leaders: dict[str, torch.Tensor | None], num_
     """
     shared_logits = {"shared_logits_TS": shared_logits_TS}
     parameters = {"selection_bias_E": selection_bias_E, "weight_scale_E": weight_scale_E}
-    check_shapes(operator, leaders | shared_logits | {"selection_bias_E": selection_bias_E}, {})
+    check_shapes(operator, {**leaders, **shared_logits, "selection_bias_E": selection_bias_E}, {})
     # Axes of the router are never dynamic; int makes a plain number of one under torch.compile.
     router = _router(int(num_experts), options)
     check_shapes(operator, {"weight_scale_E": weight_scale_E},
                  {"E": 1 if router.learned_scale == "layer" else router.num_experts})
-    check_one_device(operator, leaders | shared_logits | parameters)
+    check_one_device(operator, {**leaders, **shared_logits, **parameters})
     check_dtypes(operator, shared_logits, (torch.float32,))
     check_dtypes(operator, parameters, FLOATING)
     needed = {"selection_bias_E": router.selection_bias, "weight_scale_E": router.learned_scale}
