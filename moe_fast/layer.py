@@ -10,6 +10,7 @@ from moe_fast.capabilities import check_supported
 from moe_fast.merge import merged_tokens, shared_rows
 from moe_fast.observe import check_untracked, record_routing
 from moe_fast.operators.drop import before_drop, drop_by
+from moe_fast.operators.route import route_by
 from moe_fast.operators.router_logits import router_logits
 from moe_fast.operators.select import select_by
 from moe_fast.overlap import overlaps, summed_in_chunks
@@ -62,30 +63,31 @@ def _route(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, logits_TE: 
         ids_TK = torch.zeros(len(x_TH), 1, dtype=torch.int32, device=x_TH.device)
         weights_TK = torch.ones_like(ids_TK, dtype=torch.float32)
         return Routing(ids_TK, weights_TK, shared_TS=_shared_gate(x_TH, weights, spec))
-    if logits_TE is None:
-        assert weights.router_EH is not None
-        logits_TE = router_logits(x_TH, weights.router_EH, weights.router_bias_E)
-    logits_TE, shared_logits_TS = logits_TE.to(torch.float32), None
+    shared_logits_TS = None
     if spec.shared is not None and spec.shared.gate == "router":
         assert weights.shared_gate_SH is not None
         shared_logits_TS = router_logits(x_TH, weights.shared_gate_SH, None)
-    if router.capacity is None:
-        ids_TK, weights_TK, shared_TS = select_by(router, logits_TE, shared_logits_TS, weights.selection_bias_E,
-                                                  weights.weight_scale_E)
+    chosen_by, scale_E = (router, weights.weight_scale_E) if router.capacity is None else (before_drop(router), None)
+    given = shared_logits_TS, weights.selection_bias_E, scale_E
+    if logits_TE is None:
+        assert weights.router_EH is not None
+        ids_TK, weights_TK, shared_TS, logits_TE = route_by(chosen_by, x_TH, weights.router_EH, weights.router_bias_E,
+                                                            *given)
     else:
-        selected = select_by(before_drop(router), logits_TE, shared_logits_TS, weights.selection_bias_E, None)
-        ids_TK, weights_TK, shared_TS = drop_by(router, *selected, weights.weight_scale_E)
-    gates_TS = _shared_gate(x_TH, weights, spec) if shared_logits_TS is None else shared_TS
-    return Routing(ids_TK, weights_TK, logits_TE, gates_TS)
+        logits_TE = logits_TE.to(torch.float32)
+        ids_TK, weights_TK, shared_TS = select_by(chosen_by, logits_TE, *given)
+    if router.capacity is not None:
+        ids_TK, weights_TK, shared_TS = drop_by(router, ids_TK, weights_TK, shared_TS, weights.weight_scale_E)
+    return Routing(ids_TK, weights_TK, logits_TE,
+                   _shared_gate(x_TH, weights, spec) if shared_logits_TS is None else shared_TS)
 
 
 def _shared_gate(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec) -> torch.Tensor | None:
-    """The sigmoid gate is a router with one expert, so the router's operators compute it."""
+    """The sigmoid gate is a router with one expert, so the router's operator computes it."""
     if spec.shared is None or spec.shared.gate != "sigmoid":
         return None
     assert weights.shared_gate_SH is not None
-    gate_logits = router_logits(x_TH, weights.shared_gate_SH, None)
-    return select_by(SIGMOID_GATE, gate_logits, None, None, None)[1]
+    return route_by(SIGMOID_GATE, x_TH, weights.shared_gate_SH, None, None, None, None)[1]
 
 
 def experts(x_TH: torch.Tensor, routing: Routing, weights: WeightSource, spec: MoESpec,

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 import moe_fast
 import moe_fast.launch
 import tests.compile_kernels as wrong
+from moe_fast.architecture import assuming
 from moe_fast.compile import lanes as lanes_module
 from moe_fast.compile.cases import CASES
 from moe_fast.compile.combinations import Combination, combination_of, combinations_of
@@ -22,7 +23,7 @@ from moe_fast.compile.recorder import META, Launch, record
 from moe_fast.compile.resources import Resources, faults
 from moe_fast.compile.table import compare, read_table, triton_series, write_table
 from moe_fast.compile.targets import ARCHITECTURES
-from moe_fast.kernels import align
+from moe_fast.kernels import align, route
 from moe_fast.launch import launch
 from moe_ref.cli.compile_commands import compile_command
 from moe_ref.contract.case_id import parse_case
@@ -86,6 +87,7 @@ def test_recorded_launches_are_those_of_a_real_call(monkeypatch: pytest.MonkeyPa
     real: list[Launch] = []
     monkeypatch.setattr(moe_fast.launch, "interpret", lambda kernel, grid, arguments: _run(real, kernel, arguments))
     monkeypatch.setattr(align, "FEW_ROWS_INTERPRETED", align.FEW_ROWS)
+    monkeypatch.setattr(route, "route_cut", _cut_of_a_gpu)
     case = parse_case(SMALL)
     inputs, shard = build_inputs(case.problem), build_shards(case.problem, case.parallel)[0]
     for _, tensor in shard.named_tensors():
@@ -93,6 +95,11 @@ def test_recorded_launches_are_those_of_a_real_call(monkeypatch: pytest.MonkeyPa
     y_TH = moe_fast.moe(inputs.x_TH.requires_grad_(), shard, case.problem.spec)
     y_TH.backward(torch.empty_like(y_TH))
     assert [_seen(one) for one in record(case, "sm_90")] == [_seen(one) for one in real]
+
+
+def _cut_of_a_gpu(device: torch.device, *shapes: object, of: Callable[..., route.Cut] = route.route_cut) -> route.Cut:
+    with assuming("sm_90"):
+        return of(META, *shapes)
 
 
 def _run(launches: list[Launch], kernel: object, arguments: dict[str, object]) -> None:

@@ -13,10 +13,15 @@ import torch
 import moe_fast
 from moe_fast.architecture import assuming
 from moe_fast.kernels.act_gradient import three_product_tile
+from moe_fast.kernels.route import Cut, route_cut
+from moe_fast.operators.route import route_by
+from moe_fast.operators.select import select_by
 from moe_fast.tiles import Tile, choose, gemm_tile
 from moe_fast.tiles.tables import table_of
+from moe_ref import Router
 from moe_ref.contract.vocabulary import Verdict
 from tests.in_process import judged
+from tests.test_operators import uniform
 
 ARCHITECTURE = "sm_90"
 LAYERS = {"aligned": "H208.I160.E4.K2", "odd": "H200.I136.E4.K2"}
@@ -31,14 +36,16 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, **table: object) -> set[Tile]:
     monkeypatch.setattr(choose, "table_of", lambda name: replace(table_of(name), **table))
     tiles: set[Tile] = set()
 
-    def replaced(choose: Callable[..., Tile]) -> Callable[..., Tile]:
-        def chosen(device: torch.device, *arguments, **options) -> Tile:
+    def replaced(choose: Callable[..., Tile | Cut]) -> Callable[..., Tile | Cut]:
+        def chosen(device: torch.device, *arguments, **options) -> Tile | Cut:
             with assuming(ARCHITECTURE):
-                tiles.add(tile := choose(torch.device("meta"), *arguments, **options))
-            return tile
+                found = choose(torch.device("meta"), *arguments, **options)
+            if isinstance(found, Tile):
+                tiles.add(found)
+            return found
         return chosen
 
-    replacements = {function: replaced(function) for function in (gemm_tile, three_product_tile)}
+    replacements = {function: replaced(function) for function in (gemm_tile, three_product_tile, route_cut)}
     for name, module in list(sys.modules.items()):
         for function, replacement in replacements.items() if name.startswith("moe_fast.") else ():
             if vars(module).get(function.__name__) is function:
@@ -68,3 +75,24 @@ def test_a_gpu_that_is_full_has_the_widest_tiles(rows: int, direction: str, monk
     assert found.verdict == Verdict.PASS, found.reason
     wide = {1: (16, 128), 16: (16, 128), 30: (32, 128), 64: (64, 128), 100: (128, 256)}[rows]
     assert wide in {(tile.block_m, tile.block_n) for tile in used}
+
+
+@pytest.mark.parametrize(("tokens", "experts", "hidden", "dtype", "parts"), [
+    (1, 100, 4400, torch.bfloat16, 12), (70, 40, 200, torch.bfloat16, 4), (33, 300, 160, torch.float32, 5),
+    (600, 20, 2064, torch.float16, 6), (1025, 20, 200, torch.bfloat16, None), (2049, 100, 208, torch.float16, None),
+    (1025, 3, 144, torch.float32, None)])
+def test_every_cut_of_the_router(tokens: int, experts: int, hidden: int, dtype: torch.dtype, parts: int | None,
+                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of H, or all of it in one kernel with the selection: the logits within (n + 1) roundings of the sum of
+    absolute values, and the choice that those very logits ask for."""
+    on_gpu(monkeypatch)
+    cut = sys.modules["moe_fast.kernels.route"].route_cut(torch.device("cpu"), dtype, tokens, experts, hidden)
+    assert (None if cut.fused else cut.num_parts) == parts
+    router = Router(num_experts=experts, top_k=3, renormalize=True)
+    x_TH, router_EH, bias_E = (uniform(*shape, seed=seed, dtype=dtype) for seed, shape in
+                               enumerate(((tokens, hidden), (experts, hidden), (experts,))))
+    *chosen, logits_TE = route_by(router, x_TH, router_EH, bias_E, None, None, None)
+    exact_TE = x_TH.double() @ router_EH.double().T + bias_E.double()
+    bound_TE = (hidden + 2) * 2**-24 * (x_TH.double().abs() @ router_EH.double().abs().T + bias_E.double().abs())
+    assert ((logits_TE.double() - exact_TE).abs() <= bound_TE).all()
+    assert all(map(torch.equal, chosen, select_by(router, logits_TE, None, None, None)))

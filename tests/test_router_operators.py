@@ -8,6 +8,7 @@ import torch
 from torch.library import opcheck
 
 from moe_fast.operators.drop import drop_by
+from moe_fast.operators.route import route_by
 from moe_fast.operators.select import WEIGHTING, select_by
 from moe_ref import Capacity, Router
 from moe_ref.contract.errors import UsageTypeError, UsageValueError
@@ -96,6 +97,61 @@ def test_torch_checks_the_selection(name: str, num_tokens: int) -> None:
         opcheck(ops.drop.default, (ids_TK, weights_TK.requires_grad_(), gates_TS, scale_E, *limits), **untraced)
     opcheck(ops.drop_backward.default,
             (weights_TK.detach(), gates_TS, ids_TK, weights_TK.detach(), gates_TS, scale_E, *limits[5:]))
+
+
+@pytest.mark.parametrize("num_tokens", [6, 0])
+@pytest.mark.parametrize("name", ["sigmoid, everything", "one scale"])
+def test_torch_checks_both_at_once(name: str, num_tokens: int) -> None:
+    """The same of product and selection in one operator."""
+    router, shared_TS = ROUTERS[name], columns(name, num_tokens, True)
+    x_TH, router_EH = uniform(num_tokens, HIDDEN, seed=1), uniform(6, HIDDEN, seed=2)
+    options = [getattr(router, option) for option in ("top_k", "selection_bias", "num_groups", "num_groups_kept",
+                                                      "group_score", "group_fill", *WEIGHTING)]
+    for bias_E in (None, uniform(6, seed=3)):
+        opcheck(ops.route.default, (x_TH, router_EH, bias_E, shared_TS, *parameters(router), *options))
+    opcheck(ops.route.default, (x_TH.requires_grad_(), router_EH.requires_grad_(), None, None, *parameters(router),
+                                *options),
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["", "with columns"])
+@pytest.mark.parametrize("num_tokens", [20, 70])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_both_at_once_are_one_after_the_other(name: str, num_tokens: int, shared: bool) -> None:
+    """What is selected by the logits that come back; 20 tokens in parts of H, 70 in one kernel; strides of all kinds,
+    and a router that is kept in fp32."""
+    router, (selection_bias_E, scale_E) = ROUTERS[name], parameters(ROUTERS[name])
+    shared_TS, bias_E = columns(name, num_tokens, shared), uniform(12, seed=3)[::2]
+    x_TH = uniform(130, num_tokens, seed=1, dtype=torch.bfloat16).T
+    router_EH = uniform(6, 260, seed=2)[:, ::2]
+    *found, logits_TE = route_by(router, x_TH, router_EH, bias_E, shared_TS, selection_bias_E, scale_E)
+    exact_TE = x_TH.double() @ router_EH.double().T + bias_E
+    size_TE = x_TH.double().abs() @ router_EH.double().abs().T + bias_E.abs()
+    assert ((logits_TE.double() - exact_TE).abs() <= 132 * 2**-24 * size_TE).all()
+    assert all(map(torch.equal, found, select_by(router, logits_TE, shared_TS, selection_bias_E, scale_E)))
+
+
+@pytest.mark.parametrize("used", [("weights",), ("logits",), ("gates",), ("weights", "logits", "gates")])
+def test_gradients_of_both_at_once(used: tuple[str, ...]) -> None:
+    """Those of the two operators, whichever results the loss depends on; logits also matter to losses of balance."""
+    router = replace(SIGMOID, renormalize=True, learned_scale="layer")
+    leaves = [uniform(*shape, seed=seed).requires_grad_() for seed, shape in
+              enumerate(((40, 130), (6, 130), (6,), (40, 2), (1,)))]
+    x_TH, router_EH, bias_E, shared_TS, scale_E = leaves
+    ids_TK, *results = route_by(router, x_TH, router_EH, bias_E, shared_TS, None, scale_E)
+    named = dict(zip(("weights", "gates", "logits"), results, strict=True))
+    grads = {name: uniform(*named[name].shape, seed=9) for name in used}
+    found = torch.autograd.grad([named[name] for name in used], leaves, list(grads.values()), allow_unused=True)
+    given = [grads.get(name, torch.zeros_like(named[name])) for name in ("weights", "gates")]
+    with torch.no_grad():
+        logits_TE, *others = ops.select_backward(*given, named["logits"], shared_TS, scale_E, ids_TK,
+                                                 *(getattr(router, option) for option in WEIGHTING))
+        if "logits" in used:
+            logits_TE += grads["logits"]
+        wanted = (*ops.router_logits_backward(logits_TE, x_TH, router_EH, bias_E), *others)
+    for got, expected in zip(found, wanted, strict=True):
+        assert expected.any() == (got is not None)
+        assert got is None or torch.equal(got, expected)
 
 
 def test_the_product_back() -> None:
@@ -243,8 +299,9 @@ def test_gradients_of_gradients_are_refused() -> None:
     ids_TK, selected_TK, nothing_T0 = select_by(SOFTMAX, logits_TE, None, None, None)
     router = replace(SOFTMAX, renormalize=True, capacity=Capacity(tokens=2, renormalize_after=True))
     dropped_TK = drop_by(router, ids_TK, weights_TK, nothing_T0, None)[1]
+    routed_TK = route_by(SOFTMAX, x_TH, uniform(6, HIDDEN, seed=2), None, None, None, None)[1]
     for result, leaf in ((ops.router_logits(x_TH, uniform(4, HIDDEN, seed=2), None), x_TH), (selected_TK, logits_TE),
-                         (dropped_TK, weights_TK)):
+                         (dropped_TK, weights_TK), (routed_TK, x_TH)):
         first, = torch.autograd.grad(result.square().sum(), leaf, create_graph=True)
         with pytest.raises(UsageValueError, match="only first gradients are implemented"):
             first.sum().backward()
@@ -282,6 +339,17 @@ def test_wrong_arguments_of_the_selection(place: int, wrong: object, error: type
     given[place] = wrong
     with pytest.raises(error, match=re.escape(message)):
         ops.select(*given)
+
+
+def test_wrong_arguments_of_both_at_once() -> None:
+    """In the words of the operator that was called."""
+    x_TH, router_EH = uniform(6, HIDDEN, seed=1), uniform(6, HIDDEN, seed=2)
+    with pytest.raises(UsageValueError, match=re.escape("moe_fast::route: router_EH: shape (6, 19), but should be")):
+        route_by(SOFTMAX, x_TH, router_EH[:, 1:], None, None, None, None)
+    with pytest.raises(UsageValueError, match=re.escape("moe_fast::route: selection_bias_E: shape (5,), but should")):
+        route_by(replace(SIGMOID, selection_bias="score"), x_TH, router_EH, None, None, torch.ones(5), None)
+    with pytest.raises(UsageValueError, match=re.escape("shared_logits_TS: shape (5, 2), but should be (6, 2)")):
+        route_by(SIGMOID, x_TH, router_EH, None, torch.ones(5, 2), None, None)
 
 
 def test_wrong_arguments_of_a_capacity() -> None:

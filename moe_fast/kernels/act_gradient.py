@@ -110,15 +110,18 @@ def act_gradient_kernel(x, grad, w13, w13_bias, w2, row_weights, products, grad_
             tl.store(gate_at + intermediate_size, grad_up.to(kind), mask=inside)
 
 
-def three_product_tile(device: torch.device, dtype: torch.dtype, load: Load, out_features: int,
-                       in_features: int) -> Tile:
+def three_product_tile(device: torch.device, dtype: torch.dtype, load: Load, out_features: int, in_features: int,
+                       form: Form) -> Tile:
     """The tile for three accumulators and five operand tiles: more columns or stages would not fit on a GPU.
 
-    Persistent programs, which hold a tile's end beside the next one's start, would spill.
+    The slopes of softcaps take registers besides. Persistent programs, which hold a tile's end beside the next one's
+    start, would spill.
     """
     tile = gemm_tile(device, dtype, load, out_features, in_features, accumulators=4, kernel="act_gradient")
-    return tile if device.type == "cpu" else replace(tile, block_n=min(tile.block_n, 64), num_stages=2,
-                                                         persistent=False)
+    if device.type == "cpu":
+        return tile
+    columns = 32 if form.gate_softcap or form.up_softcap else 64
+    return replace(tile, block_n=min(tile.block_n, columns), num_stages=2, persistent=False)
 
 
 def act_gradient(x_TH: torch.Tensor, grad_TH: torch.Tensor, w13_EGIH: torch.Tensor, w13_bias_EGI: torch.Tensor | None,
@@ -133,7 +136,7 @@ def act_gradient(x_TH: torch.Tensor, grad_TH: torch.Tensor, w13_EGIH: torch.Tens
     """
     row_weights_R = row_weights_R.contiguous()  # the kernel knows no stride of them
     num_rows, (_, num_parts, intermediate, hidden), device = row_weights_R.numel(), w13_EGIH.shape, x_TH.device
-    tile = three_product_tile(device, x_TH.dtype, load, intermediate, hidden)
+    tile = three_product_tile(device, x_TH.dtype, load, intermediate, hidden, form)
     grad_gate_up_RGI = torch.empty(num_rows, num_parts, intermediate, dtype=x_TH.dtype, device=device)
     weighted_act_RI = torch.empty(num_rows, intermediate, dtype=x_TH.dtype, device=device)
     num_columns = triton.cdiv(intermediate, tile.block_n)

@@ -9,6 +9,9 @@ from moe_fast.kernels.weigh import divisor_of
 from moe_fast.launch import launch
 from moe_ref.contract.spec import Router
 
+Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
 
 @triton.jit
 def best(values, candidates, index, NONE: tl.constexpr):
@@ -43,25 +46,22 @@ def keep_groups(selection, in_range, expert, group_size, EXPERTS: tl.constexpr, 
 
 
 @triton.jit
-def select_kernel(logits, shared_logits, selection_bias, weight_scale, ids, weights, shared_weights, num_tokens,
-                  num_experts, num_shared, group_size, stride_logits_T, stride_logits_E, stride_shared_T,
-                  stride_shared_S, stride_scale_E, logit_scale, logit_softcap, epsilon, scaling_factor,
-                  TOP_K: tl.constexpr, SLOTS: tl.constexpr, EXPERTS: tl.constexpr, SHARED: tl.constexpr,
-                  SCORE: tl.constexpr, SOFTCAP: tl.constexpr, BIAS_ON: tl.constexpr, NUM_GROUPS: tl.constexpr,
-                  GROUPS: tl.constexpr, GROUPS_KEPT: tl.constexpr, TOP2_SUM: tl.constexpr, FILL_ZERO: tl.constexpr,
-                  RENORMALIZE: tl.constexpr, CLAMP: tl.constexpr, HAS_SCALE: tl.constexpr, PER_EXPERT: tl.constexpr,
-                  HAS_SHARED: tl.constexpr, BLOCK_T: tl.constexpr):
-    """ids and weights of the TOP_K best experts per token and weights of the shared ones, all in fp32; ties go to the
-    lower id.
+def select_rows(logit, t, shared_logits, selection_bias, weight_scale, ids, weights, shared_weights, num_tokens,
+                num_experts, num_shared, group_size, stride_shared_T, stride_shared_S, stride_scale_E, logit_scale,
+                logit_softcap, epsilon, scaling_factor, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
+                EXPERTS: tl.constexpr, SHARED: tl.constexpr, SCORE: tl.constexpr, SOFTCAP: tl.constexpr,
+                BIAS_ON: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr, GROUPS_KEPT: tl.constexpr,
+                TOP2_SUM: tl.constexpr, FILL_ZERO: tl.constexpr, RENORMALIZE: tl.constexpr, CLAMP: tl.constexpr,
+                HAS_SCALE: tl.constexpr, PER_EXPERT: tl.constexpr, HAS_SHARED: tl.constexpr, BLOCK_T: tl.constexpr):
+    """From complete logits of tokens t to ids and weights of their TOP_K best experts and weights of the shared ones.
+
+    All in fp32; ties go to the lower id.
     """
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     wide_t = t.to(tl.int64)
     in_tokens = t < num_tokens
     expert = tl.arange(0, EXPERTS)
     slot = tl.arange(0, SLOTS)
     in_range = in_tokens[:, None] & (expert < num_experts)[None, :]
-    logit = tl.load(logits + wide_t[:, None] * stride_logits_T + expert.to(tl.int64)[None, :] * stride_logits_E,
-                    mask=in_range, other=-float("inf")).to(tl.float32)
     value = capped(logit, logit_scale, logit_softcap, SOFTCAP)
     score = score_of(value, in_range, in_tokens, SCORE)
     # All scores grow with the logit, so the exact logit decides wherever nothing is added to the score.
@@ -114,25 +114,69 @@ def select_kernel(logits, shared_logits, selection_bias, weight_scale, ids, weig
         tl.store(shared_weights + wide_t[:, None] * num_shared + column[None, :], shared, mask=in_shared)
 
 
-def select(logits_TE: torch.Tensor, shared_logits_TS: torch.Tensor | None, selection_bias_E: torch.Tensor | None,
-           weight_scale_E: torch.Tensor | None, router: Router) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """ids_TK (int32), weights_TK and shared_TS (fp32), without any capacity; a row with NaN logits gets NaN weights."""
+@triton.jit
+def select_kernel(logits, sums, shared_logits, selection_bias, weight_scale, ids, weights, shared_weights, num_tokens,
+                  num_experts, num_shared, group_size, stride_logits_P, stride_logits_T, stride_logits_E,
+                  stride_shared_T, stride_shared_S, stride_scale_E, logit_scale, logit_softcap, epsilon,
+                  scaling_factor, PARTS: tl.constexpr, TOP_K: tl.constexpr, SLOTS: tl.constexpr,
+                  EXPERTS: tl.constexpr, SHARED: tl.constexpr, SCORE: tl.constexpr, SOFTCAP: tl.constexpr,
+                  BIAS_ON: tl.constexpr, NUM_GROUPS: tl.constexpr, GROUPS: tl.constexpr, GROUPS_KEPT: tl.constexpr,
+                  TOP2_SUM: tl.constexpr, FILL_ZERO: tl.constexpr, RENORMALIZE: tl.constexpr, CLAMP: tl.constexpr,
+                  HAS_SCALE: tl.constexpr, PER_EXPERT: tl.constexpr, HAS_SHARED: tl.constexpr, BLOCK_T: tl.constexpr):
+    """The selection by logits in PARTS, which are added up in order; where there are several their sums are kept."""
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    expert = tl.arange(0, EXPERTS)
+    wide_t = t.to(tl.int64)[:, None]
+    in_range = (t < num_tokens)[:, None] & (expert < num_experts)[None, :]
+    logit_at = logits + wide_t * stride_logits_T + expert.to(tl.int64)[None, :] * stride_logits_E
+    logit = tl.load(logit_at, mask=in_range, other=-float("inf"))
+    for _ in tl.static_range(1, PARTS):
+        logit_at += stride_logits_P
+        logit += tl.load(logit_at, mask=in_range, other=0.0)
+    if PARTS > 1:
+        tl.store(sums + wide_t * num_experts + expert[None, :], logit, mask=in_range)
+    select_rows(logit, t, shared_logits, selection_bias, weight_scale, ids, weights, shared_weights, num_tokens,
+                num_experts, num_shared, group_size, stride_shared_T, stride_shared_S, stride_scale_E, logit_scale,
+                logit_softcap, epsilon, scaling_factor, TOP_K, SLOTS, EXPERTS, SHARED, SCORE, SOFTCAP, BIAS_ON,
+                NUM_GROUPS, GROUPS, GROUPS_KEPT, TOP2_SUM, FILL_ZERO, RENORMALIZE, CLAMP, HAS_SCALE, PER_EXPERT,
+                HAS_SHARED, BLOCK_T)
+
+
+def select(logits_PTE: torch.Tensor, shared_logits_TS: torch.Tensor | None, selection_bias_E: torch.Tensor | None,
+           weight_scale_E: torch.Tensor | None, router: Router) -> Four:
+    """ids_TK (int32), weights_TK and shared_TS (fp32), without any capacity, and logits_TE, what the parts add up to.
+
+    A row with NaN logits gets NaN weights.
+    """
+    (num_parts, num_tokens, num_experts), device = logits_PTE.shape, logits_PTE.device
+    logits_TE = logits_PTE[0]
+    if num_parts > 1:
+        logits_TE = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=device)
+    chosen, arguments = select_arguments(logits_PTE[0], shared_logits_TS, selection_bias_E, weight_scale_E, router)
+    block_t = 32 if device.type == "cpu" else 4
+    launch(select_kernel, (triton.cdiv(num_tokens, block_t),), device, **arguments | {"logits": logits_PTE},
+           sums=logits_TE, stride_logits_P=logits_PTE.stride(0), PARTS=num_parts, BLOCK_T=block_t)
+    return *chosen, logits_TE
+
+
+def select_arguments(logits_TE: torch.Tensor, shared_logits_TS: torch.Tensor | None,
+                     selection_bias_E: torch.Tensor | None, weight_scale_E: torch.Tensor | None,
+                     router: Router) -> tuple[Three, dict[str, object]]:
+    """ids_TK, weights_TK and shared_TS, not yet written, and what of a launch select_rows needs to write them."""
     (num_tokens, num_experts), device = logits_TE.shape, logits_TE.device
     num_shared = 0 if shared_logits_TS is None else shared_logits_TS.shape[1]
     ids_TK = torch.empty(num_tokens, router.top_k, dtype=torch.int32, device=device)
     weights_TK = torch.empty(num_tokens, router.top_k, dtype=torch.float32, device=device)
     shared_TS = torch.empty(num_tokens, num_shared, dtype=torch.float32, device=device)
-    block_t = 32 if device.type == "cpu" else 4
-    launch(select_kernel, (triton.cdiv(num_tokens, block_t),), device,
-           selection_bias=logits_TE if selection_bias_E is None else selection_bias_E.contiguous(), ids=ids_TK,
-           weights=weights_TK, shared_weights=shared_TS, num_tokens=num_tokens, num_experts=num_experts,
-           group_size=num_experts // router.num_groups, scaling_factor=router.scaling_factor, TOP_K=router.top_k,
-           SLOTS=triton.next_power_of_2(router.top_k), BIAS_ON=router.selection_bias or "none",
-           NUM_GROUPS=router.num_groups, GROUPS=triton.next_power_of_2(router.num_groups),
-           GROUPS_KEPT=router.num_groups_kept, TOP2_SUM=router.group_score == "top2_sum",
-           FILL_ZERO=router.group_fill == "zero", BLOCK_T=block_t,
-           **score_arguments(logits_TE, shared_logits_TS, weight_scale_E, router))
-    return ids_TK, weights_TK, shared_TS
+    return (ids_TK, weights_TK, shared_TS), {
+        "selection_bias": logits_TE if selection_bias_E is None else selection_bias_E.contiguous(), "ids": ids_TK,
+        "weights": weights_TK, "shared_weights": shared_TS, "num_tokens": num_tokens, "num_experts": num_experts,
+        "group_size": num_experts // router.num_groups, "scaling_factor": router.scaling_factor,
+        "TOP_K": router.top_k, "SLOTS": triton.next_power_of_2(router.top_k),
+        "BIAS_ON": router.selection_bias or "none", "NUM_GROUPS": router.num_groups,
+        "GROUPS": triton.next_power_of_2(router.num_groups), "GROUPS_KEPT": router.num_groups_kept,
+        "TOP2_SUM": router.group_score == "top2_sum", "FILL_ZERO": router.group_fill == "zero",
+        **score_arguments(logits_TE, shared_logits_TS, weight_scale_E, router)}
 
 
 def score_arguments(logits_TE: torch.Tensor, shared_logits_TS: torch.Tensor | None,

@@ -16,13 +16,13 @@ def router_logits(x_TH: torch.Tensor, router_EH: torch.Tensor, router_bias_E: to
 
     Raises UsageValueError / UsageTypeError on wrong shapes or dtypes.
     """
-    _check(x_TH, router_EH, router_bias_E)
+    check_product("moe_fast::router_logits", x_TH, router_EH, router_bias_E)
     return product(x_TH, router_EH, torch.float32, router_bias_E)
 
 
 @router_logits.register_fake
 def _(x_TH: torch.Tensor, router_EH: torch.Tensor, router_bias_E: torch.Tensor | None) -> torch.Tensor:
-    _check(x_TH, router_EH, router_bias_E)
+    check_product("moe_fast::router_logits", x_TH, router_EH, router_bias_E)
     return x_TH.new_empty(x_TH.shape[0], router_EH.shape[0], dtype=torch.float32)
 
 
@@ -34,7 +34,7 @@ def router_logits_backward(grad_TE: torch.Tensor, x_TH: torch.Tensor, router_EH:
     Sums are in fp32 and in fixed order. Of a bias that is not given the gradient has shape (0,). Raises UsageValueError
     / UsageTypeError on wrong shapes or dtypes.
     """
-    _check(x_TH, router_EH, router_bias_E, grad_TE)
+    check_product("moe_fast::router_logits_backward", x_TH, router_EH, router_bias_E, grad_TE)
     grad_bias_E = x_TH.new_empty(0) if router_bias_E is None else column_sums(grad_TE, router_bias_E.dtype)
     return product(grad_TE, router_EH.T, x_TH.dtype), product(grad_TE.T, x_TH.T, router_EH.dtype), grad_bias_E
 
@@ -42,7 +42,7 @@ def router_logits_backward(grad_TE: torch.Tensor, x_TH: torch.Tensor, router_EH:
 @router_logits_backward.register_fake
 def _(grad_TE: torch.Tensor, x_TH: torch.Tensor, router_EH: torch.Tensor,
       router_bias_E: torch.Tensor | None) -> Three:
-    _check(x_TH, router_EH, router_bias_E, grad_TE)
+    check_product("moe_fast::router_logits_backward", x_TH, router_EH, router_bias_E, grad_TE)
     grad_bias_E = x_TH.new_empty(0) if router_bias_E is None else router_bias_E.new_empty(router_bias_E.shape)
     return x_TH.new_empty(x_TH.shape), router_EH.new_empty(router_EH.shape), grad_bias_E
 
@@ -60,9 +60,9 @@ router_logits.register_autograd(_backward, setup_context=_setup_context)
 router_logits_backward.register_autograd(refuse_second_gradients)
 
 
-def _check(x_TH: torch.Tensor, router_EH: torch.Tensor, router_bias_E: torch.Tensor | None,
-           grad_TE: torch.Tensor | None = None) -> None:
-    operator = "moe_fast::router_logits" if grad_TE is None else "moe_fast::router_logits_backward"
+def check_product(operator: str, x_TH: torch.Tensor, router_EH: torch.Tensor, router_bias_E: torch.Tensor | None,
+                  grad_TE: torch.Tensor | None = None) -> None:
+    """Raise UsageValueError / UsageTypeError on wrong shapes, devices or dtypes."""
     tensors = {"x_TH": x_TH, "router_EH": router_EH, "router_bias_E": router_bias_E}
     check_shapes(operator, tensors | {"grad_TE": grad_TE}, {})
     check_one_device(operator, tensors | {"grad_TE": grad_TE})

@@ -1,5 +1,6 @@
 """moe_fast::select, from logits to expert ids and weights, and moe_fast::select_backward."""
 
+from collections.abc import Mapping
 from functools import cache
 
 import torch
@@ -43,7 +44,7 @@ def select(logits_TE: torch.Tensor, shared_logits_TS: torch.Tensor | None, selec
     options = (top_k, selection_bias, num_groups, num_groups_kept, group_score, group_fill, score, logit_scale,
                logit_softcap, renormalize, renormalize_epsilon, epsilon_rule, scaling_factor, learned_scale)
     router = _check("moe_fast::select", logits_TE, shared_logits_TS, selection_bias_E, weight_scale_E, options)
-    return kernels.select(logits_TE, shared_logits_TS, selection_bias_E, weight_scale_E, router)
+    return kernels.select(logits_TE[None], shared_logits_TS, selection_bias_E, weight_scale_E, router)[:3]
 
 
 @select.register_fake
@@ -133,15 +134,29 @@ def _check_backward(grad_TK: torch.Tensor, grad_TS: torch.Tensor | None, logits_
 
 def _check(operator: str, logits_TE: torch.Tensor, shared_logits_TS: torch.Tensor | None,
            selection_bias_E: torch.Tensor | None, weight_scale_E: torch.Tensor | None, options: tuple) -> Router:
-    logits = {"logits_TE": logits_TE, "shared_logits_TS": shared_logits_TS}
+    logits = {"logits_TE": logits_TE}
+    check_dtypes(operator, logits, (torch.float32,))
+    check_shapes(operator, logits, {})
+    return check_selection(operator, logits, logits_TE.shape[1], shared_logits_TS, selection_bias_E, weight_scale_E,
+                           options)
+
+
+def check_selection(operator: str, leaders: Mapping[str, torch.Tensor], num_experts: int,
+                    shared_logits_TS: torch.Tensor | None, selection_bias_E: torch.Tensor | None,
+                    weight_scale_E: torch.Tensor | None, options: tuple) -> Router:
+    """The options as a Router; leaders: what has the axes T and E that others should have.
+
+    Raises UsageValueError / UsageTypeError on wrong shapes, devices, dtypes or options.
+    """
+    shared_logits = {"shared_logits_TS": shared_logits_TS}
     parameters = {"selection_bias_E": selection_bias_E, "weight_scale_E": weight_scale_E}
-    check_shapes(operator, logits | {"selection_bias_E": selection_bias_E}, {})
+    check_shapes(operator, {**leaders, **shared_logits, "selection_bias_E": selection_bias_E}, {})
     # Axes of the router are never dynamic; int makes a plain number of one under torch.compile.
-    router = _router(int(logits_TE.shape[1]), options)
+    router = _router(int(num_experts), options)
     check_shapes(operator, {"weight_scale_E": weight_scale_E},
                  {"E": 1 if router.learned_scale == "layer" else router.num_experts})
-    check_one_device(operator, logits | parameters)
-    check_dtypes(operator, logits, (torch.float32,))
+    check_one_device(operator, {**leaders, **shared_logits, **parameters})
+    check_dtypes(operator, shared_logits, (torch.float32,))
     check_dtypes(operator, parameters, FLOATING)
     needed = {"selection_bias_E": router.selection_bias, "weight_scale_E": router.learned_scale}
     raise_faults(operator, [f"{name} is {'missing' if given is None else 'given'}, but the option is {needed[name]!r}"
