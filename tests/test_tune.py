@@ -175,7 +175,8 @@ def test_wrong_and_crashed_tiles_are_trials_too(compiled: list[object], monkeypa
     monkeypatch.setattr("moe_fast.tune.shapes.gate_up", wrong)
     monkeypatch.setattr("moe_fast.tune.shapes.down", crash)
     trials = search([SHAPE], how(2), [], Kept([]))
-    assert [(one.product.kernel, one.status) for one in trials] == [("gate_up", "WRONG")] * 2 + [("down", "CRASHED")] * 2
+    found = [(one.product.kernel, one.status) for one in trials]
+    assert found == [("gate_up", "WRONG")] * 2 + [("down", "CRASHED")] * 2
     assert "out of resources" in trials[-1].reason
 
 

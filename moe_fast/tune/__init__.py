@@ -11,9 +11,9 @@ Nothing here runs while a layer runs.
 
 from moe_fast.tiles.tables import table_path
 from moe_fast.tune.best import best_entries, write_entries
-from moe_fast.tune.space import candidates
 from moe_fast.tune.run import Progress, Search, gpu_architecture, search
 from moe_fast.tune.shapes import Shape
+from moe_fast.tune.space import candidates
 from moe_fast.tune.trial import Trial, read_trials
 
 __all__ = ["Progress", "Search", "Shape", "Trial", "best_entries", "candidates", "gpu_architecture", "read_trials",
