@@ -19,6 +19,7 @@ from moe_fast.compile import lanes as lanes_module
 from moe_fast.compile.cases import CASES
 from moe_fast.compile.combinations import Combination, combination_of, combinations_of
 from moe_fast.compile.lanes import compile_all
+from moe_fast.compile.products import tuned_combinations
 from moe_fast.compile.recorder import META, Launch, record
 from moe_fast.compile.resources import Resources, faults
 from moe_fast.compile.table import compare, read_table, triton_series, write_table
@@ -266,7 +267,8 @@ def test_the_accepted_table_is_of_the_gates_own_combinations() -> None:
     table = read_table(ROOT / f"ci/baselines/compile-triton-{triton_series()}.json")
     if table is None:
         pytest.skip(f"no table of Triton {triton_series()} is accepted")
-    assert table.keys() == {one.key for one in combinations_of(map(parse_case, CASES), ARCHITECTURES)}
+    own = combinations_of(map(parse_case, CASES), ARCHITECTURES) + tuned_combinations(ARCHITECTURES)
+    assert table.keys() == {one.key for one in own}
 
 
 # The command
@@ -315,7 +317,9 @@ def started_by(case_id: str) -> set[str]:
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--arch", "sm_91"), "--arch sm_91, but should be of sm_80, sm_90, sm_100, gfx942"),
-    (("--case", SMALL, "--models"), "--case and --models exclude each other"),
+    (("--case", SMALL, "--models"), "--case, --models and --tiles exclude each other"),
+    (("--tiles", "--models"), "--case, --models and --tiles exclude each other"),
+    (("--accept", "--tiles"), "the table is of the gate's own cases"),
     (("--accept", "--arch", "sm_90"), "the table is of the gate's own cases"),
     (("moe_ref",), "'moe_ref' has no moe_ref.compile"),
     (("no_such_layer",), "unknown implementation"),

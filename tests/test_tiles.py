@@ -111,7 +111,7 @@ FIRST = ("heuristic", 0)
     (("tuned",), [entry(GATE_UP, 4) | {"measured": MEASURED | {"device": 5}}], "measured: device=5"),
 ])
 def test_a_fault_in_a_file_is_named(path: tuple, value: object, words: str, tmp_path: Path) -> None:
-    """File, entry, what was there and what should be: a table with a silent mistake would be a slow or wrong layer."""
+    """File, entry, what was there and what should be: a silent mistake in a table is a slow or a wrong layer."""
     document = broken(json.loads((FOLDER / "sm_90.json").read_text()), *path, value=value)
     file = tmp_path / "bad.json"
     file.write_text(json.dumps(document))

@@ -50,8 +50,9 @@ def weight_gradient(rows_RGI: torch.Tensor, tokens_TH: torch.Tensor, result_EGIH
     rows_per_expert = -(-len(rows_RGI) // max(num_experts, 1))
     # The inner size counts rows, which are aligned however many they are.
     inner = triton.cdiv(rows_per_expert, ALIGNED) * ALIGNED
-    tile = gemm_tile(rows_RGI.device, rows_RGI.dtype, Load(num_features), width, inner, accumulators=2,
-                     kernel="weight_gradient")
+    # Every projection of every expert is a product of its own, whose rows are the features.
+    load = Load(num_features * num_experts * num_parts, num_experts * num_parts)
+    tile = gemm_tile(rows_RGI.device, rows_RGI.dtype, load, width, inner, accumulators=2, kernel="weight_gradient")
     num_tiles = triton.cdiv(num_features, tile.block_m) * triton.cdiv(width, tile.block_n)
     stride_E, stride_G, stride_I, stride_H = result_EGIH.stride()
     launch(weight_gradient_kernel, (num_experts * num_parts * num_tiles,), rows_RGI.device, rows=rows_RGI,

@@ -68,7 +68,7 @@ def bench_command(subjects: tuple[str, ...], preset: str | None, models: tuple[s
     if not subjects:
         raise UsageValueError("no implementation; name some, as in `moe-ref bench moe_fast`")
     if roofline:
-        return _predict(subjects, roofline, preset, models, degrees, tokens, dtype, as_json)
+        return _predict(subjects, roofline, preset, models, degrees, tokens, dtype, kernels, as_json)
     # Imported here, so that a record can be shown without torch.
     from moe_ref.bench.peers import PEERS
     from moe_ref.bench.problem import Operation
@@ -99,7 +99,7 @@ def bench_command(subjects: tuple[str, ...], preset: str | None, models: tuple[s
 
 
 def _predict(subjects: tuple[str, ...], device: str, preset: str | None, models: tuple[str, ...],
-             degrees: str | None, tokens: str | None, dtype: str, as_json: bool) -> int:
+             degrees: str | None, tokens: str | None, dtype: str, kernels: bool, as_json: bool) -> int:
     """--roofline: the shapes of a preset for one implementation."""
     from moe_ref.cli.roofline import show_roofline
     from moe_ref.diverge.problem import ladder
@@ -109,7 +109,7 @@ def _predict(subjects: tuple[str, ...], device: str, preset: str | None, models:
     chosen = PRESETS[preset or "mixtral-founding"]
     return show_roofline(subjects[0], device, models or chosen.models,
                          _numbers("--tp", degrees) if degrees else chosen.tp,
-                         ladder(tokens) if tokens else chosen.tokens, dtype, as_json)
+                         ladder(tokens) if tokens else chosen.tokens, dtype, kernels, as_json)
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

@@ -64,7 +64,7 @@ def compile_command(implementation: str, architectures: tuple[str, ...], case_id
     cases = _model_cases(implementation) if all_models else [parse_case(text) for text in case_ids or gate.CASES]
     combinations = gate.tile_combinations(chosen) if all_tiles else gate.combinations_of(cases, chosen)
     if own:
-        combinations += gate.tuned_combinations(chosen)
+        combinations = list({one.key: one for one in combinations + gate.tuned_combinations(chosen)}.values())
     with _progress(len(combinations)) as observe:
         found = gate.compile_all(combinations, lanes, observe)
     path = baseline or gate.BASELINES / f"compile-triton-{gate.triton_series()}.json"

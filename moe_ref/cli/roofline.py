@@ -1,7 +1,7 @@
 """`bench --roofline`: what an implementation's kernels would take on a device, predicted; nothing is timed."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import click
@@ -19,8 +19,8 @@ _WIDTH = 150
 
 
 def show_roofline(implementation: str, device_name: str, models: Sequence[str], degrees: Sequence[int],
-                  tokens: Sequence[int], dtype: str, as_json: bool) -> int:
-    """One table per layer, and one line for it; or one JSON document."""
+                  tokens: Sequence[int], dtype: str, kernels: bool, as_json: bool) -> int:
+    """A table of kernels for each layer, if asked for, and one of all layers; or one JSON document."""
     roofline = part_of(implementation, "roofline", "its times cannot be predicted")
     gate = part_of(implementation, "compile", "its kernels cannot be cross-compiled")
     if device_name not in roofline.DEVICES:
@@ -37,8 +37,9 @@ def show_roofline(implementation: str, device_name: str, models: Sequence[str], 
             for text, layer in found.items()]}, indent=1))
         return 0
     shown = Console(width=_WIDTH, emoji=False)
-    for text, layer in found.items():
+    for text, layer in found.items() if kernels else ():
         shown.print(_table(text, layer))
+    shown.print(_summary(found))
     shown.print(PREDICTION, highlight=False, markup=False)
     return 0
 
@@ -59,10 +60,10 @@ class _Compiler:
         return [self._known[one.key] for one in combinations]
 
 
-def _rows(layer: Any) -> Iterator[dict[str, object]]:
+def _rows(layer: Any) -> Iterator[dict[str, Any]]:
     """A row per kernel; of those that are no product only the time."""
     for one in layer.kernels:
-        row: dict[str, object] = {"part": one.part, "seconds": one.seconds}
+        row: dict[str, Any] = {"part": one.part, "seconds": one.seconds}
         if one.time is not None:
             shape, time = one.product, one.time
             row |= {"tile": f"{shape.block_m}x{shape.block_n}x{shape.block_k}", "warps": shape.warps,
@@ -71,6 +72,25 @@ def _rows(layer: Any) -> Iterator[dict[str, object]]:
                     "padded_flop": time.padded_flop, "wasted_rows": shape.wasted_rows, "bound": time.bound,
                     "of_limit": time.of_limit}
         yield row
+
+
+def _summary(found: Mapping[str, Any]) -> Table:
+    """A line per layer; of the routed products their share of the limit and what bounds them."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("layer", "us", "of limit", "gate_up", "", "down", "", "shared", "router", "others", "wasted rows"):
+        table.add_column(name, justify="left" if name in ("layer", "") else "right")
+    for text, layer in found.items():
+        by_part = {one.part: one for one in layer.kernels}
+        products = [by_part["gate_up"], by_part["down"]]
+        named = [cell for one in products
+                 for cell in (f"{1e6 * one.seconds:.1f}", f"{one.time.of_limit:.0%} {one.time.bound}")]
+        shared = sum(one.seconds for one in layer.kernels if one.part.startswith("shared"))
+        others = sum(one.seconds for one in layer.kernels if one.time is None)
+        router = by_part["router"].seconds if "router" in by_part else 0.0
+        table.add_row(text, f"{1e6 * layer.seconds:.1f}", f"{layer.least / layer.seconds:.0%}", *named,
+                      *(f"{1e6 * seconds:.1f}" for seconds in (shared, router, others)),
+                      f"{products[0].product.wasted_rows:.0%}")
+    return table
 
 
 def _table(text: str, layer: Any) -> Table:

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import msgspec
 
-from moe_ref.contract.errors import UsageValueError
+from moe_ref.records.runs import last_run
 from moe_ref.records.schema import SCHEMA, EndLine, Number
-from moe_ref.records.store import FILE_NAME
 
 
 class BenchLine(msgspec.Struct, frozen=True, kw_only=True, tag="bench", tag_field="type"):
@@ -113,26 +112,10 @@ class BenchRun:
 
 def read_bench(path: Path) -> BenchRun:
     """The last run in a record file or in the folder that holds it; raises UsageValueError with file and line."""
-    path = path / FILE_NAME if path.is_dir() else path
-    if not path.exists():
-        raise UsageValueError(f"{path}: no such record file")
-    run: BenchRun | None = None
-    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            line = msgspec.json.decode(text, type=BenchRecordLine)
-        except msgspec.DecodeError as error:
-            raise UsageValueError(f"{path}:{number}: {error}; is it a record of `moe-ref bench`?") from error
-        if line.schema != SCHEMA:
-            raise UsageValueError(f"{path}:{number}: schema {line.schema}, but this version reads {SCHEMA}")
-        if isinstance(line, BenchLine):
-            run = BenchRun(line)
-        elif run is None or line.run != run.header.run:
-            held = "nothing before it" if run is None else f"run {run.header.run}"
-            raise UsageValueError(f"{path}:{number}: a line of run {line.run}, but the file holds {held}")
-        else:
-            add_line(run, line)
-    if run is None:
-        raise UsageValueError(f"{path}: holds no bench line")
+    header, lines = last_run(path, BenchLine, BenchRecordLine, "bench")
+    run = BenchRun(header)
+    for line in lines:
+        add_line(run, line)
     return run
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import msgspec
 
-from moe_ref.contract.errors import UsageValueError
+from moe_ref.records.runs import last_run
 from moe_ref.records.schema import SCHEMA, EndLine, Number
-from moe_ref.records.store import FILE_NAME
 
 
 class DivergeLine(msgspec.Struct, frozen=True, kw_only=True, tag="diverge", tag_field="type"):
@@ -123,29 +122,11 @@ class GrowthRun:
 
 
 def read_growth(path: Path) -> GrowthRun:
-    """The run in a record file or in the folder that holds it; raises UsageValueError with file and line."""
-    path = path / FILE_NAME if path.is_dir() else path
-    if not path.exists():
-        raise UsageValueError(f"{path}: no such record file")
-    run: GrowthRun | None = None
-    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
-        try:
-            line = msgspec.json.decode(text, type=GrowthRecordLine)
-        except msgspec.DecodeError as error:
-            raise UsageValueError(f"{path}:{number}: {error}; is it a record of `moe-ref diverge`?") from error
-        if line.schema != SCHEMA:
-            raise UsageValueError(f"{path}:{number}: schema {line.schema}, but this version reads {SCHEMA}")
-        if isinstance(line, DivergeLine):
-            # A record folder that is used again keeps the last run.
-            run = GrowthRun(line)
-        elif run is None:
-            raise UsageValueError(f"{path}:{number}: a {type(line).__name__} before the diverge line")
-        elif line.run != run.header.run:
-            raise UsageValueError(f"{path}:{number}: a line of run {line.run}, but the file holds run {run.header.run}")
-        else:
-            add_line(run, line)
-    if run is None:
-        raise UsageValueError(f"{path}: holds no diverge line")
+    """The last run in a record file or in the folder that holds it; raises UsageValueError with file and line."""
+    header, lines = last_run(path, DivergeLine, GrowthRecordLine, "diverge")
+    run = GrowthRun(header)
+    for line in lines:
+        add_line(run, line)
     return run
 
 

@@ -17,8 +17,8 @@ from moe_fast.compile.targets import ARCHITECTURES
 from moe_fast.tiles.choose import gemm_tile
 from moe_fast.tiles.tables import Product
 from moe_fast.tiles.tile import Tile
-from moe_fast.tune.candidates import candidates
 from moe_fast.tune.shapes import Operands, Shape, draw, fault
+from moe_fast.tune.space import candidates
 from moe_fast.tune.trial import Trial
 from moe_ref.contract.errors import UsageValueError
 
