@@ -25,7 +25,8 @@ from moe_fast.compile.resources import Resources, faults
 from moe_fast.compile.table import compare, read_table, triton_series, write_table
 from moe_fast.compile.targets import ARCHITECTURES
 from moe_fast.kernels import align, route
-from moe_fast.launch import launch
+from moe_fast.launch import launch, recording
+from moe_ref import Router
 from moe_ref.cli.compile_commands import compile_command
 from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.errors import UsageTypeError, UsageValueError
@@ -71,6 +72,21 @@ def test_the_gate_stays_small() -> None:
     """It runs with every change: 300 combinations are minutes, and each is there once."""
     keys = [one.key for one in combinations_of(map(parse_case, CASES), ARCHITECTURES)]
     assert len(keys) == len(set(keys)) <= 300
+
+
+def test_a_router_of_256_experts_fits_into_registers() -> None:
+    """The widest that selects beside its product, too dear for the gate: a whole layer would come with it."""
+    router = Router(num_experts=256, top_k=8, score="sigmoid", selection_bias="score", num_groups=8, num_groups_kept=4,
+                    group_score="top2_sum", renormalize=True)
+    chosen = []
+    for architecture in ARCHITECTURES:
+        launches: list[Launch] = []
+        with assuming(architecture), recording(lambda *one, found=launches: found.append(Launch(*one))):
+            route.route(meta(4096, 7168), meta(256, 7168), None, None, meta(256), None, router)
+        assert [one.kernel.fn.__name__ for one in launches] == ["route_kernel"]
+        chosen.append(combination_of(launches[0], architecture))
+    for one, found in zip(chosen, compile_all(chosen, 2), strict=True):
+        assert not faults(one, found)
 
 
 def test_a_key_names_one_combination() -> None:

@@ -12,6 +12,9 @@ from moe_ref.contract.spec import Router
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Four = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
+ELEMENTS_PER_WARP = 256
+"""Logits that one warp holds, eight to a thread."""
+
 
 @triton.jit
 def best(values, candidates, index, NONE: tl.constexpr):
@@ -153,9 +156,10 @@ def select(logits_PTE: torch.Tensor, shared_logits_TS: torch.Tensor | None, sele
     if num_parts > 1:
         logits_TE = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=device)
     chosen, arguments = select_arguments(logits_PTE[0], shared_logits_TS, selection_bias_E, weight_scale_E, router)
-    block_t = 32 if device.type == "cpu" else 4
+    # One warp finds the best expert of its tokens without a barrier, and there are dozens of searches, one by one.
+    block_t = 32 if device.type == "cpu" else max(1, ELEMENTS_PER_WARP // triton.next_power_of_2(num_experts))
     launch(select_kernel, (triton.cdiv(num_tokens, block_t),), device, **arguments | {"logits": logits_PTE},
-           sums=logits_TE, stride_logits_P=logits_PTE.stride(0), PARTS=num_parts, BLOCK_T=block_t)
+           sums=logits_TE, stride_logits_P=logits_PTE.stride(0), PARTS=num_parts, BLOCK_T=block_t, num_warps=1)
     return *chosen, logits_TE
 
 
