@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from moe_fast.kernels import (
     gather_sum,
     product,
     projection_gradient,
+    route,
     row_gradient,
     select,
     select_gradient,
@@ -40,7 +42,7 @@ from moe_fast.kernels import (
     weight_gradient,
 )
 from moe_fast.kernels.align import Alignment
-from moe_fast.tiles import Tile, gemm_tile
+from moe_fast.tiles import Load, Tile, gemm_tile
 from moe_ref.contract.spec import Capacity, Router
 from tests.test_compile import started
 
@@ -145,7 +147,7 @@ class FarStride(Near):
 
 def tile_of(out_features: int, in_features: int) -> Tile:
     """That of a few rows."""
-    return gemm_tile(torch.device("cpu"), BF16, 1, out_features, in_features)
+    return gemm_tile(torch.device("cpu"), BF16, Load(1), out_features, in_features, kernel="down")
 
 
 def ends(*results: Tensor) -> Results:
@@ -175,7 +177,7 @@ def run_act_gradient(at: Near) -> Results:
     w2_EHI = at.view("w2_EHI", integers(3, NARROW, at.width))
     weights_R = at.rows(integers(8, dtype=FP32))
     return ends(*act_gradient.act_gradient(x_TH, grad_TH, w13_EGIH, bias_EGI, w2_EHI, weights_R, at.alignment(), 2,
-                                           RELU, 1))
+                                           RELU, Load(1)))
 
 
 def run_row_gradient(at: Near) -> Results:
@@ -255,7 +257,16 @@ def run_select(at: Near) -> Results:
     router = Router(num_experts=8, top_k=8, score="sigmoid", renormalize=True, selection_bias="score",
                     learned_scale="expert")
     logits_TE, shared_TS = (at.view(name, at.many(integers(8, 8, dtype=FP32))) for name in ("logits_TE", "shared_TS"))
-    return ends(*select.select(logits_TE, shared_TS, torch.arange(8.0), torch.arange(8.0), router))
+    return ends(*select.select(logits_TE[None], shared_TS, torch.arange(8.0), torch.arange(8.0), router))
+
+
+def run_route(at: Near) -> Results:
+    """With the selection in one kernel, however few tokens there are."""
+    x_TH, router_EH = at.view("x_TH", at.many(integers(8, 8))), integers(8, 8)
+    router = Router(num_experts=8, top_k=8, score="sigmoid", renormalize=True)
+    with patch.object(route, "ENOUGH_TILES_INTERPRETED", 1):
+        ids_TK, weights_TK, _, logits_TE = route.route(x_TH, router_EH, None, None, None, None, router)
+    return ends(ids_TK, weights_TK, logits_TE)
 
 
 def run_select_gradient(at: Near) -> Results:
@@ -314,6 +325,7 @@ CASES = {
     "gather_sum_kernel": Case(run_gather_sum, "rows_RH:01 bias_H:0", by_token=True),
     "product_kernel": Case(run_product, "left_MK:01 right_NK:01", by_token=True),
     "select_kernel": Case(run_select, "logits_TE:01 shared_TS:0", by_token=True),
+    "route_kernel": Case(run_route, "x_TH:0", by_token=True),
     "select_gradient_kernel": Case(run_select_gradient, "grad_TK:0 grad_TS:0 logits_TE:01 shared_TS:0", by_token=True),
     "drop_kernel": Case(run_drop, by_token=True),
     "drop_gradient_kernel": Case(run_drop_gradient, "grad_TK:0 grad_TS:0", by_token=True),
