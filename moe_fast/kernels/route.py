@@ -78,7 +78,8 @@ def route_cut(device: torch.device, dtype: torch.dtype, num_tokens: int, num_exp
     tile = replace(tile, block_n=min(block_n, experts))
     num_steps = triton.cdiv(hidden, tile.block_k)
     num_parts = min(num_steps, MOST_PARTS, programs // (token_tiles * triton.cdiv(num_experts, tile.block_n)))
-    part_size = triton.cdiv(num_steps, max(num_parts, 1)) * tile.block_k
+    # Powers of two, since the selection is compiled for each number of parts.
+    part_size = triton.cdiv(num_steps, 2 ** max(0, num_parts.bit_length() - 1)) * tile.block_k
     return Cut(tile, triton.cdiv(hidden, part_size), part_size, fused=False)
 
 
