@@ -66,7 +66,8 @@ def route_cut(device: torch.device, dtype: torch.dtype, num_tokens: int, num_exp
     """For operands of `dtype`; it follows shapes alone, and for a batch-invariant result not the number of tokens."""
     interpreted = device.type == "cpu"
     num_tokens, experts = max(1, rows_for_tiles(num_tokens)), max(16, triton.next_power_of_2(num_experts))
-    tile = gemm_tile(device, dtype, min(num_tokens, 16 if experts <= FEW_EXPERTS else 32), min(experts, 64), hidden)
+    most_rows = 16 if experts <= FEW_EXPERTS and not interpreted else 32
+    tile = gemm_tile(device, dtype, min(num_tokens, most_rows), min(experts, 64), hidden)
     token_tiles = triton.cdiv(num_tokens, tile.block_m)
     most_experts = FEW_EXPERTS if dtype == torch.float32 or hidden % ALIGNED else MOST_EXPERTS
     if token_tiles >= (ENOUGH_TILES_INTERPRETED if interpreted else ENOUGH_TILES) and experts <= most_experts:
