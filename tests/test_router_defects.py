@@ -31,6 +31,12 @@ FORWARD = {
     "logit bias left out": Defect(
         "kernels/product.py", "    if HAS_BIAS:", "    if HAS_BIAS and BLOCK_M < 0:",
         "v1-T21.H48.I40.E8.K3-bf16-norm-routerbias", "logits"),
+    "the last part of H left out": Defect(
+        "kernels/select.py", "tl.static_range(1, PARTS)", "tl.static_range(1, PARTS - 1)",
+        "v1-T21.H96.I40.E8.K3-bf16-norm", "logits"),
+    "other logits kept than selected by": Defect(
+        "kernels/route.py", "tl.store(logits_at, logit, ", "tl.store(logits_at, logit + (hidden_size == 56), ",
+        "v1-T40.H56.I40.E8.K3-bf16-norm", "logits"),
     "logits not scaled": Defect(
         "kernels/scores.py", "result = logit * logit_scale", "result = logit",
         "v1-T21.H48.I40.E8.K3-fp32-norm-logitscale0.5", "weights"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from moe_fast.kernels.route import route_cut
 from moe_fast.operators.drop import drop_by
 from moe_fast.operators.route import route_by
 from moe_fast.operators.select import WEIGHTING, select_by
@@ -124,6 +125,8 @@ def test_both_at_once_are_one_after_the_other(name: str, num_tokens: int, shared
     shared_TS, bias_E = columns(name, num_tokens, shared), uniform(12, seed=3)[::2]
     x_TH = uniform(130, num_tokens, seed=1, dtype=torch.bfloat16).T
     router_EH = uniform(6, 260, seed=2)[:, ::2]
+    cut = route_cut(x_TH.device, torch.float32, num_tokens, 6, 130)
+    assert (cut.fused, cut.num_parts) == ((True, 1) if num_tokens == 70 else (False, 2))
     *found, logits_TE = route_by(router, x_TH, router_EH, bias_E, shared_TS, selection_bias_E, scale_E)
     exact_TE = x_TH.double() @ router_EH.double().T + bias_E
     size_TE = x_TH.double().abs() @ router_EH.double().abs().T + bias_E.abs()

@@ -67,7 +67,7 @@ def route_cut(device: torch.device, dtype: torch.dtype, num_tokens: int, num_exp
     interpreted = device.type == "cpu"
     num_tokens, experts = max(1, rows_for_tiles(num_tokens, 1)), max(16, triton.next_power_of_2(num_experts))
     tile = gemm_tile(device, dtype, Load(num_tokens), min(experts, 64), hidden, kernel="route",
-                     block_m=16 if experts <= FEW_EXPERTS or num_tokens <= 16 else 32)
+                     block_m=16 if experts <= FEW_EXPERTS and not interpreted or num_tokens <= 16 else 32)
     token_tiles = triton.cdiv(num_tokens, tile.block_m)
     most_experts = FEW_EXPERTS if dtype == torch.float32 or hidden % ALIGNED else MOST_EXPERTS
     if token_tiles >= (ENOUGH_TILES_INTERPRETED if interpreted else ENOUGH_TILES) and experts <= most_experts:
@@ -79,7 +79,8 @@ def route_cut(device: torch.device, dtype: torch.dtype, num_tokens: int, num_exp
     tile = replace(tile, block_n=min(block_n, experts))
     num_steps = triton.cdiv(hidden, tile.block_k)
     num_parts = min(num_steps, MOST_PARTS, programs // (token_tiles * triton.cdiv(num_experts, tile.block_n)))
-    part_size = triton.cdiv(num_steps, max(num_parts, 1)) * tile.block_k
+    # Powers of two, since the selection is compiled for each number of parts.
+    part_size = triton.cdiv(num_steps, 2 ** max(0, num_parts.bit_length() - 1)) * tile.block_k
     return Cut(tile, triton.cdiv(hidden, part_size), part_size, fused=False)
 
 
