@@ -94,6 +94,9 @@ class _Run:
         for tile in todo:
             done[tile] = self._screened(tile, refused.get(tile, ""), exact, expected, normal)
             self._progress.done(done[tile])
+            if done[tile].status == "CRASHED" and self._how.device == "cuda":
+                # A fault in memory leaves a context in which nothing runs any more: the run ends, the next goes on.
+                torch.cuda.synchronize()
         return [*done.values(), *self._finals(done, normal)]
 
     def _tiles(self) -> list[Tile]:
