@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_fast.invariance import blocks_for_tiles
 from moe_fast.launch import launch
 from moe_fast.tiles import ALIGNED, Load, gemm_tile
 
@@ -43,7 +44,8 @@ def product(left_MK: torch.Tensor, right_NK: torch.Tensor, dtype: torch.dtype,
     result_MN = torch.empty(num_rows, num_columns, dtype=dtype, device=device)
     operands = torch.promote_types(left_MK.dtype, right_NK.dtype)
     # As if a block of rows were an expert's; columns are aligned, since none of them is a row in memory.
-    load, columns = Load(num_rows, triton.cdiv(num_rows, 32)), triton.cdiv(num_columns, ALIGNED) * ALIGNED
+    load = Load(num_rows, blocks_for_tiles(triton.cdiv(num_rows, 32)))
+    columns = triton.cdiv(num_columns, ALIGNED) * ALIGNED
     tile = gemm_tile(device, operands, load, columns, inner, kernel="product")
     block_n = max(16, min(tile.block_n, triton.next_power_of_2(num_columns)))
     launch(product_kernel, (triton.cdiv(num_rows, tile.block_m), triton.cdiv(num_columns, block_n)), device,

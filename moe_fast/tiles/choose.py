@@ -87,7 +87,7 @@ def _power_of_two_at_least(value: int, low: int, high: int) -> int:
 
 
 def _is_odd(size: int) -> bool:
-    """Whether rows of that size start anywhere; the router passes no more than 64, which says nothing of its rows."""
+    """Whether rows of that size start anywhere; up to 64, as the router's gradient has, one step loads them."""
     return size > 64 and size % ALIGNED != 0
 
 
