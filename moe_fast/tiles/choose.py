@@ -18,6 +18,7 @@ from moe_fast.tiles.tile import ALIGNED, Load, Tile
 INTERPRETER_TILE = 64
 INTERPRETER_LARGE_TILE = 1024
 WORTHWHILE = 0.85
+"""Of the columns with padding: what half the width must leave to be taken."""
 NEAR = 2
 """A tuned entry speaks for half to twice its rows."""
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
