@@ -10,6 +10,7 @@ from contextvars import ContextVar
 
 ROWS = 64
 """Rows per expert that tiles are then made for: a compromise between decoding and prefill."""
+MANY_BLOCKS = 2**16
 
 _invariant: ContextVar[bool] = ContextVar("invariant", default=False)
 
@@ -30,3 +31,8 @@ def batch_invariant() -> Iterator[None]:
 def rows_for_tiles(rows: int, experts: int) -> int:
     """The number of routed rows that tiles follow."""
     return ROWS * experts if _invariant.get() else rows
+
+
+def blocks_for_tiles(blocks: int) -> int:
+    """The number of row blocks that tiles follow where rows are of no expert: as many as fill any GPU."""
+    return MANY_BLOCKS if _invariant.get() else blocks

@@ -39,6 +39,18 @@ def test_rows_have_the_same_bits_in_every_batch(monkeypatch: pytest.MonkeyPatch)
         assert torch.equal(first_rows(32, rows=32), first_rows(256, rows=32))
 
 
+def test_no_tile_follows_the_batch_on_a_gpu_that_is_not_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few programs take narrower tiles, of the router too; how many there are must not follow the tokens then."""
+    used, seen = on_gpu(monkeypatch, multiprocessors=4), []
+    with batch_invariant():
+        alone_H = first_rows(1)
+        for tokens in (1, 40, 256):
+            used.clear()
+            assert torch.equal(first_rows(tokens), alone_H)
+            seen.append(set(used))
+    assert seen[0] == seen[1] == seen[2]
+
+
 def test_the_tile_is_one_for_all() -> None:
     """Whatever number of rows; outside, it follows them again."""
     def tiles() -> int:

@@ -4,6 +4,7 @@ never better than the limit, and says that it is one.
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +76,16 @@ def test_products_are_read_from_launches() -> None:
     assert (down.out, down.inner, down.parts, down.block_m) == (4096, 1792, 1, 128)
     decode = products("v1-mixtral.8x7b.T1-bf16-tp8")["gate_up_kernel"]
     assert (decode.blocks, decode.wasted_rows) == (((0, 1), (1, 1)), 1 - 1 / 16)
+
+
+def test_an_operand_behind_a_descriptor_is_its_tensor() -> None:
+    """Kernels may be handed descriptors of weights and of rows in expert order."""
+    case = parse_case(PREFILL)
+    launches = [one for one in record(case, "sm_90") if product_of(one, 2048)]
+    described = [replace(one, arguments=one.arguments | {
+        name: SimpleNamespace(base=value) for name, value in one.arguments.items()
+        if name in ("w13", "w2") or (name == "act" and "w2" in one.arguments)}) for one in launches]
+    assert [product_of(one, 2048) for one in described] == [product_of(one, 2048) for one in launches]
 
 
 def test_useful_work_is_that_of_a_benchmark() -> None:

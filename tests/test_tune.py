@@ -153,6 +153,8 @@ def test_a_search_goes_on_from_its_record(compiled: list[object]) -> None:
     kept = Kept([])
     assert search([SHAPE], how(), trials, kept) == trials
     assert (kept.trials, compiled) == ([], [])
+    other = [replace(one, triton="2.0") for one in trials]
+    assert search([SHAPE], how(), other, kept) == trials, "of another version everything is tried anew"
 
 
 def test_what_the_gate_refuses_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_fast.invariance import blocks_for_tiles
 from moe_fast.launch import launch
 from moe_fast.tiles import ALIGNED, Load, Tile, gemm_tile
 
@@ -57,7 +58,8 @@ def product(left_MK: torch.Tensor, right_NK: torch.Tensor, dtype: torch.dtype,
     (num_rows, inner), num_columns = left_MK.shape, right_NK.shape[0]
     operands = torch.promote_types(left_MK.dtype, right_NK.dtype)
     # As if a block of rows were an expert's; columns are aligned, since none of them is a row in memory.
-    load, columns = Load(num_rows, triton.cdiv(num_rows, 32)), triton.cdiv(num_columns, ALIGNED) * ALIGNED
+    load = Load(num_rows, blocks_for_tiles(triton.cdiv(num_rows, 32)))
+    columns = triton.cdiv(num_columns, ALIGNED) * ALIGNED
     tile = gemm_tile(left_MK.device, operands, load, columns, inner, kernel="product")
     block_n = max(16, min(tile.block_n, triton.next_power_of_2(num_columns)))
     return product_parts(left_MK, right_NK, bias_N, replace(tile, block_n=block_n), 1, max(inner, 1), dtype)[0]

@@ -10,7 +10,7 @@ from moe_fast.compile.recorder import Launch, record
 from moe_fast.compile.resources import Resources
 from moe_fast.roofline.devices import Device
 from moe_fast.roofline.predict import ProductTime, predict
-from moe_fast.roofline.product import Product, product_of
+from moe_fast.roofline.product import Product, operand, product_of
 from moe_ref.contract.case import Case
 
 Compiler = Callable[[list[Combination]], list[Resources]]
@@ -69,6 +69,4 @@ def _num_bytes(launch: Launch) -> int:
 
 
 def _experts(launch: Launch) -> int:
-    weights = launch.arguments.get("w13", launch.arguments.get("w2"))
-    assert isinstance(weights, torch.Tensor)
-    return len(weights)
+    return len(operand(launch.arguments.get("w13", launch.arguments.get("w2"))))

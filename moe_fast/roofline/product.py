@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from moe_fast.compile.recorder import Launch
+from moe_fast.form import Form
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,16 @@ def product_of(launch: Launch, num_tokens: int) -> Product | None:
                         left.numel() * left.element_size(), ("BLOCK_N", "BLOCK_K"))
     if name not in ("gate_up_kernel", "down_kernel"):
         return None
-    weights, rows = _tensor(given, "w13" if name == "gate_up_kernel" else "w2"), _tensor(given, "sorted_rows").numel()
+    weights, rows = operand(given["w13" if name == "gate_up_kernel" else "w2"]), _tensor(given, "sorted_rows").numel()
     loads = _even_loads(rows, len(weights), num_tokens)
+    hidden, intermediate = _number(given, "hidden_size"), _number(given, "intermediate_size")
     if name == "gate_up_kernel":
-        x = _tensor(given, "x")
-        return _product(name, given, loads, weights.shape[2], weights.shape[3], weights.shape[1],
-                        x.numel() * x.element_size(), ("BLOCK_I", "BLOCK_H"))
+        x, form = _tensor(given, "x"), given["FORM"]
+        assert isinstance(form, Form)
+        return _product(name, given, loads, intermediate, hidden, form.num_projections, x.numel() * x.element_size(),
+                        ("BLOCK_I", "BLOCK_H"))
     act = _tensor(given, "act")
-    return _product(name, given, loads, weights.shape[1], weights.shape[2], 1, act.numel() * act.element_size(),
+    return _product(name, given, loads, hidden, intermediate, 1, act.numel() * act.element_size(),
                     ("BLOCK_H", "BLOCK_I"))
 
 
@@ -111,10 +114,15 @@ def _even_loads(rows: int, experts: int, num_tokens: int) -> list[int]:
     return [rows // visited + (place < rows % visited) for place in range(visited)]
 
 
-def _tensor(given: Mapping[str, object], name: str) -> torch.Tensor:
-    tensor = given[name]
+def operand(argument: object) -> torch.Tensor:
+    """A tensor, or the one that a descriptor is of."""
+    tensor = getattr(argument, "base", argument)
     assert isinstance(tensor, torch.Tensor)
     return tensor
+
+
+def _tensor(given: Mapping[str, object], name: str) -> torch.Tensor:
+    return operand(given[name])
 
 
 def _number(given: Mapping[str, object], name: str) -> int:

@@ -18,6 +18,7 @@ from moe_fast.tiles.tile import ALIGNED, Load, Tile
 INTERPRETER_TILE = 64
 INTERPRETER_LARGE_TILE = 1024
 WORTHWHILE = 0.85
+"""Of the columns with padding: what half the width must leave to be taken."""
 NEAR = 2
 """A tuned entry speaks for half to twice its rows."""
 _DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -87,7 +88,7 @@ def _power_of_two_at_least(value: int, low: int, high: int) -> int:
 
 
 def _is_odd(size: int) -> bool:
-    """Whether rows of that size start anywhere; the router passes no more than 64, which says nothing of its rows."""
+    """Whether rows of that size start anywhere; up to 64, as the router's gradient has, one step loads them."""
     return size > 64 and size % ALIGNED != 0
 
 

@@ -62,7 +62,10 @@ class Search:
 
 
 def search(shapes: Iterable[Shape], how: Search, known: Sequence[Trial], progress: Progress) -> list[Trial]:
-    """Every trial of these shapes; those that are `known` are not run again. Tiles are refused once for all shapes."""
+    """Every trial of these shapes; those `known` of this device and these versions are not run again.
+
+    A tile is compiled once for all shapes that it is the same kernel for.
+    """
     found, compiled = [], dict[str, Resources]()
     for shape in shapes:
         for product in shape.products:
@@ -77,7 +80,8 @@ class _Run:
                  compiled: dict[str, Resources]) -> None:
         self._shape, self._product, self._how, self._progress = shape, product, how, progress
         self._compiled = compiled
-        self._known = [one for one in known if one.product == product and one.rows == shape.load.rows]
+        here = (product, shape.load.rows, self._device, torch.__version__, triton.__version__)
+        self._known = [one for one in known if (one.product, one.rows, one.device, one.torch, one.triton) == here]
 
     def trials(self) -> list[Trial]:
         """Screening, then the good ones side by side."""
@@ -94,6 +98,9 @@ class _Run:
         for tile in todo:
             done[tile] = self._screened(tile, refused.get(tile, ""), exact, expected, normal)
             self._progress.done(done[tile])
+            if done[tile].status == "CRASHED" and self._how.device == "cuda":
+                # A fault in memory leaves a context in which nothing runs any more: the run ends, the next goes on.
+                torch.cuda.synchronize()
         return [*done.values(), *self._finals(done, normal)]
 
     def _tiles(self) -> list[Tile]:
@@ -150,6 +157,10 @@ class _Run:
         return trials
 
     def _trial(self, tile: Tile, status: str, reason: str = "") -> Trial:
-        device = torch.cuda.get_device_name() if self._how.device == "cuda" else self._how.device
-        return Trial(self._product, self._shape.load.rows, tile, status, device, torch.__version__, triton.__version__,
-                     datetime.now(UTC).date().isoformat(), self._how.evidence, tile == self._heuristic(), reason)
+        return Trial(self._product, self._shape.load.rows, tile, status, self._device, torch.__version__,
+                     triton.__version__, datetime.now(UTC).date().isoformat(), self._how.evidence,
+                     tile == self._heuristic(), reason)
+
+    @property
+    def _device(self) -> str:
+        return torch.cuda.get_device_name() if self._how.device == "cuda" else self._how.device

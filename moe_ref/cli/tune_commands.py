@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from moe_ref.cli.parts import part_of
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import Dtype
+from moe_ref.records.store import drop_torn_line
 
 NO_EVIDENCE = "NO EVIDENCE: no GPU, so a few tiles of a tiny layer run in the interpreter; no table is written"
 _DRY_TILES, _DRY_ARCHITECTURE = 3, "sm_90"
@@ -109,9 +110,7 @@ class _Watch:
         self._task = self._bar.add_task("tune")
 
     def __enter__(self) -> "_Watch":
-        # A crash may have left half a line, which the next one must not continue.
-        kept = self._path.read_bytes().rpartition(b"\n") if self._path.exists() else (b"", b"", b"")
-        self._path.write_bytes(kept[0] + kept[1])
+        drop_torn_line(self._path)
         self._file = self._path.open("a")
         self._bar.__enter__()
         return self

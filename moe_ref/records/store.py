@@ -20,7 +20,7 @@ class RecordWriter:
         self.path = folder / FILE_NAME
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _drop_torn_line(self.path)
+            drop_torn_line(self.path)
             self._file = self.path.open("ab")
         except OSError as error:
             raise UsageValueError(f"{self.path}: cannot be written: {error}") from error
@@ -41,7 +41,7 @@ class RecordWriter:
         self.close()
 
 
-def _drop_torn_line(path: Path) -> None:
+def drop_torn_line(path: Path) -> None:
     """A kill can leave half a line at the end; whatever follows it would be unreadable, so it is cut off."""
     if not path.exists():
         return
