@@ -17,6 +17,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from moe_fast.architecture import assuming
 from moe_fast.form import Form
 from moe_fast.interpreter import IntegerOverflowError, checking, rewrite
 from moe_fast.interpreter import launch as interpreter
@@ -42,7 +43,9 @@ from moe_fast.kernels import (
     weight_gradient,
 )
 from moe_fast.kernels.align import Alignment
+from moe_fast.launch import recording
 from moe_fast.tiles import Load, Tile, gemm_tile
+from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.spec import Capacity, Router
 from tests.test_compile import started
 
@@ -333,7 +336,7 @@ CASES = {
 """Strides between the slots of a token, and of vectors by expert, are taken to be small."""
 
 TABLES_ALONE = {"few_rows_kernel", "count_kernel", "layout_kernel", "scatter_kernel", "order_kernel"}
-"""Their tables are numbered by routed row, of which there are fewer than 2^31."""
+"""Their tables are numbered by routed row, in 32 bits: align refuses more."""
 
 STRIDES = [(kernel, name, int(axis)) for kernel, case in CASES.items()
            for name, _, axes in (one.partition(":") for one in case.strided.split()) for axis in axes]
@@ -341,6 +344,18 @@ STRIDES = [(kernel, name, int(axis)) for kernel, case in CASES.items()
 
 def test_every_kernel_is_here() -> None:
     assert CASES.keys() | TABLES_ALONE == started()
+
+
+@pytest.mark.parametrize(("num_rows", "num_experts", "most"), [
+    (2**31 - 2**16 + 1, 8, 2**31 - 2**16), (2**30, 256, 2**30 - 16 * 128), (2**31, 1, 2**31 - 2**16)])
+def test_more_rows_than_tables_can_number_are_refused(num_rows: int, num_experts: int, most: int) -> None:
+    """No number of a table is beyond 2^31: rows, and a count for each chunk of them and each expert."""
+    ids_TK, hosted_E = torch.empty(num_rows, 1, device="meta"), torch.empty(num_experts, device="meta")
+    said = f"{num_rows} routed rows of {num_experts} experts at once, but should be at most {most}"
+    with pytest.raises(UsageValueError, match=said):
+        align.align(ids_TK, hosted_E, 16)
+    with assuming("sm_90"), recording(lambda *_: None):
+        assert align.align(ids_TK[:most], hosted_E, 16).sorted_rows_R.numel() == most
 
 
 @pytest.fixture(autouse=True)
@@ -372,6 +387,25 @@ def far_rows(kernel: str, monkeypatch: pytest.MonkeyPatch) -> Results:
 
 def _last(*axes: range) -> Iterator[tuple[int, ...]]:
     yield tuple(axis[-1] for axis in axes)
+
+
+def test_the_last_rows_that_tables_can_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last 128 of them are counted and placed; the table of blocks, one program over all chunks, is left out."""
+    ids_T1, launch = sparse(align.MOST_ROWS, 1, dtype=torch.int32), align.launch
+    ids_T1[-128:, 0] = torch.arange(128) % 8
+
+    def without_layout(kernel: object, *grid: object, **arguments: Any) -> None:
+        if kernel is align.layout_kernel:
+            arguments["offsets"].copy_(16 * torch.arange(9))
+        else:
+            launch(kernel, *grid, **arguments)
+
+    monkeypatch.setattr(align, "launch", without_layout)
+    monkeypatch.setattr(interpreter, "itertools", SimpleNamespace(product=_last))
+    found = align.align(ids_T1, torch.arange(8), 16)
+    assert found.local_ids_R[-128:].tolist() == [row % 8 for row in range(128)]
+    first = align.MOST_ROWS - 128
+    assert found.sorted_rows_R[:128].tolist() == [first + row for row in sorted(range(128), key=lambda row: row % 8)]
 
 
 @pytest.mark.parametrize("kernel", CASES)

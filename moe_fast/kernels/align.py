@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from moe_fast.launch import launch
+from moe_ref.contract.errors import raise_faults
 
 CHUNK = 128
 """Rows counted by one program; ranks inside a chunk come from a CHUNK x CHUNK comparison."""
@@ -27,6 +28,9 @@ FEW_ROWS, FEW_ROWS_INTERPRETED, ROWS_AT_ONCE = 256, 32, 32
 The interpreter's limit is low, so that layers of a few dozen tokens run both ways. ROWS_AT_ONCE: rows that each is
 compared with at a time.
 """
+
+MOST_ROWS = 2**31 - 2**16
+"""Rows are numbered in 32 bits, and a block may count past the last."""
 
 
 @dataclass(frozen=True)
@@ -165,11 +169,16 @@ def align(ids_TK: torch.Tensor, hosted_E: torch.Tensor, block_m: int) -> Alignme
     """Group the rows of ids_TK (int32 or int64, any value) by place in hosted_E, in blocks of `block_m` rows.
 
     hosted_E: int64, the id of the expert at each place; the lower place counts where an id is there twice. The
-    number of blocks is bounded by the shapes alone: every expert that has rows wastes less than one block.
+    number of blocks is bounded by the shapes alone: every expert that has rows wastes less than one block. Raises
+    UsageValueError for more rows than its tables can number.
     """
     num_rows, num_experts, device = ids_TK.numel(), hosted_E.numel(), ids_TK.device
-    ids_R, hosted_E = ids_TK.contiguous(), hosted_E.contiguous()
     experts = triton.next_power_of_2(max(num_experts, 1))
+    most_rows = min(MOST_ROWS, (2**31 // experts - CHUNKS_AT_ONCE) * CHUNK)
+    if num_rows > most_rows:
+        raise_faults("moe_fast", [f"{num_rows} routed rows of {num_experts} experts at once, but should be at most "
+                                  f"{most_rows}"])
+    ids_R, hosted_E = ids_TK.contiguous(), hosted_E.contiguous()
     num_blocks = (num_rows + min(num_experts, num_rows) * (block_m - 1)) // block_m
 
     def table(size: int) -> torch.Tensor:

@@ -67,7 +67,7 @@ def route_cut(device: torch.device, dtype: torch.dtype, num_tokens: int, num_exp
     interpreted = device.type == "cpu"
     num_tokens, experts = max(1, rows_for_tiles(num_tokens, 1)), max(16, triton.next_power_of_2(num_experts))
     tile = gemm_tile(device, dtype, Load(num_tokens), min(experts, 64), hidden, kernel="route",
-                     block_m=16 if experts <= FEW_EXPERTS and not interpreted or num_tokens <= 16 else 32)
+                     block_m=16 if (experts <= FEW_EXPERTS and not interpreted) or num_tokens <= 16 else 32)
     token_tiles = triton.cdiv(num_tokens, tile.block_m)
     most_experts = FEW_EXPERTS if dtype == torch.float32 or hidden % ALIGNED else MOST_EXPERTS
     if token_tiles >= (ENOUGH_TILES_INTERPRETED if interpreted else ENOUGH_TILES) and experts <= most_experts:
