@@ -6,11 +6,8 @@ with the defect in mind: gelu for a wrong activation, several groups with K abov
 """
 
 import shlex
-import subprocess
-import sys
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 
@@ -19,6 +16,9 @@ from moe_ref.contract.vocabulary import Stage, Verdict
 from moe_ref.records.schema import CaseLine
 from moe_ref.tiers.tiers import PlannedCase
 from moe_ref.verify.run.session import Session
+from tests.command_line import command
+from tests.in_process import judged
+from tests.subjects import wrong
 
 PLAIN = "v1-T33.H96.I160.E8.K2"
 ALL = tuple(range(8))
@@ -71,28 +71,18 @@ DEFECTS = {
 }
 
 REPLAYED = ("neighbour_expert", "all_reduce_left_out", "nondeterministic", "second_run_only")
-"""One of each kind: a replay is a process of its own, so not all of them."""
+"""One of each kind: runs and replays are processes of their own, so not all of them."""
 
 
-def _judge(name: str) -> CaseLine:
-    session = Session.start(f"tests.subjects.wrong:{name}", "cpu")
-    try:
-        return session.run(PlannedCase(case=parse_case(DEFECTS[name].case), purpose="defects"))
-    finally:
-        session.close()
-
-
-@pytest.fixture(scope="module")
-def judged() -> Iterator[dict[str, Future[CaseLine]]]:
-    """The line of every defect, two children at a time."""
-    with ThreadPoolExecutor(2) as lanes:
-        yield {name: lanes.submit(_judge, name) for name in DEFECTS}
-        lanes.shutdown(cancel_futures=True)
+@cache
+def line_of(name: str) -> CaseLine:
+    """What a run in this process says of a defect, with the same request, measurement and verdict as any other."""
+    return judged(getattr(wrong, name), DEFECTS[name].case)
 
 
 @pytest.mark.parametrize("name", DEFECTS)
-def test_a_defect_is_caught_where_it_is(judged: dict[str, Future[CaseLine]], name: str) -> None:
-    line, caught = judged[name].result(), DEFECTS[name]
+def test_a_defect_is_caught_where_it_is(name: str) -> None:
+    line, caught = line_of(name), DEFECTS[name]
     assert (line.verdict, line.first_stage) == (caught.verdict, caught.stage), line.message
     assert caught.words in line.message
     if caught.stage is not None:
@@ -102,9 +92,8 @@ def test_a_defect_is_caught_where_it_is(judged: dict[str, Future[CaseLine]], nam
 
 
 @pytest.mark.parametrize("name", DEFECTS)
-def test_the_message_is_short_and_ends_with_the_replay(judged: dict[str, Future[CaseLine]],
-                                                       name: str) -> None:
-    lines = judged[name].result().message.splitlines()
+def test_the_message_is_short_and_ends_with_the_replay(name: str) -> None:
+    lines = line_of(name).message.splitlines()
     assert len(lines) <= 10
     assert max(map(len, lines)) <= 200
     assert lines[0].startswith(DEFECTS[name].verdict)
@@ -112,12 +101,15 @@ def test_the_message_is_short_and_ends_with_the_replay(judged: dict[str, Future[
 
 
 @pytest.mark.parametrize("name", REPLAYED)
-def test_the_replay_line_gives_the_same_verdict(judged: dict[str, Future[CaseLine]], name: str) -> None:
-    """The replay line is a command; the message it prints begins as the first run's did."""
-    line = judged[name].result()
-    command = shlex.split(line.replay)
-    assert command[:2] == ["moe-ref", "replay"]
-    again = subprocess.run([sys.executable, "-m", "moe_ref", *command[1:]], capture_output=True, text=True,
-                           timeout=120)
-    assert again.returncode == 1, again.stderr
-    assert again.stdout.startswith(line.message.splitlines()[0])
+def test_the_replay_line_gives_the_same_verdict(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The replay line of a run is a command; in a child of its own, its message begins as that of every other run."""
+    session = Session.start(f"tests.subjects.wrong:{name}", "cpu")
+    try:
+        line = session.run(PlannedCase(case=parse_case(DEFECTS[name].case), purpose="defects"))
+    finally:
+        session.close()
+    program, *replay = shlex.split(line.replay)
+    assert (program, replay[0]) == ("moe-ref", "replay")
+    assert command(*replay) == 1
+    [first, *_] = capsys.readouterr().out.splitlines()
+    assert first == line.message.splitlines()[0] == line_of(name).message.splitlines()[0]

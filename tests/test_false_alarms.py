@@ -1,15 +1,13 @@
-"""Right implementations unlike moe_fast must pass; an accusation here is a defect of the harness."""
+"""Right implementations unlike moe_fast must pass; an accusation here is a defect of the harness.
 
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+Same request, measurement and verdict as in a run, without the child process.
+"""
 
 import pytest
 
-from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.vocabulary import Verdict
-from moe_ref.records.schema import CaseLine
-from moe_ref.tiers.tiers import PlannedCase
-from moe_ref.verify.run.session import Session
+from tests.in_process import judged
+from tests.subjects import right
 
 RIGHT = ("round_each_stage", "gate_up_stored", "fp32_partials", "bf16_weights", "hidden_bf16_weights",
          "bf16_router", "black_box", "topk_reversed", "split_k", "batched", "weight_at_merge", "grouped_mm",
@@ -37,26 +35,8 @@ CASES = (
 )
 
 
-def _judge(name: str) -> dict[str, CaseLine]:
-    session = Session.start(f"tests.subjects.right:{name}", "cpu")
-    try:
-        planned = [PlannedCase(case=parse_case(case_id), purpose="false alarms") for case_id in CASES]
-        return {one.case_id: session.run(one) for one in planned}
-    finally:
-        session.close()
-
-
-@pytest.fixture(scope="module")
-def judged() -> Iterator[dict[str, Future[dict[str, CaseLine]]]]:
-    """The lines of every implementation, two children at a time."""
-    with ThreadPoolExecutor(2) as lanes:
-        yield {name: lanes.submit(_judge, name) for name in RIGHT}
-        lanes.shutdown(cancel_futures=True)
-
-
 @pytest.mark.parametrize("name", RIGHT)
 @pytest.mark.parametrize("case_id", CASES)
-def test_a_right_implementation_passes(judged: dict[str, Future[dict[str, CaseLine]]], name: str,
-                                       case_id: str) -> None:
-    line = judged[name].result()[case_id]
+def test_a_right_implementation_passes(name: str, case_id: str) -> None:
+    line = judged(getattr(right, name), case_id)
     assert line.verdict == Verdict.PASS, line.message

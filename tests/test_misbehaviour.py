@@ -13,18 +13,20 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from moe_ref.cli.main import main
 from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.vocabulary import Ranks, Verdict
 from moe_ref.records.schema import CaseLine
 from moe_ref.records.store import FILE_NAME
 from moe_ref.tiers.tiers import PlannedCase
 from moe_ref.tolerances.load import load_tolerances
-from moe_ref.verify.run.run import Plan, RunResult, run_plan
+from moe_ref.verify.run.run import Plan, exit_code, run_plan
+from tests.command_line import command
+from tests.subjects.misbehaving import TOKENS
 
 CASE = "v1-T5.H32.I48.E4.K2-bf16-norm-tp3"
 IMPLEMENTATION = "tests.subjects.misbehaving:"
 LOCAL, GLOO = Ranks.LOCAL, Ranks.GLOO
+End = tuple[str, Ranks]
 
 # Implementation and ranks; verdict; words in the message that say what happened and where.
 ENDS = {
@@ -33,7 +35,7 @@ ENDS = {
     ("collective_skipped", GLOO): (Verdict.CRASH, "rank 1 returned, but ranks [0, 2] wait in all_reduce"),
     ("collectives_differ", LOCAL): (Verdict.CRASH, "rank 1 issued all_gather((32,), 'torch.bfloat16'), but rank 0"),
     ("collectives_differ", GLOO): (Verdict.CRASH, "rank 1 issued all_gather((32,), 'torch.bfloat16'), but ranks"),
-    ("shapes_differ", GLOO): (Verdict.CRASH, "rank 1 issued all_reduce((6, 32), 'torch.bfloat16'), but ranks"),
+    ("shapes_differ", GLOO): (Verdict.CRASH, "rank 1 issued all_reduce(({more}, 32), 'torch.bfloat16'), but ranks"),
     ("sleeps_on_rank_one", GLOO): (Verdict.HANG, "in _sleep_on_rank_one, subjects/misbehaving.py"),
     ("segmentation_fault", LOCAL): (Verdict.CRASH, "SIGSEGV"),
     ("segmentation_fault", GLOO): (Verdict.CRASH, "SIGSEGV"),
@@ -50,44 +52,51 @@ ENDS = {
     ("returns_tuple", LOCAL): (Verdict.STRUCT, "tuple"),
     ("returns_meta", LOCAL): (Verdict.STRUCT, "meta"),
     ("returns_fp64", LOCAL): (Verdict.STRUCT, "dtype torch.float64, but should be torch.bfloat16"),
-    ("returns_narrow", LOCAL): (Verdict.STRUCT, "shape (5, 31), but should be (5, 32)"),
+    ("returns_narrow", LOCAL): (Verdict.STRUCT, "shape ({tokens}, 31), but should be ({tokens}, 32)"),
     ("returns_nan", LOCAL): (Verdict.MISMATCH, "reduced: infinitely over bound"),
     ("returns_transposed_storage", LOCAL): (Verdict.PASS, ""),
 }
 
 
-def _run(name: str, ranks: Ranks) -> RunResult:
-    planned = PlannedCase(case=parse_case(CASE), purpose="misbehaviour", ranks=ranks)
-    return run_plan(Plan(implementation=IMPLEMENTATION + name, cases=[planned], tier="", minimum_executed=1,
-                         lanes=1, time_limit=9.0 if name.startswith("sleeps") else 60.0,
-                         memory_gib=2.0 if name == "takes_memory" else 0.0))
+# What a run is told besides: a short limit for those that hang, and little memory for the one that takes it all.
+LIMITED = {("sleeps", LOCAL): {"time_limit": 9.0}, ("sleeps_on_rank_one", GLOO): {"time_limit": 9.0},
+           ("takes_memory", LOCAL): {"memory_gib": 2.0}}
+
+
+def _run(ends: list[End], **limits: float) -> dict[End, CaseLine]:
+    cases = {key: PlannedCase(case=parse_case(CASE.replace("T5", f"T{TOKENS[key[0]]}").replace(
+        "-tp3", "-s1-tp3" if key[1] is GLOO else "-tp3")), purpose="misbehaviour", ranks=key[1]) for key in ends}
+    plan = Plan(implementation=IMPLEMENTATION + "by_tokens", cases=list(cases.values()), tier="", minimum_executed=1,
+                lanes=1, **{"time_limit": 60.0, **limits})
+    return dict(zip(ends, run_plan(plan).lines, strict=True))
 
 
 @pytest.fixture(scope="module")
-def ended() -> Iterator[dict[tuple[str, Ranks], Future[RunResult]]]:
-    """The run of every misbehaving implementation, two at a time."""
+def ended() -> Iterator[dict[End, Future[dict[End, CaseLine]]]]:
+    """The run that has the line of every misbehaviour: one run for all that need no limit of their own."""
     os.environ[MARKER] = str(os.getpid())
     # msgspec must not learn a type from two threads at once; a run of its own does that before it has lanes.
     load_tolerances()
     with ThreadPoolExecutor(2) as lanes:
-        yield {key: lanes.submit(_run, *key) for key in ENDS}
+        usual = lanes.submit(_run, [key for key in ENDS if key not in LIMITED])
+        yield {key: lanes.submit(_run, [key], **LIMITED[key]) if key in LIMITED else usual for key in ENDS}
         lanes.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize(("name", "ranks"), ENDS)
-def test_misbehaviour_ends_in_a_verdict(ended: dict[tuple[str, Ranks], Future[RunResult]], name: str,
-                                        ranks: Ranks) -> None:
+def test_misbehaviour_ends_in_a_verdict(ended: dict[End, Future[dict[End, CaseLine]]],
+                                        name: str, ranks: Ranks) -> None:
+    """Whatever the case before it did."""
     verdict, words = ENDS[name, ranks]
-    result = ended[name, ranks].result()
-    line = result.lines[0]
+    line, tokens = ended[name, ranks].result()[name, ranks], TOKENS[name]
     assert line.verdict == verdict, line.message
-    assert words in line.message
-    assert result.end.exit_code == (0 if verdict == Verdict.PASS else 1)
+    assert words.replace("{tokens}", str(tokens)).replace("{more}", str(tokens + 1)) in line.message
+    assert exit_code([line], executed=1, minimum=1) == (0 if verdict == Verdict.PASS else 1)
     assert len(line.message.splitlines()) <= 10
     assert max(map(len, line.message.splitlines())) <= 200
 
 
-def test_the_case_after_a_dead_rank_passes(ended: dict[tuple[str, Ranks], Future[RunResult]]) -> None:
+def test_the_case_after_a_dead_rank_passes() -> None:
     """One failing case costs its own verdict only: the same child forks new ranks for the next case."""
     cases = [PlannedCase(case=parse_case(CASE.replace("T5", tokens)), purpose="misbehaviour", ranks=GLOO)
              for tokens in ("T5", "T6", "T7")]
@@ -97,7 +106,7 @@ def test_the_case_after_a_dead_rank_passes(ended: dict[tuple[str, Ranks], Future
     assert "rank 1 was killed by SIGKILL; ranks [0, 2] wait in all_reduce((5, 32)" in result.lines[0].message
 
 
-def test_no_process_is_left_over(ended: dict[tuple[str, Ranks], Future[RunResult]]) -> None:
+def test_no_process_is_left_over(ended: dict[End, Future[dict[End, CaseLine]]]) -> None:
     """Children and forked ranks all inherit the marker of this process; those of a test worker beside it do not."""
     for future in ended.values():
         future.result()
@@ -121,58 +130,23 @@ def _processes_marked(process: int) -> list[str]:
 
 
 RIGHT = "tests.subjects.right:round_each_stage"
-WRONG_USE = {
-    "unknown implementation": ["no_such_package", "--case", CASE],
-    "unknown attribute": ["tests.subjects.right:nobody", "--case", CASE],
-    "no capabilities": [IMPLEMENTATION + "without_numerics", "--case", CASE],
-    "malformed case id": [RIGHT, "--case", "v1-T5-bf16"],
-    "unknown word in a case id": [RIGHT, "--case", CASE + "-fast"],
-    "unknown tier": [RIGHT, "--tier", "enormous"],
-    "tier and case": [RIGHT, "--tier", "smoke", "--case", CASE],
-    "no case of that tp": [RIGHT, "--tp", "7"],
-    "tp that is no number": [RIGHT, "--tp", "two"],
-    "shard beyond the last": [RIGHT, "--shard", "3/2"],
-    "shard without a slash": [RIGHT, "--shard", "3"],
-}
-
-
-def _command_line(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> int:
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(sys, "argv", ["moe-ref", "verify", *arguments])
-    try:
-        with pytest.raises(SystemExit) as ended:
-            main()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert isinstance(ended.value.code, int)
-    return ended.value.code
-
-
-@pytest.mark.parametrize("mistake", WRONG_USE)
-def test_wrong_use_is_one_line_and_exit_code_2(
-        monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], mistake: str) -> None:
-    assert _command_line(monkeypatch, WRONG_USE[mistake]) == 2
-    captured = capfd.readouterr()
-    assert captured.out == ""
-    assert len(captured.err.splitlines()) == 1
-    assert captured.err.startswith("moe-ref: ")
 
 
 def test_a_record_of_another_run_and_a_corrupt_record_are_refused(
-        monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+        capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Nothing is appended to what is not understood: another run, or an unreadable line."""
-    arguments = [RIGHT, "--case", CASE, "--record", str(tmp_path)]
-    assert _command_line(monkeypatch, arguments) == 0
+    arguments = ["verify", RIGHT, "--case", CASE, "--record", str(tmp_path)]
+    assert command(*arguments) == 0
     path = tmp_path / FILE_NAME
     recorded = path.read_bytes()
     capfd.readouterr()
-    other = [RIGHT, "--case", CASE.replace("T5", "T6"), "--record", str(tmp_path), "--resume"]
+    other = ["verify", RIGHT, "--case", CASE.replace("T5", "T6"), "--record", str(tmp_path), "--resume"]
     for refused, words in ((arguments, "holds a run already"), (other, "cases of the recorded run differ")):
-        assert _command_line(monkeypatch, refused) == 2
+        assert command(*refused) == 2
         assert words in capfd.readouterr().err
     path.write_bytes(recorded[:40] + b"\n" + recorded[40:])
     corrupt = path.read_bytes()
-    assert _command_line(monkeypatch, [*arguments, "--resume"]) == 2
+    assert command(*arguments, "--resume") == 2
     assert f"{FILE_NAME}:1:" in capfd.readouterr().err
     assert path.read_bytes() == corrupt
 

@@ -9,14 +9,6 @@ import moe_fast
 from moe_ref import Groups, MoEWeights, Routing
 
 
-def _subject(mistake):
-    """moe_fast behind a function that spoils one argument."""
-
-    def moe(x_TH, weights, spec, parallel=None, groups=None, **options):
-        return mistake(x_TH, weights, spec, parallel, groups, options)
-    return SimpleNamespace(moe=moe, CAPABILITIES=moe_fast.CAPABILITIES)
-
-
 def _cut_w2(x_TH, weights: MoEWeights, spec, parallel, groups, options):
     shorter = replace(weights, w2_EHI=weights.w2_EHI[:, :, :-1].contiguous())
     return moe_fast.moe(x_TH, shorter, spec, parallel, groups, **options)
@@ -36,7 +28,15 @@ def _double_precision(x_TH, weights, spec, parallel, groups, options):
     return moe_fast.moe(x_TH.to(torch.float64), weights, spec, parallel, groups, **options)
 
 
-k_mismatch = _subject(_cut_w2)
-ids_out_of_range = _subject(_spoil_ids)
-wrong_world_size = _subject(_lone_group)
-fp64_input = _subject(_double_precision)
+MISTAKES = {"k_mismatch": _cut_w2, "ids_out_of_range": _spoil_ids, "wrong_world_size": _lone_group,
+            "fp64_input": _double_precision}
+TOKENS = {name: 9 + index for index, name in enumerate(MISTAKES)}
+"""By this number of tokens a mistake is made, so that one run shows them all."""
+
+
+def _moe(x_TH, weights, spec, parallel=None, groups=None, **options):
+    name = next(name for name, tokens in TOKENS.items() if tokens == len(x_TH))
+    return MISTAKES[name](x_TH, weights, spec, parallel, groups, options)
+
+
+by_tokens = SimpleNamespace(moe=_moe, CAPABILITIES=moe_fast.CAPABILITIES)

@@ -31,8 +31,11 @@ from moe_ref.verify.run.last_words import describe_exit, innermost_frames, raisi
 ERROR_GRACE_SECONDS = 3.0
 """After a rank's error those still at work get this long to report their own; wrong use shows on every rank."""
 
-MISMATCH_GRACE_SECONDS = 0.5
-"""After a mismatch the other members get this long to show what they issue, so that the odd one is named."""
+MISMATCH_GRACE_SECONDS = 2.0
+"""After a mismatch the other members get this long to show what they issue, so that the odd one is named.
+
+Less does for ranks with a core each; where they share one, the third came too late to be the majority with the second.
+"""
 
 QUIET_SECONDS = 0.3
 """Silence after which ranks that all wait are taken to wait for ever, once another one has failed."""
