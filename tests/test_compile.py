@@ -83,7 +83,7 @@ def test_a_router_of_256_experts_fits_into_registers() -> None:
     for architecture in ARCHITECTURES:
         launches: list[Launch] = []
         with assuming(architecture), recording(lambda *one, found=launches: found.append(Launch(*one))):
-            route.route(meta(4096, 7168), meta(256, 7168), None, None, meta(256), None, router)
+            route.route(meta(8192, 7168), meta(256, 7168), None, None, meta(256), None, router)
         assert [one.kernel.fn.__name__ for one in launches] == ["route_kernel"]
         chosen.append(combination_of(launches[0], architecture))
     for one, found in zip(chosen, compile_all(chosen, 2), strict=True):

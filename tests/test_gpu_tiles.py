@@ -80,7 +80,7 @@ def test_the_narrow_tiles_of_a_layer_that_fills_no_gpu(rows: int, direction: str
 
 
 @pytest.mark.parametrize(("tokens", "experts", "hidden", "dtype", "parts"), [
-    (1, 100, 4400, torch.bfloat16, 12), (70, 40, 200, torch.bfloat16, 4), (33, 300, 160, torch.float32, 3),
+    (1, 100, 4400, torch.bfloat16, 12), (70, 40, 200, torch.bfloat16, 4), (33, 300, 160, torch.float32, 5),
     (600, 20, 2064, torch.float16, 4), (1025, 20, 200, torch.bfloat16, None), (2049, 100, 208, torch.float16, None),
     (1025, 3, 144, torch.float32, None)])
 def test_every_cut_of_the_router(tokens: int, experts: int, hidden: int, dtype: torch.dtype, parts: int | None,
@@ -88,6 +88,7 @@ def test_every_cut_of_the_router(tokens: int, experts: int, hidden: int, dtype: 
     """Parts of H, or all of it in one kernel with the selection: the logits within (n + 1) roundings of the sum of
     absolute values, and the choice that those very logits ask for."""
     on_gpu(monkeypatch)
+    monkeypatch.setattr("moe_fast.kernels.route.ENOUGH_TILES", 64)  # more would take the interpreter longer
     cut = sys.modules["moe_fast.kernels.route"].route_cut(torch.device("cpu"), dtype, tokens, experts, hidden)
     assert (None if cut.fused else cut.num_parts) == parts
     router = Router(num_experts=experts, top_k=3, renormalize=True)

@@ -18,8 +18,9 @@ from moe_ref.contract.spec import Router
 
 PROGRAMS, PROGRAMS_INTERPRETED = 256, 2
 """How many programs a product is cut into: about two for each multiprocessor; the interpreter takes them in turn."""
-ENOUGH_TILES, ENOUGH_TILES_INTERPRETED = 64, 2
-"""From how many tiles of tokens on each of them is computed with all experts by one program."""
+ENOUGH_TILES, ENOUGH_TILES_INTERPRETED = 256, 2
+"""From how many tiles of tokens on each of them is computed with all experts by one program: fewer would wait for their
+loads, as `moe-ref bench --roofline` predicts."""
 FEW_EXPERTS, MOST_EXPERTS = 64, 256
 """For which one program has the registers; more than few where it multiplies 16-bit numbers from aligned rows."""
 MOST_PARTS, PARTS_FOR_WIDTH = 16, 8

@@ -57,9 +57,10 @@ def predict_layer(case: Case, device: Device, compiler: Compiler) -> LayerTime:
             continue
         found = next(resources)
         time = predict(product, found, device)
-        is_shared = name != "product" and _experts(launch) == 1 and case.problem.spec.num_experts > 1
-        kernels.append(KernelTime("router" if name == "product" else "shared " * is_shared + name, time.seconds,
-                                  product, time, found))
+        routes = name in ("product", "route")
+        is_shared = not routes and _experts(launch) == 1 and case.problem.spec.num_experts > 1
+        kernels.append(KernelTime("router" if routes else "shared " * is_shared + name, time.seconds, product, time,
+                                  found))
     return LayerTime(tuple(kernels))
 
 

@@ -77,9 +77,15 @@ def product_of(launch: Launch, num_tokens: int) -> Product | None:
     given = launch.arguments
     name = launch.kernel.fn.__name__
     if name == "product_kernel":
-        left, rows = _tensor(given, "left"), _number(given, "num_rows")
-        return _product(name, given, [rows], _number(given, "num_columns"), _number(given, "inner_size"), 1,
-                        left.numel() * left.element_size(), ("BLOCK_N", "BLOCK_K"))
+        left, inner, size = _tensor(given, "left"), _number(given, "inner_size"), _number(given, "part_size")
+        # Each part of the sum is a product with weights of its own.
+        return _product(name, given, [_number(given, "num_rows")] * -(-inner // size), _number(given, "num_columns"),
+                        min(inner, size), 1, left.numel() * left.element_size(), ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    if name == "route_kernel":
+        x = _tensor(given, "x")
+        return _product(name, given, [_number(given, "num_tokens")], _number(given, "num_experts"),
+                        _number(given, "hidden_size"), 1, x.numel() * x.element_size(),
+                        ("BLOCK_T", "EXPERTS", "BLOCK_H"))
     if name not in ("gate_up_kernel", "down_kernel"):
         return None
     weights, rows = operand(given["w13" if name == "gate_up_kernel" else "w2"]), _tensor(given, "sorted_rows").numel()
@@ -89,16 +95,16 @@ def product_of(launch: Launch, num_tokens: int) -> Product | None:
         x, form = _tensor(given, "x"), given["FORM"]
         assert isinstance(form, Form)
         return _product(name, given, loads, intermediate, hidden, form.num_projections, x.numel() * x.element_size(),
-                        ("BLOCK_I", "BLOCK_H"))
+                        ("BLOCK_M", "BLOCK_I", "BLOCK_H"))
     act = _tensor(given, "act")
     return _product(name, given, loads, hidden, intermediate, 1, act.numel() * act.element_size(),
-                    ("BLOCK_H", "BLOCK_I"))
+                    ("BLOCK_M", "BLOCK_H", "BLOCK_I"))
 
 
 def _product(name: str, given: Mapping[str, object], loads: list[int], out: int, inner: int, parts: int,
-             rows_bytes: int, blocks: tuple[str, str]) -> Product:
-    block_m, block_n, block_k = (_number(given, block) for block in ("BLOCK_M", *blocks))
-    itemsize = _tensor(given, {"gate_up_kernel": "x", "down_kernel": "act"}.get(name, "left")).element_size()
+             rows_bytes: int, blocks: tuple[str, str, str]) -> Product:
+    block_m, block_n, block_k = (_number(given, block) for block in blocks)
+    itemsize = _tensor(given, {"down_kernel": "act", "product_kernel": "left"}.get(name, "x")).element_size()
     walked = tuple((expert, min(block_m, rows - first)) for expert, rows in enumerate(loads)
                    for first in range(0, rows, block_m))
     group = given.get("GROUP", len(walked))
