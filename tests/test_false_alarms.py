@@ -26,7 +26,8 @@ CASES = (
     # Router options together with a shared expert and a residual.
     "v1-T33.H96.I160.E8.K2-fp16-sigmoid-norm-eps1em20-bias-g4.2-top2sum-scale2.5-sh83-shgate-res-tp3",
     "v1-T21.H130.I50.E16.K4-fp32-norm-gelu-sh28-shgelu-res-tp2", "v1-T17.H80.I72.E5.K3-bf16-gelutanh-outlier",
-    "v1-T19.H48.I33.E64.K8-bf16-norm-tp8",
+    # Many experts of few rows each, and many ranks of few columns each.
+    "v1-T19.H48.I33.E64.K8-bf16-norm", "v1-T19.H48.I33.E8.K8-bf16-norm-tp8",
     # A gated shared row near a power of two: half an ulp after the gate is more than the gate times half an ulp.
     "v1-T140.H64.I65.E3.K2-fp16-gelutanh-sh35-shgate-shgelutanh-zipf-tp2",
     # The edges: no token, one token, a dense layer, a residual larger than the sum it is added to.

@@ -4,17 +4,15 @@ All of them are in one copy, since no case needs two of the options; each names 
 """
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 import moe_fast
+from tests.command_line import command
 
 
 class Defect(NamedTuple):
@@ -104,7 +102,8 @@ BACKWARD = {
 
 
 @pytest.mark.parametrize("planted", [FORWARD, BACKWARD], ids=["forward", "backward"])
-def test_every_option_is_judged(planted: dict[str, Defect], tmp_path: Path) -> None:
+def test_every_option_is_judged(planted: dict[str, Defect], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                capsys: pytest.CaptureFixture[str]) -> None:
     copy = tmp_path / "moe_broken"
     shutil.copytree(Path(moe_fast.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
     for source in copy.rglob("*.py"):
@@ -113,12 +112,10 @@ def test_every_option_is_judged(planted: dict[str, Defect], tmp_path: Path) -> N
         text = (copy / defect.file).read_text()
         assert text.count(defect.right) == 1, f"{name}: the piece to break is not there once"
         (copy / defect.file).write_text(text.replace(defect.right, defect.wrong))
-    command = [sys.executable, "-m", "moe_ref", "verify", "moe_broken", "--json",
-               *(word for defect in planted.values() for word in ("--case", defect.case))]
-    path = os.pathsep.join([str(tmp_path), str(Path(moe_fast.__file__).parents[1])])
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=240,
-                          check=False)
-    assert done.returncode == 1, done.stderr
-    found = {line["case"]: (line["verdict"], line["first_stage"]) for line in json.loads(done.stdout)["cases"]}
+    monkeypatch.syspath_prepend(tmp_path)
+    assert command("verify", "moe_broken", "--json", "--lanes", "1",
+                   *(word for defect in planted.values() for word in ("--case", defect.case))) == 1
+    lines = json.loads(capsys.readouterr().out)["cases"]
+    found = {line["case"]: (line["verdict"], line["first_stage"]) for line in lines}
     assert {name: found[defect.case] for name, defect in planted.items()} == {
         name: ("mismatch", defect.stage) for name, defect in planted.items()}

@@ -11,6 +11,9 @@ from moe_ref.tolerances.schema import FormatEntry
 Mode = Literal["nearest", "truncate"]
 """To nearest with ties to even, or towards zero."""
 
+_FRACTION = 2**52 - 1
+"""The bits of an fp64 number below its exponent."""
+
 
 def entry(stored: Format) -> FormatEntry:
     """Significand bits, smallest normal exponent and largest value, from tolerances.yaml."""
@@ -59,9 +62,10 @@ def half_cell(target: torch.Tensor, stored_value: torch.Tensor, stored: Format) 
     A quarter of one towards zero at a power of two, where numbers lie twice as close on that side.
     """
     unit = unit_in_last_place(stored_value, stored)
-    closer = (torch.frexp(stored_value).mantissa.abs() == 0.5) & (unit > 2.0 ** _smallest(stored))
+    # A power of two has no fraction bits; 0 has none either, but no smaller unit.
+    closer = (stored_value.view(torch.int64) & _FRACTION == 0) & (unit > 2.0 ** _smallest(stored))
     towards_zero = (stored_value - target) * stored_value.sign() > 0
-    return torch.where(closer & towards_zero, unit / 4, unit / 2)
+    return torch.where(closer & towards_zero, 0.25, 0.5).mul(unit)
 
 
 def cell_distance(target: torch.Tensor, stored_value: torch.Tensor, stored: Format | None) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """A pairwise cover: few rows in which every possible pair of axis values occurs at least once."""
 
 import random
+from functools import cache
 from itertools import combinations
 
 from moe_ref.tiers.axes import AXES, PLAIN, SHAPES, Row, row_case
@@ -16,14 +17,15 @@ def row_pairs(row: Row) -> set[Pair]:
     return set(combinations(((name, row[name]) for name in AXES), 2))
 
 
-def possible_pairs() -> set[Pair]:
+@cache
+def possible_pairs() -> frozenset[Pair]:
     """Pairs that some valid case has."""
     pairs = set()
     for first, second in combinations(AXES, 2):
         for pair in (((first, a), (second, b)) for a in AXES[first] for b in AXES[second]):
             if any(row_case(row | dict(pair)) for row in _plain_rows()):
                 pairs.add(pair)
-    return pairs
+    return frozenset(pairs)
 
 
 def _plain_rows() -> list[Row]:

@@ -81,7 +81,9 @@ def _smoke_rows() -> list[tuple[Row, str]]:
     return rows
 
 
-def _quick_rows() -> list[tuple[Row, str]]:
+@cache
+def _quick_rows() -> tuple[tuple[Row, str], ...]:
+    """Of three tiers; nobody changes a row."""
     rows = _smoke_rows()
     # A pattern needs tokens to show in and experts to spare.
     shapes = [shape for shape in SHAPES if shape.num_tokens > 1 and shape.num_experts - shape.top_k > 1]
@@ -94,7 +96,7 @@ def _quick_rows() -> list[tuple[Row, str]]:
     rows += [(PLAIN | {"spread": spread, "dtype": dtype, "tp": tp}, f"{dtype} x tp {tp}: {SPREADS[spread].purpose}")
              for spread, dtype, tp in product(SPREADS, Dtype, (1, 2, 3)) if SPREADS[spread].ep > 1 or tp > 1]
     cover = pairwise_rows([row for row, _ in rows])
-    return rows + [(row, "pairwise cover of all axes") for row in cover]
+    return *rows, *((row, "pairwise cover of all axes") for row in cover)
 
 
 def _gloo_cases() -> list[PlannedCase]:

@@ -7,6 +7,7 @@ and docs/numerics.md have the derivations.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -74,7 +75,7 @@ class RoundingModel:
         lost = gamma(terms_added, self.unit) * (1 + self.operand_error) + self.operand_error
         return (lost + gamma(terms, ORACLE_UNIT)) * gauge + terms * FLUSH
 
-    @property
+    @cached_property
     def accumulation(self) -> Accumulation:
         """How the errors of a long sum are expected to be."""
         unit = 2.0**-self.tolerances.file.formats[self.accumulate].significand_bits

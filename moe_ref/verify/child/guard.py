@@ -25,6 +25,11 @@ class Poison(TorchDispatchMode):
         super().__init__()
         self.value, self.integer = value, integer
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Else torch loads its compiler, 900 modules, into every child and forked rank at the first operation.
+        return False
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS and result.device.type != "meta":

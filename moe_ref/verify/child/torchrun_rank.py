@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from importlib import import_module
 from types import ModuleType
 
 import msgspec
@@ -235,8 +234,6 @@ def say_hello(seat: Seat, name: str) -> ModuleType | None:
     """Load the subject and tell the first rank; None if that fails, with the reason in the message."""
     subject, digest, fault = None, "", ""
     try:
-        # torch imports its compiler with the first product inside a mode: seconds, which are not the first case's.
-        import_module("torch._dynamo")
         subject = load_subject(name)
         # Decoding checks every field's type, which a dataclass does not.
         msgspec.json.decode(msgspec.json.encode(subject.CAPABILITIES), type=Capabilities)
