@@ -66,8 +66,8 @@ DEFECTS = {
 REPLAYED = ("last K block dropped for expert 3", "all-reduce left out", "ties go to the higher id")
 """Of an expert, of ranks and of the router: a replay starts a child of its own, so not all of them."""
 
-OVERRUN = Defect("kernels/gate_up.py", "in_rows = position < tl.load(block_row_end + block)",
-                 "in_rows = position < tl.load(block_row_end + block) + (expert == 2).to(tl.int32)", "")
+OVERRUN = Defect("kernels/grouped.py", "in_rows = position < tl.load(block_row_end + block)",
+                 "in_rows = position < tl.load(block_row_end + block) + (tl.load(block_expert + block) == 2)", "")
 
 
 @pytest.fixture

@@ -4,18 +4,18 @@ never better than the limit, and says that it is one.
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 from click.testing import CliRunner
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import moe_fast.compile
 from moe_fast.compile.recorder import record
 from moe_fast.compile.resources import Resources
-from moe_fast.kernels.gate_up import grouped_tile
+from moe_fast.kernels.grouped import grouped_tile
 from moe_fast.launch import launch
 from moe_fast.roofline import DEVICES, predict_layer
 from moe_fast.roofline.predict import blocks_per_multiprocessor, predict
@@ -53,7 +53,7 @@ def small(blocks: int = 5, columns: int = 3, group: int = 2, **others: object) -
 
 @triton.jit
 def order_kernel(found, num_blocks, num_columns, GROUP: tl.constexpr):
-    block, column = grouped_tile(num_blocks, num_columns, GROUP)
+    block, column = grouped_tile(tl.program_id(0), num_blocks, num_columns, GROUP)
     tl.store(found + 2 * tl.program_id(0), block)
     tl.store(found + 2 * tl.program_id(0) + 1, column)
 
@@ -79,13 +79,13 @@ def test_products_are_read_from_launches() -> None:
 
 
 def test_an_operand_behind_a_descriptor_is_its_tensor() -> None:
-    """Kernels may be handed descriptors of weights and of rows in expert order."""
-    case = parse_case(PREFILL)
-    launches = [one for one in record(case, "sm_90") if product_of(one, 2048)]
-    described = [replace(one, arguments=one.arguments | {
-        name: SimpleNamespace(base=value) for name, value in one.arguments.items()
-        if name in ("w13", "w2") or (name == "act" and "w2" in one.arguments)}) for one in launches]
-    assert [product_of(one, 2048) for one in described] == [product_of(one, 2048) for one in launches]
+    """Kernels are handed descriptors of weights and of rows in expert order, here of three operands."""
+    launches = [one for one in record(parse_case(PREFILL), "sm_90") if product_of(one, 2048)]
+    plain = [replace(one, arguments={name: value.base if isinstance(value, TensorDescriptor) else value
+                                     for name, value in one.arguments.items()}) for one in launches]
+    assert sum(one.arguments[name] is not other.arguments[name] for one, other in zip(launches, plain, strict=True)
+               for name in one.arguments) == 3
+    assert [product_of(one, 2048) for one in plain] == [product_of(one, 2048) for one in launches]
 
 
 def test_useful_work_is_that_of_a_benchmark() -> None:

@@ -80,13 +80,13 @@ def test_switches_of_a_tile_are_tried_both_ways(monkeypatch: pytest.MonkeyPatch)
     """A field that is no size is a switch, whatever its name."""
     @dataclass(frozen=True)
     class Switched(Tile):
-        persistent: bool = False
+        turned: bool = False
 
     before = candidates(DOWN, Load(16, 3), LIMIT)
     monkeypatch.setattr(space, "Tile", Switched)
     after = candidates(DOWN, Load(16, 3), LIMIT)
     assert len(after) == 2 * len(before)
-    assert {tile.persistent for tile in after} == {False, True}
+    assert {tile.turned for tile in after} == {False, True}
 
 
 # What is right
