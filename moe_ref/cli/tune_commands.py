@@ -28,7 +28,7 @@ _TOLD_EVERY = 50
 @click.option("--tp", "degrees", default="8", show_default=True, help="Degrees of tensor parallelism, as 4,8.")
 @click.option("--tokens", default="1:4096", show_default=True, help="1:4096 doubles, 1,8,32 names them.")
 @click.option("--dtype", default="bf16", show_default=True, type=click.Choice([str(one) for one in Dtype]))
-@click.option("--record", type=click.Path(path_type=Path, dir_okay=False), default=Path("tune.jsonl"),
+@click.option("--record", type=click.Path(path_type=Path, dir_okay=False), default=Path("runs/tune.jsonl"),
               show_default=True, help="Every trial is appended at once; a run that is started again goes on from it.")
 @click.option("--table", type=click.Path(path_type=Path, dir_okay=False), default=None,
               help="Table to write into; default: the implementation's own of this architecture.")
@@ -111,6 +111,7 @@ class _Watch:
 
     def __enter__(self) -> "_Watch":
         drop_torn_line(self._path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("a")
         self._bar.__enter__()
         return self
