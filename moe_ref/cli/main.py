@@ -15,6 +15,7 @@ _VERBS = {
     "diverge": "moe_ref.cli.diverge_commands:diverge_command",
     "bench": "moe_ref.cli.bench_commands:bench_command",
     "report": "moe_ref.cli.report_commands:report_command", "accept": "moe_ref.cli.report_commands:accept_command",
+    "score": "moe_ref.cli.score_commands:score_command",
     "compile": "moe_ref.cli.compile_commands:compile_command",
     "tune": "moe_ref.cli.tune_commands:tune_command",
     "fingerprint": "moe_ref.cli.hardware_commands:fingerprint_command",

@@ -1,0 +1,200 @@
+"""A scoring run: every mutant against the cases that should kill it, every right variant against the pinned ones."""
+
+import hashlib
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from msgspec.structs import replace
+
+from moe_ref.contract.case_id import parse_case
+from moe_ref.contract.errors import UsageValueError
+from moe_ref.contract.vocabulary import EXECUTED_VERDICTS, RED_VERDICTS, Ranks, Verdict
+from moe_ref.records.score import MutantOutcome, Outcome, RightOutcome, ScoreLine, ScoreRun
+from moe_ref.score.choose import DEFAULT_TIERS, carriers, planned_cases, right_cases
+from moe_ref.score.lanes import Lane, lanes
+from moe_ref.score.load import Catalogue
+from moe_ref.score.messages import CaseToTry, Job, Trial
+from moe_ref.score.schema import Mutant, Right
+from moe_ref.score.seed import package_root, seed
+from moe_ref.tiers.tiers import PlannedCase
+
+_SHOWN_RED = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorePlan:
+    """What to score and how; only: patterns of ids, all where there are none; full: every case of the tiers."""
+
+    catalogue: Catalogue
+    only: tuple[str, ...] = ()
+    full: bool = False
+    device: str = "cpu"
+    lanes: int = 2
+    seconds: float = 120.0
+    tiers: tuple[str, ...] = DEFAULT_TIERS
+    cases: dict[str, PlannedCase] = field(default_factory=dict)
+
+    def chosen(self, name: str) -> bool:
+        """Whether a subject of that id is asked for."""
+        return not self.only or any(fnmatchcase(name, pattern) for pattern in self.only)
+
+
+def new_plan(catalogue: Catalogue, **options: object) -> ScorePlan:
+    """A plan with its cases; raises UsageValueError where patterns name nothing."""
+    plan = ScorePlan(catalogue=catalogue, cases=planned_cases(), **options)
+    names = [one.id for one in (*catalogue.mutants, *catalogue.right)]
+    if not any(plan.chosen(name) for name in names):
+        raise UsageValueError(f"no mutant or right variant is called {', '.join(plan.only)}; "
+                              f"{len(names)} are known, from {names[0]} to {names[-1]}" if names else "empty catalogue")
+    return plan
+
+
+def new_score_header(plan: ScorePlan) -> ScoreLine:
+    """The first line of a new record."""
+    return ScoreLine(started=datetime.now(UTC).isoformat(timespec="seconds"), digest=_digest(plan),
+                     tiers=list(plan.tiers), device=plan.device)
+
+
+def _digest(plan: ScorePlan) -> str:
+    """Over the catalogue, the judge and every package that is patched."""
+    subjects = [*plan.catalogue.mutants, *plan.catalogue.right]
+    roots = {package_root(patch.file)[0] for one in subjects for patch in one.patches}
+    judge = Path(__file__).resolve().parents[1]
+    hasher = hashlib.sha256()
+    for root, pattern in [(plan.catalogue.folder, "*.yaml"), *((root, "*.py") for root in sorted({*roots, judge}))]:
+        for file in sorted(root.rglob(pattern)):
+            hasher.update(file.relative_to(root).as_posix().encode() + file.read_bytes())
+    return hasher.hexdigest()[:16]
+
+
+def run_score(plan: ScorePlan, done: ScoreRun, keep: Callable[[Outcome], None]) -> None:
+    """Try all subjects that `done` lacks; each outcome goes to `keep` before the next is begun on its lane."""
+    mutants = [one for one in plan.catalogue.mutants if plan.chosen(one.id) and one.id not in done.mutants]
+    rights = [one for one in plan.catalogue.right if plan.chosen(one.id) and one.id not in done.right]
+    waiting: queue.SimpleQueue[Lane] = queue.SimpleQueue()
+    references = References(plan)
+
+    def work(one: Mutant | Right) -> Outcome:
+        lane = waiting.get()
+        try:
+            return _mutant(one, plan, lane, references) if isinstance(one, Mutant) else _right(one, plan, lane)
+        finally:
+            waiting.put(lane)
+
+    with lanes(plan.lanes) as started:
+        for lane in started:
+            waiting.put(lane)
+        with ThreadPoolExecutor(plan.lanes) as threads:
+            futures = [threads.submit(work, one) for one in (*rights, *mutants)]
+            try:
+                for future in as_completed(futures):
+                    keep(future.result())
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                for lane in started:
+                    lane.close()
+                raise
+
+
+class References:
+    """Bits of right subjects on cases without a trigger, made once each."""
+
+    def __init__(self, plan: ScorePlan) -> None:
+        self._plan, self._lock, self._bits = plan, threading.Lock(), dict[tuple[str, str], Trial]()
+
+    def of(self, subject: str, one: CaseToTry, lane: Lane) -> Trial:
+        """The right subject's trial of the case."""
+        key = (subject, one.case)
+        with self._lock:
+            found = self._bits.get(key)
+        if found is None:
+            job = Job(subject=subject, folder="", cases=[one], stop=False, device=self._plan.device)
+            trials, failed = lane.run(job)
+            found = trials[0] if trials else Trial(case=one.case, verdict=str(Verdict.CRASH), message=failed)
+            with self._lock:
+                self._bits[key] = found
+        return found
+
+
+def _mutant(mutant: Mutant, plan: ScorePlan, lane: Lane, references: References) -> MutantOutcome:
+    began = time.monotonic()
+    if mutant.equivalent:
+        return MutantOutcome(id=mutant.id, outcome="equivalent", reason=mutant.equivalent)
+    with tempfile.TemporaryDirectory(prefix="moe-ref-") as folder:
+        try:
+            seed(mutant.patches, Path(folder))
+            silent = _case(mutant.silent_on, plan) if mutant.silent_on else None
+            cases = carriers(mutant, plan.cases, plan.full)
+        except UsageValueError as error:
+            return MutantOutcome(id=mutant.id, outcome="broken", reason=str(error))
+        if mutant.runs_on == "gpu" and plan.device == "cpu":
+            return MutantOutcome(id=mutant.id, outcome="not_runnable", reason="needs a GPU; its patches apply")
+        trials = list(_tried(mutant, [silent] if silent else [], folder, plan, lane, stop=False))
+        same = None
+        if silent:
+            right = references.of(mutant.subject, silent, lane)
+            same = bool(trials) and bool(right.bits) and trials[0].bits == right.bits
+            if right.verdict != Verdict.PASS:
+                return MutantOutcome(id=mutant.id, outcome="broken", silent=False,
+                                     reason=f"the right subject says {right.verdict} on {silent.case}: {right.message}")
+        tried = list(_tried(mutant, cases, folder, plan, lane, stop=True))
+    executed = sum(one.verdict in EXECUTED_VERDICTS for one in tried)
+    caught = next((one for one in tried if one.verdict in RED_VERDICTS), None)
+    failed = next((one for one in tried if one.verdict == Verdict.HARNESS_ERROR), None)
+    if failed and not caught:
+        return MutantOutcome(id=mutant.id, outcome="broken", reason=failed.message, silent=same)
+    shared = MutantOutcome(id=mutant.id, outcome="missed", tried=executed, silent=same,
+                           seconds=round(time.monotonic() - began, 1),
+                           reason="" if executed else "no case executed: " + "; ".join(
+                               {one.message.partition("\n")[0] for one in tried}))
+    if caught is None:
+        return shared
+    return replace(shared, outcome="caught", case=caught.case, said=caught.said, message=caught.message,
+                   owned=caught.said in mutant.owner or caught.verdict in mutant.owner, reason="")
+
+
+def _case(name: str, plan: ScorePlan) -> CaseToTry:
+    """A case by id, of the tiers or of the same grammar."""
+    parse_case(name)
+    planned = plan.cases.get(name)
+    return CaseToTry(name, str(planned.ranks if planned else Ranks.LOCAL))
+
+
+def _tried(mutant: Mutant, cases: list[CaseToTry], folder: str, plan: ScorePlan, lane: Lane,
+           stop: bool) -> Iterator[Trial]:
+    if not cases:
+        return
+    trials, failed = lane.run(Job(subject=mutant.subject, folder=folder, cases=cases, stop=stop, seconds=plan.seconds,
+                                  device=plan.device))
+    if failed:
+        yield Trial(case=cases[0].case, verdict=str(Verdict.HARNESS_ERROR), message=failed)
+    yield from trials
+
+
+def _right(right: Right, plan: ScorePlan, lane: Lane) -> RightOutcome:
+    began, trials, why = time.monotonic(), list[Trial](), ""
+    with tempfile.TemporaryDirectory(prefix="moe-ref-") as folder:
+        try:
+            seed(right.patches, Path(folder))
+        except UsageValueError as error:
+            return RightOutcome(id=right.id, executed=0, passed=0, not_run=0, unsupported=0, reason=str(error))
+        left = right_cases(right, plan.cases)
+        while left and not why:
+            job = Job(subject=right.subject, folder=folder if right.patches else "", cases=left, stop=False,
+                      seconds=plan.seconds, device=plan.device)
+            found, why = lane.run(job)
+            trials, left = trials + found, left[len(found):]
+    counts = {verdict: sum(one.verdict == verdict for one in trials) for verdict in Verdict}
+    red = [f"{one.case}: {one.message.partition(chr(10))[0]}" for one in trials
+           if one.verdict in RED_VERDICTS or one.verdict == Verdict.HARNESS_ERROR]
+    return RightOutcome(id=right.id, executed=sum(counts[one] for one in EXECUTED_VERDICTS), passed=counts[Verdict.PASS],
+                        not_run=counts[Verdict.NOT_RUN], unsupported=counts[Verdict.UNSUPPORTED], red=red, reason=why,
+                        seconds=round(time.monotonic() - began, 1))
