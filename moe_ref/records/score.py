@@ -38,6 +38,7 @@ class MutantOutcome(msgspec.Struct, frozen=True, kw_only=True, tag="mutant", tag
     owned: bool = False
     silent: bool | None = None
     message: str = ""
+    refused: dict[str, bool] = {}
     seconds: float = 0.0
 
 
@@ -54,19 +55,7 @@ class RightOutcome(msgspec.Struct, frozen=True, kw_only=True, tag="right", tag_f
     seconds: float = 0.0
 
 
-class CriteriaOutcome(msgspec.Struct, frozen=True, kw_only=True, tag="criteria", tag_field="type"):
-    """A subject on the case that tells most of it, with data and tolerances of other projects.
-
-    refused: by the name of a criterion whether it refuses; unjudged: why there is none.
-    """
-
-    id: str
-    case: str
-    refused: dict[str, bool] = {}
-    unjudged: str = ""
-
-
-Outcome = MutantOutcome | RightOutcome | CriteriaOutcome
+Outcome = MutantOutcome | RightOutcome
 _LINE = ScoreLine | Outcome
 
 
@@ -77,16 +66,13 @@ class ScoreRun:
     header: ScoreLine
     mutants: dict[str, MutantOutcome] = field(default_factory=dict)
     right: dict[str, RightOutcome] = field(default_factory=dict)
-    criteria: dict[str, CriteriaOutcome] = field(default_factory=dict)
 
     def add(self, line: Outcome) -> None:
         """Keep a line."""
         if isinstance(line, MutantOutcome):
             self.mutants[line.id] = line
-        elif isinstance(line, RightOutcome):
-            self.right[line.id] = line
         else:
-            self.criteria[line.id] = line
+            self.right[line.id] = line
 
 
 def read_score(path: Path) -> ScoreRun | None:

@@ -13,20 +13,22 @@ class CaseToTry(msgspec.Struct, frozen=True):
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One subject on some cases. folder: first on the path, "" for none; seconds: limit of one case.
 
-    stop: at the first case that is red. criteria: judge by other projects' criteria on their data instead.
+    stop: at the first case that is red, the first `unstopped` ones aside. criteria: ask of that case whether other
+    projects would refuse it, too.
     """
 
     subject: str
     folder: str
     cases: list[CaseToTry]
     stop: bool
+    unstopped: int = 0
     seconds: float = 120.0
     device: str = "cpu"
     criteria: bool = False
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """What became of one case. bits: digest of all tensors shown; accepted: by name of a criterion, if asked for."""
+    """What became of one case. bits: digest of all tensors shown; refused: by name of a project, if asked for."""
 
     case: str
     verdict: str
@@ -34,7 +36,7 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     message: str = ""
     bits: str = ""
     seconds: float = 0.0
-    accepted: dict[str, bool] = {}
+    refused: dict[str, bool] = {}
 
     @property
     def said(self) -> str:

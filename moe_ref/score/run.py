@@ -5,7 +5,7 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -137,28 +137,33 @@ def _mutant(mutant: Mutant, plan: ScorePlan, lane: Lane, references: References)
             return MutantOutcome(id=mutant.id, outcome="broken", reason=str(error))
         if mutant.runs_on == "gpu" and plan.device == "cpu":
             return MutantOutcome(id=mutant.id, outcome="not_runnable", reason="needs a GPU; its patches apply")
-        trials = list(_tried(mutant, [silent] if silent else [], folder, plan, lane, stop=False))
-        same = None
-        if silent:
-            right = references.of(mutant.subject, silent, lane)
-            same = bool(trials) and bool(right.bits) and trials[0].bits == right.bits
-            if right.verdict != Verdict.PASS:
-                return MutantOutcome(id=mutant.id, outcome="broken", silent=False,
-                                     reason=f"the right subject says {right.verdict} on {silent.case}: {right.message}")
-        tried = list(_tried(mutant, cases, folder, plan, lane, stop=True))
-    executed = sum(one.verdict in EXECUTED_VERDICTS for one in tried)
+        leading = [silent] if silent else []
+        job = Job(subject=mutant.subject, folder=folder, cases=[*leading, *cases], stop=True, unstopped=len(leading),
+                  seconds=plan.seconds, device=plan.device, criteria=True)
+        trials, failed = lane.run(job)
+    if failed:
+        return MutantOutcome(id=mutant.id, outcome="broken", reason=failed)
+    same = None
+    if silent:
+        right = references.of(mutant.subject, silent, lane)
+        if right.verdict != Verdict.PASS:
+            return MutantOutcome(id=mutant.id, outcome="broken", silent=False,
+                                 reason=f"the right subject says {right.verdict} on {silent.case}: {right.message}")
+        same = bool(trials) and trials[0].bits == right.bits
+    return _judged(mutant, trials[len(leading):], same, round(time.monotonic() - began, 1))
+
+
+def _judged(mutant: Mutant, tried: list[Trial], same: bool | None, seconds: float) -> MutantOutcome:
     caught = next((one for one in tried if one.verdict in RED_VERDICTS), None)
-    failed = next((one for one in tried if one.verdict == Verdict.HARNESS_ERROR), None)
-    if failed and not caught:
-        return MutantOutcome(id=mutant.id, outcome="broken", reason=failed.message, silent=same)
-    shared = MutantOutcome(id=mutant.id, outcome="missed", tried=executed, silent=same,
-                           seconds=round(time.monotonic() - began, 1),
-                           reason="" if executed else "no case executed: " + "; ".join(
-                               {one.message.partition("\n")[0] for one in tried}))
-    if caught is None:
-        return shared
-    return replace(shared, outcome="caught", case=caught.case, said=caught.said, message=caught.message,
-                   owned=caught.said in mutant.owner or caught.verdict in mutant.owner, reason="")
+    executed = sum(one.verdict in EXECUTED_VERDICTS for one in tried)
+    outcome = MutantOutcome(id=mutant.id, outcome="missed", tried=executed, silent=same, seconds=seconds)
+    if caught:
+        return replace(outcome, outcome="caught", case=caught.case, said=caught.said, message=caught.message,
+                       owned=caught.said in mutant.owner or caught.verdict in mutant.owner, refused=caught.refused)
+    if failed := next((one for one in tried if one.verdict == Verdict.HARNESS_ERROR), None):
+        return replace(outcome, outcome="broken", reason=failed.message)
+    return outcome if executed else replace(outcome, reason="no case executed: " + "; ".join(
+        sorted({one.message.partition("\n")[0] for one in tried})))
 
 
 def _case(name: str, plan: ScorePlan) -> CaseToTry:
@@ -166,17 +171,6 @@ def _case(name: str, plan: ScorePlan) -> CaseToTry:
     parse_case(name)
     planned = plan.cases.get(name)
     return CaseToTry(name, str(planned.ranks if planned else Ranks.LOCAL))
-
-
-def _tried(mutant: Mutant, cases: list[CaseToTry], folder: str, plan: ScorePlan, lane: Lane,
-           stop: bool) -> Iterator[Trial]:
-    if not cases:
-        return
-    trials, failed = lane.run(Job(subject=mutant.subject, folder=folder, cases=cases, stop=stop, seconds=plan.seconds,
-                                  device=plan.device))
-    if failed:
-        yield Trial(case=cases[0].case, verdict=str(Verdict.HARNESS_ERROR), message=failed)
-    yield from trials
 
 
 def _right(right: Right, plan: ScorePlan, lane: Lane) -> RightOutcome:

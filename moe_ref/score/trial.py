@@ -14,6 +14,7 @@ from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.errors import UsageError
 from moe_ref.contract.vocabulary import RED_VERDICTS, Ranks
 from moe_ref.records.schema import Implementation
+from moe_ref.score.criteria import refused
 from moe_ref.score.messages import Done, Job, Trial
 from moe_ref.tiers.tiers import PlannedCase
 from moe_ref.tolerances.load import load_tolerances
@@ -58,13 +59,15 @@ def try_cases(job: Job, send: Callable[[msgspec.Struct], None]) -> None:
     settings = RunSettings(run="score", implementation=Implementation(name=job.subject, version="1"),
                            capabilities=subject.CAPABILITIES, tolerances=load_tolerances(), device=job.device,
                            time_limit=job.seconds)
-    for one in job.cases:
+    for place, one in enumerate(job.cases):
         began, pool.bits = time.monotonic(), ""
         planned = PlannedCase(case=parse_case(one.case), purpose="score", ranks=Ranks(one.ranks))
         line = run_case(planned, settings, pool)
+        ends = job.stop and place >= job.unstopped and line.verdict in RED_VERDICTS
         send(Trial(case=one.case, verdict=line.verdict, first_stage=line.first_stage or "", message=line.message,
-                   bits=pool.bits, seconds=round(time.monotonic() - began, 2)))
-        if job.stop and line.verdict in RED_VERDICTS:
+                   bits=pool.bits, seconds=round(time.monotonic() - began, 2),
+                   refused=refused(subject, one.case) if ends and job.criteria else {}))
+        if ends:
             break
     pool.ranks.close()
     return send(Done())

@@ -43,7 +43,7 @@ def execute(subject: ModuleType, request: Request, tell: Callable[[str], None] =
     if request.ranks == Ranks.LOCAL:
         job = Job(subject, request, tell)
         started = time.monotonic()
-        outcomes, digest = _run_local(job), job.inputs.digest()
+        outcomes, digest = run_local(job), job.inputs.digest()
         seconds = (time.monotonic() - started) / request.runs
         if request.other_batches and not isinstance(outcomes, Failed):
             batches = _run_other_batches(job, outcomes[0].tensors)
@@ -106,7 +106,7 @@ def _warm_up(subject: ModuleType) -> None:
         return
     _warmed_up.append(subject)
     job = Job(subject, Request(case=_WARM_UP_CASE, ranks=Ranks.LOCAL, device="cpu", runs=1, time_limit=0.0))
-    _run_local(job)
+    run_local(job)
 
 
 _WARM_UP_CASE = "v1-T2.H16.I16.E4.K2-fp32-norm"
@@ -161,7 +161,8 @@ def _run_processes(pool: ProcessRanks, request: Request, parallel: Parallel, sec
     return outcomes, max(rank.seconds for rank in ranks)
 
 
-def _run_local(job: Job) -> list[Outcome] | Failed:
+def run_local(job: Job) -> list[Outcome] | Failed:
+    """All runs of a job on virtual ranks."""
     outcomes = []
     for run in range(job.request.runs):
         outcome = _run_once(job, run)
