@@ -20,12 +20,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import moe_ref
 from moe_ref.contract.errors import UsageValueError
+from moe_ref.report.tables import NamedTable, write_between
 from moe_ref.tolerances.load import load_tolerances
 from moe_ref.verify.run.subjects import source_digest
 from moe_ref.verify.study.alarms import LEVELS, Spread, accusations, judged_draw, spreads
 from moe_ref.verify.study.journal import DrawLine, Header, appending, read_journal
 from moe_ref.verify.study.plot import plot_spreads
-from moe_ref.verify.study.tables import StudyTable, write_between
 
 DRAWN = ("sigmas", "rms", "sign", "slots", "ranks")
 """Checks in the figure, besides the bound of the output; the rest is in the table."""
@@ -50,10 +50,10 @@ def run_draws(numbers: list[int], lanes: int, record: Path, header: Header, done
                 progress.update(task, advance=1, red=len(accusations(done.values())))
 
 
-def spread_table(found: list[Spread]) -> StudyTable:
+def spread_table(found: list[Spread]) -> NamedTable:
     """How near each check came to its threshold."""
     columns = ("check", "runs", *(f"{100 * level:g} %" for level in LEVELS), "largest", "draw", "variant")
-    return StudyTable("Largest value of a run over its threshold", columns, [
+    return NamedTable("Largest value of a run over its threshold", columns, [
         (one.check, str(len(one.values)), *(f"{value:.3f}" for value in one.quantiles), f"{one.largest:.3f}",
          str(one.draw), one.variant) for one in found])
 

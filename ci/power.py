@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from moe_ref.contract.vocabulary import Dtype
+from moe_ref.report.tables import NamedTable, write_between
 from moe_ref.simulated.faults import FAULTS
 from moe_ref.tolerances.load import load_tolerances
 from moe_ref.verify.study.data import StudyData
 from moe_ref.verify.study.power import OWN_CHECKS, SHOWN, Cell, power_cells, right_cells
-from moe_ref.verify.study.tables import StudyTable, write_between
 
 LENGTHS = "64,256,1024,4096,16384"
 DTYPES = (Dtype.BF16, Dtype.FP32)
@@ -69,14 +69,14 @@ def fractions(cells: list[Cell], lengths: list[int], check: str) -> str:
     return shares[0] if len(set(shares)) == 1 else "/".join(shares)
 
 
-def compared(title: str, groups: dict[str, list[Cell]], lengths: list[int], own: tuple[str, ...]) -> StudyTable:
+def compared(title: str, groups: dict[str, list[Cell]], lengths: list[int], own: tuple[str, ...]) -> NamedTable:
     """Every check beside every project's criterion."""
     checks = [*own, *load_tolerances().file.published]
-    return StudyTable(title, ["", *checks], [
+    return NamedTable(title, ["", *checks], [
         [name, *(fractions(cells, lengths, check) for check in checks)] for name, cells in groups.items()])
 
 
-def predicted(title: str, groups: dict[str, list[Cell]], lengths: list[int]) -> StudyTable:
+def predicted(title: str, groups: dict[str, list[Cell]], lengths: list[int]) -> NamedTable:
     """The least expected value over threshold per length, and of the runs expected beyond it how many are caught."""
     rows = []
     for name, cells in groups.items():
@@ -88,7 +88,7 @@ def predicted(title: str, groups: dict[str, list[Cell]], lengths: list[int]) -> 
             caught = f", {sum(cell.caught[SHOWN] for cell in visible)} of {len(visible)}" if visible else ""
             row.append(f"{of_length[0].stage} {least:.2g}{caught}" if visible else f"not expected, {least:.2g}")
         rows.append(row)
-    return StudyTable(title, ["", *(f"K = {terms}" for terms in lengths)], rows)
+    return NamedTable(title, ["", *(f"K = {terms}" for terms in lengths)], rows)
 
 
 def by_name(cells: list[Cell], dtype: Dtype, data: StudyData) -> dict[str, list[Cell]]:
@@ -98,7 +98,7 @@ def by_name(cells: list[Cell], dtype: Dtype, data: StudyData) -> dict[str, list[
     return {name: [cell for cell in chosen if cell.fault == name] for name in names}
 
 
-def tables_of(faulty: list[Cell], right: list[Cell], lengths: list[int]) -> list[StudyTable]:
+def tables_of(faulty: list[Cell], right: list[Cell], lengths: list[int]) -> list[NamedTable]:
     """All tables, in the order of the document."""
     scale = "/".join(map(str, lengths))
     tables = []

@@ -19,6 +19,7 @@ from moe_ref.contract.vocabulary import Dtype, Format, Stage, Verdict
 from moe_ref.inputs.build import inverse_root
 from moe_ref.numerics.formats import is_representable
 from moe_ref.oracle.layer import moe
+from moe_ref.report.tables import NamedTable, write_between
 from moe_ref.simulated.fault import Fault, Product
 from moe_ref.simulated.faults import (
     AccumulatedInBF16,
@@ -34,7 +35,6 @@ from moe_ref.verify.study.draws import CONTRACTS, LONG, Draw, draw
 from moe_ref.verify.study.expected import expected
 from moe_ref.verify.study.journal import DrawLine, Header, appending, read_journal
 from moe_ref.verify.study.power import EXACT, OUTPUT_ALONE, SHOWN, Cell, case_of, power_cells, right_cells, torch_loop
-from moe_ref.verify.study.tables import StudyTable, write_between
 from moe_ref.verify.study.variants import variants
 
 DRAWS = range(12)
@@ -295,7 +295,7 @@ def test_tables_go_between_their_marks(tmp_path: Path) -> None:
     """What stands around them stays; a document without the marks is refused."""
     path = tmp_path / "studies.md"
     path.write_text("head\n<!-- power -->\nold\n<!-- end of power -->\ntail\n")
-    write_between(path, "power", StudyTable("shares", ("fault", "caught"), [("zeros", "1")]).in_document())
+    write_between(path, "power", NamedTable("shares", ("fault", "caught"), [("zeros", "1")]).in_document())
     assert path.read_text().startswith("head\n<!-- power -->\n\nshares:\n\n| fault | caught |\n| --- | --- |\n| zeros")
     assert path.read_text().endswith("\n<!-- end of power -->\ntail\n")
     with pytest.raises(UsageValueError, match="should hold <!-- alarms --> and then"):

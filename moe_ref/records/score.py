@@ -13,13 +13,19 @@ SCORE_FILE = "score.jsonl"
 
 
 class ScoreLine(msgspec.Struct, frozen=True, kw_only=True, tag="score", tag_field="type"):
-    """First line: digest of the catalogue, of the judge and of the packages that are judged, and the tiers."""
+    """First line: digest of the catalogue, of the judge and of the packages that are judged, and the tiers.
+
+    classes: titles by letter; entries: names by id; unseeded: reasons by id.
+    """
 
     schema: int = SCHEMA
     started: str
     digest: str
     tiers: list[str]
     device: str
+    classes: dict[str, str]
+    entries: dict[str, str]
+    unseeded: dict[str, str]
 
 
 class MutantOutcome(msgspec.Struct, frozen=True, kw_only=True, tag="mutant", tag_field="type"):
@@ -43,7 +49,10 @@ class MutantOutcome(msgspec.Struct, frozen=True, kw_only=True, tag="mutant", tag
 
 
 class RightOutcome(msgspec.Struct, frozen=True, kw_only=True, tag="right", tag_field="type"):
-    """What became of a right variant; red: "CASE: what was said" of each case that accuses it; passed: of executed."""
+    """What became of a right variant; passed: of those executed; red: "CASE: what was said" of what accuses it.
+
+    refused: by project how many of how many outputs its criterion refuses, on data of its scale.
+    """
 
     id: str
     executed: int
@@ -51,6 +60,7 @@ class RightOutcome(msgspec.Struct, frozen=True, kw_only=True, tag="right", tag_f
     not_run: int
     unsupported: int
     red: list[str] = []
+    refused: dict[str, tuple[int, int]] = {}
     reason: str = ""
     seconds: float = 0.0
 

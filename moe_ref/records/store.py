@@ -14,10 +14,10 @@ FILE_NAME = "records.jsonl"
 
 
 class RecordWriter:
-    """Appends lines to DIR/records.jsonl; each is on disk when `append` returns."""
+    """Appends lines to DIR/records.jsonl, or a file of another name; each is on disk when `append` returns."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / FILE_NAME
+    def __init__(self, folder: Path, name: str = FILE_NAME) -> None:
+        self.path = folder / name
         try:
             folder.mkdir(parents=True, exist_ok=True)
             drop_torn_line(self.path)

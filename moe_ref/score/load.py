@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 from ruamel.yaml import YAML
@@ -13,6 +14,7 @@ from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import Stage, Verdict
 from moe_ref.score.schema import DefectClass, Entry, Mutant, Right, RightFile
 
+_Kind = TypeVar("_Kind")
 RIGHT_FILE = "right.yaml"
 _OWNERS = frozenset({str(one) for one in (Verdict.STRUCT, Verdict.CRASH, Verdict.HANG, Verdict.NONDETERMINISTIC)}
                     | {f"{Verdict.MISMATCH} {stage}" for stage in Stage} | {str(Verdict.MISMATCH)})
@@ -50,7 +52,7 @@ def load_catalogue(folder: Path) -> Catalogue:
     return found
 
 
-def _read(path: Path, kind: type) -> object:
+def _read(path: Path, kind: type[_Kind]) -> _Kind:
     try:
         return msgspec.convert(YAML(typ="safe", pure=True).load(path.read_bytes()), kind)
     except (msgspec.ValidationError, YAMLError, UnicodeDecodeError) as error:

@@ -13,8 +13,8 @@ class CaseToTry(msgspec.Struct, frozen=True):
 class Job(msgspec.Struct, frozen=True, kw_only=True):
     """One subject on some cases. folder: first on the path, "" for none; seconds: limit of one case.
 
-    stop: at the first case that is red, the first `unstopped` ones aside. criteria: ask of that case whether other
-    projects would refuse it, too.
+    stop: at the first case that is red, the first `unstopped` ones aside. criteria: of so many cases, that one or
+    the first that pass, whether other projects would refuse it.
     """
 
     subject: str
@@ -24,7 +24,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     unstopped: int = 0
     seconds: float = 120.0
     device: str = "cpu"
-    criteria: bool = False
+    criteria: int = 0
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True, tag=True):

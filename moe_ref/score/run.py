@@ -7,9 +7,10 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -26,7 +27,8 @@ from moe_ref.score.schema import Mutant, Right
 from moe_ref.score.seed import package_root, seed
 from moe_ref.tiers.tiers import PlannedCase
 
-_SHOWN_RED = 3
+_ASKED_OF_RIGHT = 5
+"""Outputs of each right variant that other projects' criteria judge."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,27 +42,43 @@ class ScorePlan:
     lanes: int = 2
     seconds: float = 120.0
     tiers: tuple[str, ...] = DEFAULT_TIERS
-    cases: dict[str, PlannedCase] = field(default_factory=dict)
 
     def chosen(self, name: str) -> bool:
         """Whether a subject of that id is asked for."""
         return not self.only or any(fnmatchcase(name, pattern) for pattern in self.only)
 
+    @cached_property
+    def cases(self) -> dict[str, PlannedCase]:
+        """Of the tiers, by id."""
+        return planned_cases(self.tiers)
 
-def new_plan(catalogue: Catalogue, **options: object) -> ScorePlan:
-    """A plan with its cases; raises UsageValueError where patterns name nothing."""
-    plan = ScorePlan(catalogue=catalogue, cases=planned_cases(), **options)
-    names = [one.id for one in (*catalogue.mutants, *catalogue.right)]
-    if not any(plan.chosen(name) for name in names):
+    @property
+    def size(self) -> int:
+        """How many subjects are asked for."""
+        return sum(self.chosen(one.id) for one in (*self.catalogue.mutants, *self.catalogue.right))
+
+    def first_carrier(self, one: Mutant | Right) -> str:
+        """The case that a subject meets first."""
+        cases = carriers(one, self.cases) if isinstance(one, Mutant) else right_cases(one, self.cases)
+        return cases[0].case if cases else "CASE"
+
+
+def checked(plan: ScorePlan) -> ScorePlan:
+    """The plan; raises UsageValueError where its patterns name nothing."""
+    names = [one.id for one in (*plan.catalogue.mutants, *plan.catalogue.right)]
+    if not plan.size:
         raise UsageValueError(f"no mutant or right variant is called {', '.join(plan.only)}; "
-                              f"{len(names)} are known, from {names[0]} to {names[-1]}" if names else "empty catalogue")
+                              f"{len(names)} are known, from {min(names)} to {max(names)}")
     return plan
 
 
 def new_score_header(plan: ScorePlan) -> ScoreLine:
     """The first line of a new record."""
     return ScoreLine(started=datetime.now(UTC).isoformat(timespec="seconds"), digest=_digest(plan),
-                     tiers=list(plan.tiers), device=plan.device)
+                     tiers=list(plan.tiers), device=plan.device,
+                     classes={one.letter: one.title for one in plan.catalogue.classes},
+                     entries={one.id: one.name for one in plan.catalogue.entries},
+                     unseeded={one.id: one.unseeded for one in plan.catalogue.entries if one.unseeded})
 
 
 def _digest(plan: ScorePlan) -> str:
@@ -139,7 +157,7 @@ def _mutant(mutant: Mutant, plan: ScorePlan, lane: Lane, references: References)
             return MutantOutcome(id=mutant.id, outcome="not_runnable", reason="needs a GPU; its patches apply")
         leading = [silent] if silent else []
         job = Job(subject=mutant.subject, folder=folder, cases=[*leading, *cases], stop=True, unstopped=len(leading),
-                  seconds=plan.seconds, device=plan.device, criteria=True)
+                  seconds=plan.seconds, device=plan.device, criteria=1)
         trials, failed = lane.run(job)
     if failed:
         return MutantOutcome(id=mutant.id, outcome="broken", reason=failed)
@@ -183,12 +201,20 @@ def _right(right: Right, plan: ScorePlan, lane: Lane) -> RightOutcome:
         left = right_cases(right, plan.cases)
         while left and not why:
             job = Job(subject=right.subject, folder=folder if right.patches else "", cases=left, stop=False,
-                      seconds=plan.seconds, device=plan.device)
+                      seconds=plan.seconds, device=plan.device, criteria=0 if trials else _ASKED_OF_RIGHT)
             found, why = lane.run(job)
             trials, left = trials + found, left[len(found):]
     counts = {verdict: sum(one.verdict == verdict for one in trials) for verdict in Verdict}
     red = [f"{one.case}: {one.message.partition(chr(10))[0]}" for one in trials
            if one.verdict in RED_VERDICTS or one.verdict == Verdict.HARNESS_ERROR]
-    return RightOutcome(id=right.id, executed=sum(counts[one] for one in EXECUTED_VERDICTS), passed=counts[Verdict.PASS],
-                        not_run=counts[Verdict.NOT_RUN], unsupported=counts[Verdict.UNSUPPORTED], red=red, reason=why,
-                        seconds=round(time.monotonic() - began, 1))
+    executed = sum(counts[one] for one in EXECUTED_VERDICTS)
+    return RightOutcome(id=right.id, executed=executed, passed=counts[Verdict.PASS], not_run=counts[Verdict.NOT_RUN],
+                        unsupported=counts[Verdict.UNSUPPORTED], red=red, reason=why,
+                        refused=_counted(trials), seconds=round(time.monotonic() - began, 1))
+
+
+def _counted(trials: list[Trial]) -> dict[str, tuple[int, int]]:
+    """By project, how many of how many are refused."""
+    projects = dict.fromkeys(name for one in trials for name in one.refused)
+    return {name: (sum(one.refused.get(name, False) for one in trials), sum(name in one.refused for one in trials))
+            for name in projects}

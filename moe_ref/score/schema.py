@@ -28,7 +28,7 @@ class Mutant(_Strict, frozen=True):
     form: `faithful`, or a `twin` that has the same defect at a smaller size or another precision. carried_by: patterns
     of case ids of the default tiers, the most telling first. owner: what must be said of it, each a verdict, or
     `mismatch STAGE`. silent_on: a case without the trigger, where every bit is that of the right subject; always: why
-    there is none. equivalent: why no case can tell it from the right subject; it then counts as neither caught nor missed.
+    there is none. equivalent: why no case can tell it from the right subject; it counts as neither caught nor missed.
     """
 
     id: _MutantId

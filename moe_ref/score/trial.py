@@ -11,8 +11,7 @@ from types import ModuleType
 import msgspec
 
 from moe_ref.contract.case_id import parse_case
-from moe_ref.contract.errors import UsageError
-from moe_ref.contract.vocabulary import RED_VERDICTS, Ranks
+from moe_ref.contract.vocabulary import RED_VERDICTS, Ranks, Verdict
 from moe_ref.records.schema import Implementation
 from moe_ref.score.criteria import refused
 from moe_ref.score.messages import Done, Job, Trial
@@ -53,20 +52,23 @@ def try_cases(job: Job, send: Callable[[msgspec.Struct], None]) -> None:
         sys.path.insert(0, job.folder)
     try:
         subject = load_subject(job.subject)
-    except UsageError as error:
-        return send(Done(failed=str(error)))
+    except BaseException as error:  # also SyntaxError and the like, by the patch or by what it breaks
+        return send(Done(failed=f"{type(error).__name__}: {error}"))
     pool = OwnProcess(subject)
     settings = RunSettings(run="score", implementation=Implementation(name=job.subject, version="1"),
                            capabilities=subject.CAPABILITIES, tolerances=load_tolerances(), device=job.device,
                            time_limit=job.seconds)
+    left = job.criteria
     for place, one in enumerate(job.cases):
         began, pool.bits = time.monotonic(), ""
         planned = PlannedCase(case=parse_case(one.case), purpose="score", ranks=Ranks(one.ranks))
         line = run_case(planned, settings, pool)
         ends = job.stop and place >= job.unstopped and line.verdict in RED_VERDICTS
+        asked = left > 0 and (ends or (not job.stop and line.verdict == Verdict.PASS))
+        left -= asked
         send(Trial(case=one.case, verdict=line.verdict, first_stage=line.first_stage or "", message=line.message,
                    bits=pool.bits, seconds=round(time.monotonic() - began, 2),
-                   refused=refused(subject, one.case) if ends and job.criteria else {}))
+                   refused=refused(subject, one.case) if asked else {}))
         if ends:
             break
     pool.ranks.close()

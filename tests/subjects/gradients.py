@@ -9,6 +9,7 @@ import torch
 from moe_ref.contract.comm import Comm, Groups
 from moe_ref.contract.features import Feature
 from moe_ref.contract.parallel import Parallel
+from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Direction
@@ -73,13 +74,13 @@ class Rounded(WholeSpec):
         self.CAPABILITIES = replace(self.CAPABILITIES, directions=tuple(Direction))
 
     def moe(self, x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, parallel: Parallel | None = None,
-            groups: Groups | None = None, *, routing: None = None, logits_TE: torch.Tensor | None = None,
+            groups: Groups | None = None, *, routing: Routing | None = None, logits_TE: torch.Tensor | None = None,
             residual_TH: torch.Tensor | None = None, trace: Trace | None = None) -> torch.Tensor:
         groups = groups or Groups()
         whole = {name: enter(tensor, groups.tp) for name, tensor in weights.named_tensors() if name in WHOLE}
         logits_TE = None if logits_TE is None else enter(logits_TE, groups.tp)
         return super().moe(enter(x_TH, groups.tp), replace(weights, **whole), spec, parallel, groups,
-                           logits_TE=logits_TE, residual_TH=residual_TH, trace=trace)
+                           routing=routing, logits_TE=logits_TE, residual_TH=residual_TH, trace=trace)
 
     def all_reduce(self, call: Call, merged_TH: torch.Tensor) -> torch.Tensor:
         return _Leave.apply(merged_TH, call.groups.tp) if call.size > 1 else merged_TH

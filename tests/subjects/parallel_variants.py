@@ -190,3 +190,8 @@ RIGHT = {one.__name__: one for one in (
     ParallelMoE, GateUpShown, FP32Between, NarrowOnlyBetween, WideBetween, Reversed, Tree, Ring, PackedDescription,
     CountsFirst, ExpertsBeforeTensors, BlackBox, FewerStages, RowsOnly, ResidualInSum, LateBias, WeightAtHome,
     HiddenWeightAtHome)}
+
+parallel_reversed, parallel_tree, parallel_ring = Reversed(), Tree(), Ring()
+parallel_fp32_between, parallel_wide_between = FP32Between(), WideBetween()
+parallel_rows_only, parallel_residual_in_sum, parallel_weight_at_home = RowsOnly(), ResidualInSum(), WeightAtHome()
+parallel_packed_description, parallel_late_bias = PackedDescription(), LateBias()

@@ -10,7 +10,7 @@ from moe_ref.contract.errors import UsageValueError
 
 
 @dataclass(frozen=True)
-class StudyTable:
+class NamedTable:
     """A title, the names of the columns, and rows of words."""
 
     title: str
