@@ -281,7 +281,10 @@ def test_experts_without_rows(ids: list[int]) -> None:
 @pytest.mark.parametrize("name", ["everything", "every bias"])
 @pytest.mark.parametrize("storage", [one for one in Storage if one is not Storage.OUT_IN])
 def test_weights_in_another_order_in_memory(storage: Storage, name: str) -> None:
-    """Strided views are read where they lie: the same bits, and gradients in the order of their parameters."""
+    """Strided views are read where they lie: the same bits, and gradients in the order of their parameters.
+
+    Gradients of parts of larger tensors are dense.
+    """
     inputs, spec = inputs_of(name), CASES[name]
     stored = {name: empty_stored(name, tuple(tensor.shape), storage, dtype=tensor.dtype, device="cpu").copy_(tensor)
               for name, tensor in inputs.weights.named_tensors()}
@@ -292,7 +295,7 @@ def test_weights_in_another_order_in_memory(storage: Storage, name: str) -> None
         assert (plain[field] is None) == (strided[field] is None)
         if plain[field] is not None:
             assert torch.equal(plain[field], strided[field]), field
-            assert strided[field].stride() == tensor.stride(), field
+            assert storage is Storage.PADDED or strided[field].stride() == tensor.stride(), field
     assert torch.equal(plain["x_TH"], strided["x_TH"])
 
 

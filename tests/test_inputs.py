@@ -132,10 +132,14 @@ def test_storage_changes_strides_and_no_number(text: str, storage: Storage) -> N
     expected = {Storage.OUT_IN: (projections * inner * hidden, inner * hidden, hidden, 1),
                 Storage.IN_OUT: (projections * inner * hidden, inner, 1, projections * inner),
                 Storage.INTERLEAVED: (projections * inner * hidden, hidden, projections * hidden, 1),
-                Storage.IN_OUT_INTERLEAVED: (projections * inner * hidden, 1, projections, projections * inner)}
+                Storage.IN_OUT_INTERLEAVED: (projections * inner * hidden, 1, projections, projections * inner),
+                Storage.PADDED: ((projections + 1) * inner * (hidden + 5), inner * (hidden + 5), hidden + 5, 1)}
     assert stored.w13_EGIH.stride() == expected[storage]
     transposed = storage in (Storage.IN_OUT, Storage.IN_OUT_INTERLEAVED)
-    assert stored.w2_EHI.stride() == (hidden * inner, 1 if transposed else inner, hidden if transposed else 1)
+    if storage is Storage.PADDED:
+        assert stored.w2_EHI.stride() == ((hidden + 1) * (inner + 5), inner + 5, 1)
+    else:
+        assert stored.w2_EHI.stride() == (hidden * inner, 1 if transposed else inner, hidden if transposed else 1)
     assert experts == len(stored.w2_EHI)
 
 

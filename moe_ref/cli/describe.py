@@ -100,7 +100,8 @@ def describe_case(case: Case) -> Lines:
                          + (", a residual added once" if problem.residual else "")
                          + (", ids and weights injected, nothing allowed to be off" if _is_exact(case) else ""))]
     lines += _grid(case)
-    lines += [("storage", f"{case.storage}: strided views of that order")] * (case.storage is not Storage.OUT_IN)
+    how = "parts of larger tensors" if case.storage is Storage.PADDED else "strided views of that order"
+    lines += [("storage", f"{case.storage}: {how}")] * (case.storage is not Storage.OUT_IN)
     lines.append(("placements", ", ".join(_placement_words(name, parallel) for name in _shapes(spec, parallel, 0))))
     return lines + _communication(case) + ([] if _is_exact(case) else _bounds(case))
 

@@ -131,16 +131,19 @@ class Data(StrEnum):
 
 
 class Storage(StrEnum):
-    """The order in which weights lie in memory, behind the canonical view that an implementation is handed.
+    """How tensors lie in memory, behind the canonical view that an implementation is handed.
 
     `outin`: (out, in), gate rows before up rows, contiguous; `interleaved`: gate, up, gate, up;
     `inout`: (in, out), as gpt-oss and Llama 4 store it; `inoutinterleaved`: both. Strides say which; no number differs.
+    `padded`: every tensor, tokens and routing too, is a part of a larger one, from some way in, with NaN (integers:
+    2^30) around it.
     """
 
     OUT_IN = "outin"
     IN_OUT = "inout"
     INTERLEAVED = "interleaved"
     IN_OUT_INTERLEAVED = "inoutinterleaved"
+    PADDED = "padded"
 
 
 class Schedule(StrEnum):

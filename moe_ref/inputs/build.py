@@ -26,7 +26,7 @@ from moe_ref.contract.weights import (
 from moe_ref.inputs.exact import exact_expert, exact_residual, exact_routing, exact_tokens
 from moe_ref.inputs.patterns import pattern_logits, pattern_selection_bias
 from moe_ref.inputs.philox import grid_tensor
-from moe_ref.inputs.storage import empty_stored
+from moe_ref.inputs.storage import empty_stored, padded
 
 TOKEN_AMPLITUDE = WEIGHT_AMPLITUDE = 4.0
 BIAS_AMPLITUDE = 1.0
@@ -180,7 +180,7 @@ def build_shards(problem: Problem, parallel: Parallel, device: torch.device | st
     """Every rank's weights, or those of the ranks in `only`, filled expert by expert, so that no unsharded copy exists.
 
     Experts that a rank hosts more than once are copied as often. With another storage the matrices are strided views of
-    memory in that order.
+    memory in that order; padded, every parameter is a part of a larger tensor.
     """
     weights, options = GeneratedWeights(problem), {"dtype": TORCH_DTYPES[problem.dtype], "device": device}
     shards: dict[int, dict[str, torch.Tensor]] = {
@@ -190,7 +190,7 @@ def build_shards(problem: Problem, parallel: Parallel, device: torch.device | st
     for name in WHOLE_PARAMETERS:
         tensor = getattr(weights, name)
         if tensor is not None:
-            tensor = tensor.to(device)
+            tensor = padded(tensor.to(device)) if storage is Storage.PADDED else tensor.to(device)
             for shard in shards.values():
                 shard[name] = tensor
     if shared := weights.shared_expert():

@@ -112,7 +112,8 @@ wrong; the empty rank comes first here."""
 AXES: dict[str, tuple] = {
     "shape": tuple(shape.name for shape in SHAPES), "dtype": tuple(Dtype), "tp": (1, 2, 3, 4, 8),
     "pattern": tuple(Pattern), "router": ROUTERS, "activation": ("silu", "gelu", "gelu_tanh"), "shared": SHARED,
-    "residual": (False, True), "data": (Data.UNIT, Data.OUTLIER), "storage": tuple(Storage),
+    "residual": (False, True), "data": (Data.UNIT, Data.OUTLIER),
+    "storage": (Storage.OUT_IN, Storage.IN_OUT, Storage.INTERLEAVED, Storage.IN_OUT_INTERLEAVED),
     "spread": tuple(SPREADS),
 }
 """Every axis and its values, the plainest first."""

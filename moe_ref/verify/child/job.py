@@ -11,9 +11,10 @@ from moe_ref.contract.comm import CommCall, CountingComm, Groups
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.shares import rank_shares
 from moe_ref.contract.trace import Trace
-from moe_ref.contract.vocabulary import Direction, Schedule, Stage
+from moe_ref.contract.vocabulary import Direction, Schedule, Stage, Storage
 from moe_ref.contract.weights import MoEWeights
 from moe_ref.inputs.build import Inputs, build_inputs, build_shards, cut_tokens, output_gradient
+from moe_ref.inputs.storage import padded
 from moe_ref.verify.child.gradient_call import call_with_gradients
 from moe_ref.verify.child.guard import fingerprint, poison
 from moe_ref.verify.child.messages import RankReport, RankTensors, Request
@@ -48,6 +49,8 @@ class Job:
                   for name, tensor in cut_tokens(self.inputs, self.shares[groups.rank].tokens).items()}
         if token_T is not None:
             handed = {name: None if tensor is None else tensor[token_T] for name, tensor in handed.items()}
+        if self.case.storage is Storage.PADDED:
+            handed = {name: None if tensor is None else padded(tensor) for name, tensor in handed.items()}
         x_TH = handed["x_TH"]
         if self.case.parallel.schedule is Schedule.GATHER and self.shares[groups.rank].tp_rank > 0 and x_TH is not None:
             handed["x_TH"] = -x_TH  # the tokens of rank 0 are broadcast: others must not be used
