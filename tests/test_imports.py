@@ -79,6 +79,13 @@ def test_the_reference_knows_nothing_of_the_fast_package() -> None:
     assert forbidden(("moe_ref",), ("moe_fast",)) == []
 
 
+def test_only_the_command_line_knows_the_score() -> None:
+    """The suite is the same whether it is judged itself or not."""
+    others = tuple(f"moe_ref/{one.name}" for one in (ROOT / "moe_ref").iterdir()
+                   if one.name not in ("score", "cli", "__pycache__") and (one.is_dir() or one.suffix == ".py"))
+    assert forbidden((*others, "moe_fast"), ("moe_ref.score",)) == []
+
+
 def test_inputs_know_only_the_contract() -> None:
     """Inputs are a pure function of the problem."""
     assert outside(("moe_ref/inputs",), ("torch", "numpy", "moe_ref.contract", "moe_ref.inputs")) == []
