@@ -43,9 +43,11 @@ class Problem:
             faults.append(f"pattern empty needs two experts to spare, but E={self.spec.num_choices}, "
                           f"K={self.spec.top_k}")
         if self.data is Data.EXACT:
-            if self.pattern is not Pattern.UNIFORM:
+            if self.pattern not in (Pattern.UNIFORM, Pattern.HOLES):
                 faults.append(f"pattern {self.pattern} with data exact, but its routing is injected whole")
             faults += exact_faults(self.spec, self.residual)
+        elif self.pattern is Pattern.HOLES:
+            faults.append(f"pattern holes with data {self.data}, but it is of an injected routing: data exact")
         raise_faults("Problem", faults)
 
 

@@ -102,7 +102,9 @@ class Pattern(StrEnum):
     `uniform`: logits are x @ router^T. The others inject logits that force a load:
     `zipf` popularity halves with each doubling of the expert number; `onehot` one logit towers
     over the rest, weight near 1; `empty` the middle and last expert get no token;
-    `allone` every token's first choice is the same expert; `ties` exact ties at the cut.
+    `allone` every token's first choice is the same expert; `ties` exact ties at the cut; `near` ties but for
+    multiples of 2^-13, of the selection bias where there is one, which 16 bits cannot tell apart. `holes`: in the
+    injected routing of data exact every fourth slot names no expert: -1, one past the last, or a number of 33 bits.
     """
 
     UNIFORM = "uniform"
@@ -111,6 +113,8 @@ class Pattern(StrEnum):
     EMPTY = "empty"
     ALL_TO_ONE = "allone"
     TIES = "ties"
+    NEAR = "near"
+    HOLES = "holes"
 
 
 class Data(StrEnum):

@@ -15,6 +15,7 @@ from moe_ref.contract.dtypes import TORCH_DTYPES
 from moe_ref.contract.exact import SLOT_WEIGHTS, UNIT, down_terms
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MLP
+from moe_ref.contract.vocabulary import Pattern
 from moe_ref.contract.weights import ExpertWeights
 from moe_ref.inputs.philox import random_integers, random_words
 
@@ -41,7 +42,10 @@ def exact_residual(problem: Problem) -> torch.Tensor:
 
 
 def exact_routing(problem: Problem) -> Routing | None:
-    """Every expert as far as there are slots enough, and weights that differ from slot to slot; None if dense."""
+    """Every expert as far as there are slots enough, and weights that differ from slot to slot; None if dense.
+
+    With holes, every fourth slot names no expert: -1, one past the last, or one whose lower 32 bits name the second.
+    """
     router, num_tokens, name = problem.spec.router, problem.num_tokens, format_problem(problem)
     if router is None:
         return None
@@ -54,7 +58,11 @@ def exact_routing(problem: Problem) -> Routing | None:
     ids_TK[:covering] = _permutation(name, "experts", 0, experts)[in_turn]
     place_TK = torch.arange(num_tokens)[:, None] + torch.arange(top_k)
     weights_TK = torch.tensor(SLOT_WEIGHTS, dtype=torch.float32)[place_TK % len(SLOT_WEIGHTS)]
-    return Routing(torch.from_numpy(ids_TK.astype(np.int64)), weights_TK)
+    ids_TK = ids_TK.astype(np.int64)
+    if problem.pattern is Pattern.HOLES:
+        for first, (step, missing) in {3: (4, -1), 7: (16, problem.spec.num_choices), 11: (16, 2**32 + 1)}.items():
+            ids_TK.reshape(-1)[first::step] = missing
+    return Routing(torch.from_numpy(ids_TK), weights_TK)
 
 
 def exact_expert(problem: Problem, prefix: str, mlp: MLP, intermediate_size: int, index: int) -> ExpertWeights:

@@ -109,9 +109,12 @@ COMBINATIONS = (
 """Spreads that differ from the plain one in several ways at once, where each way alone can be right and their meeting
 wrong; the empty rank comes first here."""
 
+PATTERNS = (Pattern.UNIFORM, Pattern.ZIPF, Pattern.ONE_HOT, Pattern.EMPTY, Pattern.ALL_TO_ONE, Pattern.TIES)
+"""Those that any router and any data can meet; cases of the others are pinned."""
+
 AXES: dict[str, tuple] = {
     "shape": tuple(shape.name for shape in SHAPES), "dtype": tuple(Dtype), "tp": (1, 2, 3, 4, 8),
-    "pattern": tuple(Pattern), "router": ROUTERS, "activation": ("silu", "gelu", "gelu_tanh"), "shared": SHARED,
+    "pattern": PATTERNS, "router": ROUTERS, "activation": ("silu", "gelu", "gelu_tanh"), "shared": SHARED,
     "residual": (False, True), "data": (Data.UNIT, Data.OUTLIER),
     "storage": (Storage.OUT_IN, Storage.IN_OUT, Storage.INTERLEAVED, Storage.IN_OUT_INTERLEAVED),
     "spread": tuple(SPREADS),

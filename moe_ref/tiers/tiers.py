@@ -11,11 +11,12 @@ from moe_ref.contract.case_id import format_case, parse_case
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import Dtype, Pattern, Ranks
 from moe_ref.models.registry import models
-from moe_ref.tiers.axes import AXES, COMBINATIONS, PLAIN, SHAPES, SHARED, SPREADS, Row, row_case
+from moe_ref.tiers.axes import AXES, COMBINATIONS, PATTERNS, PLAIN, SHAPES, SHARED, SPREADS, Row, row_case
 from moe_ref.tiers.backward import backward_ids
 from moe_ref.tiers.cover import pairwise_rows, possible_pairs, row_pairs
 from moe_ref.tiers.exact import exact_ids
 from moe_ref.tiers.families import family_ids
+from moe_ref.tiers.triggers import trigger_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ _TP_AND_DTYPE = tuple(product(AXES["tp"], Dtype))
 
 def _smoke_rows() -> list[tuple[Row, str]]:
     rows = [(PLAIN | {"tp": tp, "dtype": dtype}, f"plain layer, {dtype}, tp {tp}") for tp, dtype in _TP_AND_DTYPE]
-    rows += [(PLAIN | {"pattern": pattern, "tp": 2}, f"routing pattern {pattern}") for pattern in Pattern]
+    rows += [(PLAIN | {"pattern": pattern, "tp": 2}, f"routing pattern {pattern}") for pattern in PATTERNS]
     rows += [(PLAIN | {"shape": SHAPES[n].name, "tp": tp, "dtype": Dtype.BF16}, SHAPES[n].purpose)
              for n, tp in ((5, 2), (6, 3), (9, 8), (11, 2))]
     rich = PLAIN | {"router": "sigmoid-groups", "shared": "shared-gate", "residual": True}
@@ -87,7 +88,7 @@ def _quick_rows() -> tuple[tuple[Row, str], ...]:
     rows = _smoke_rows()
     # A pattern needs tokens to show in and experts to spare.
     shapes = [shape for shape in SHAPES if shape.num_tokens > 1 and shape.num_experts - shape.top_k > 1]
-    for number, (tp, dtype, pattern) in enumerate(product(AXES["tp"], Dtype, Pattern)):
+    for number, (tp, dtype, pattern) in enumerate(product(AXES["tp"], Dtype, PATTERNS)):
         shape = shapes[number % len(shapes)]
         rows.append((PLAIN | {"tp": tp, "dtype": dtype, "pattern": pattern, "shape": shape.name},
                      f"{pattern} x {dtype} x tp {tp}; {shape.purpose}"))
@@ -123,7 +124,7 @@ def _rank_cases() -> list[PlannedCase]:
     planned = []
     for number, ((spread, tp), dtype, layer) in enumerate(product(grids, Dtype, range(2))):
         row = PLAIN | {"spread": spread, "tp": tp, "dtype": dtype, "shape": shapes[number % len(shapes)].name,
-                       "pattern": tuple(Pattern)[number // 2 % len(Pattern)]}
+                       "pattern": PATTERNS[number // 2 % len(PATTERNS)]}
         row |= {"shared": SHARED[1 + number // 2 % 2], "residual": True} if layer else {}
         case = row_case(row) or row_case(row | {"pattern": Pattern.UNIFORM})
         assert case is not None
@@ -184,6 +185,7 @@ def tier(name: str) -> Tier:
         planned += _gloo_cases()[:2] + [one for one in gradients if one.case_id in SMOKE_GRADIENTS]
     else:
         planned += _combination_cases(Ranks.LOCAL) + _gloo_cases() + gradients + _model_cases(name)
+        planned += _pinned(trigger_ids())
     if name == "nightly":
         planned += [one for seed in (2, 3) for one in _seeds(planned, seed)]
     unique = {one.case_id: one for one in reversed(planned)}

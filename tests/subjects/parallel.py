@@ -19,6 +19,11 @@ from tests.subjects.parallel_call import ParallelCall, Routed, Served
 from tests.subjects.whole import WholeSpec
 
 
+def is_identity(ids: torch.Tensor, spec: MoESpec) -> torch.Tensor:
+    """Whether ids name an identity expert; beyond those they name none."""
+    return (ids >= spec.num_experts) & (ids < spec.num_choices)
+
+
 class ParallelMoE(WholeSpec):
     """fp32 arithmetic, rows and partial sums in the dtype of the model, the weight in the down product."""
 
@@ -87,7 +92,7 @@ class ParallelMoE(WholeSpec):
             rows_RH[served.homes[call.groups.ep.rank]] = down_RH.float()
         rows_TKH = rows_RH.unflatten(0, group.ids_TK.shape)
         if call.groups.ep.size > 1 and call.adds_uncut:
-            token_R, slot_R = (group.ids_TK >= call.spec.num_experts).nonzero(as_tuple=True)
+            token_R, slot_R = is_identity(group.ids_TK, call.spec).nonzero(as_tuple=True)
             weight_R1 = group.weights_TK[token_R, slot_R, None].float()
             identity_RH = self.weighted(call, group.x_TH[token_R].float(), weight_R1)
             rows_TKH[token_R, slot_R] = call.round(Stage.DOWN, identity_RH).float()
@@ -163,7 +168,7 @@ class ParallelMoE(WholeSpec):
             back = self.projected_back(call, act_RI[row_R], weights.expert(e))
             down_RH[row_R] = self.weighted(call, back, weight_R1[row_R])
         if call.groups.ep.size == 1 and call.adds_uncut:
-            row_R = (served.expert_R >= spec.num_experts).nonzero().flatten()
+            row_R = is_identity(served.expert_R, spec).nonzero().flatten()
             columns = slice(*call.parallel.ranges(spec.hidden_size)[call.rank]) if call.by_output else slice(None)
             down_RH[row_R] = self.weighted(call, x_RH[row_R, columns], weight_R1[row_R])
         return call.store(Stage.DOWN, down_RH)

@@ -1,0 +1,23 @@
+"""Pinned cases that carry the trigger of a class of defects which no other case of the default tiers carries."""
+
+_TRIGGERS = (
+    ("v1-T33.H96.I160.E8.K2-bf16-norm-padded", "every tensor a part of a larger one, NaN around it"),
+    ("v1-T17.H80.I72.E5.K3-fp32-norm-sh39-shgate-res-tp3-padded", "padded: shared expert, residual, uneven shares"),
+    ("v1-T33.H96.I160.E8.K2-bf16-norm-exact-ep2-tokensep-padded", "padded: injected routing, rows that travel"),
+    ("v1-T12.H40.I36.E6.K3-fp32-norm-sh19-shgate-res-tp2-padded-bwd", "padded: gradients"),
+    ("v1-T33.H96.I160.E8.K2-bf16-norm-holes-exact", "slots that name no expert"),
+    ("v1-T33.H96.I160.E8.K2-fp16-norm-sh83-res-holes-exact-ep2", "slots that name no expert, of no rank"),
+    ("v1-T33.H96.I160.E8.K2-fp32-norm-holes-exact-ep3-roundrobin-copy0.7", "slots that name no expert, copies"),
+    ("v1-T33.H96.I160.E8.K2-fp16-norm-holes-exact-ep2-tokensep", "slots that name no expert stay at home"),
+    ("v1-T21.H48.I40.E8.K3-fp32-norm-near", "logits that 16 bits cannot tell apart"),
+    ("v1-T21.H48.I40.E8.K3-bf16-norm-near-tp2", "logits that 16 bits cannot tell apart, bf16 tokens"),
+    ("v1-T21.H48.I40.E8.K3-fp32-sigmoid-norm-bias-near", "selection biases that 16 bits cannot tell apart"),
+    ("v1-T21.H48.I40.E8.K3-bf16-sigmoid-norm-bias-g4.2-top2sum-near", "the same beside groups"),
+    ("v1-T9.H48.I24.E384.K8-fp32-norm", "more experts than a block of 256 or a scan of 128 holds"),
+    ("v1-T21.H48.I40.E8.K2-fp32-norm-cap3-allone-ep2", "dropped slots where experts are apart"),
+)
+
+
+def trigger_ids() -> list[tuple[str, str]]:
+    """(case id, purpose), for tier quick and what holds it."""
+    return list(_TRIGGERS)
