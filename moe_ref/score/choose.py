@@ -42,7 +42,7 @@ def carriers(mutant: Mutant, cases: dict[str, PlannedCase], full: bool = False) 
 
 def right_cases(right: Right, cases: dict[str, PlannedCase]) -> list[CaseToTry]:
     """The pinned cases of every right variant, and those that it names itself."""
-    chosen = {one.case_id: one for one in tier(RIGHT_TIER).cases} | _matching(right.cases, cases, None)
+    chosen = {one.case_id: one for one in tier(RIGHT_TIER).cases} | _matching(right.cases, cases, MOST_OF_A_PATTERN)
     return [CaseToTry(one.case_id, str(one.ranks)) for one in chosen.values()]
 
 
