@@ -34,8 +34,8 @@ class Loaded(ParallelMoE):
         held = parallel.ranges(spec.intermediate_size)[call.rank]
         columns = (0, spec.intermediate_size) if call.by_output else held
         outputs = parallel.ranges(spec.hidden_size)[call.rank] if call.by_output else (0, spec.hidden_size)
-        return replace(call, weights=replace(
-            weights, w13_EGIH=self.w13_of(checkpoint, spec, held), w2_EHI=self.w2_of(checkpoint, spec, outputs, columns)))
+        w13_EGIH, w2_EHI = self.w13_of(checkpoint, spec, held), self.w2_of(checkpoint, spec, outputs, columns)
+        return replace(call, weights=replace(weights, w13_EGIH=w13_EGIH, w2_EHI=w2_EHI))
 
     def stored_as(self, w13_EGIH: torch.Tensor, w2_EHI: torch.Tensor) -> Checkpoint:
         """The tensors of a checkpoint, whole."""
