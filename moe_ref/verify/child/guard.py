@@ -1,8 +1,12 @@
 """Protection around a subject: poisoned allocations and inputs that must not change."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+from functools import wraps
 
 import torch
+from torch._library.custom_ops import OPDEFS, CustomOpDef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 POISONS = ((float("nan"), 2**30), (30000.0, 0))
@@ -18,8 +22,12 @@ _ALLOCATIONS = frozenset({
 })
 
 
+_waiting: ContextVar["Poison | None"] = ContextVar("waiting", default=None)
+"""The poison that saw a custom operator called, while that runs."""
+
+
 class Poison(TorchDispatchMode):
-    """Fills every allocation made inside with a poison; active in the thread that enters it."""
+    """Fills every allocation made inside with a poison, also inside custom operators; active in the entering thread."""
 
     def __init__(self, value: float, integer: int) -> None:
         super().__init__()
@@ -31,6 +39,13 @@ class Poison(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if isinstance(operator := OPDEFS.get(func._schema.name), CustomOpDef):
+            _reach_into(operator)
+            token = _waiting.set(self)
+            try:
+                return func(*args, **(kwargs or {}))
+            finally:
+                _waiting.reset(token)
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS and result.device.type != "meta":
             if result.dtype.is_floating_point:
@@ -38,6 +53,23 @@ class Poison(TorchDispatchMode):
             elif result.dtype in (torch.int32, torch.int64):
                 result.fill_(self.integer)
         return result
+
+
+def _reach_into(operator: CustomOpDef) -> None:
+    """Have its kernels run under the mode that waits: torch calls them outside of every mode that saw the operator."""
+    for device, kernel in operator._backend_fns.items():
+        if not hasattr(kernel, "reached"):
+            operator._backend_fns[device] = _reached(kernel)
+
+
+def _reached(kernel: Callable) -> Callable:
+    @wraps(kernel)
+    def under_poison(*args, **kwargs):
+        with _waiting.get() or nullcontext():
+            return kernel(*args, **kwargs)
+
+    under_poison.reached = True  # type: ignore[attr-defined]
+    return under_poison
 
 
 def poison(run: int) -> AbstractContextManager:
