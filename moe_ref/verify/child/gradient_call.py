@@ -13,12 +13,19 @@ from moe_ref.contract.weights import MoEWeights
 _NO_GRADIENT = "selection_bias_E"
 """It only selects."""
 
+_OF_EXPERTS = ("w13_EGIH", "w2_EHI", "shared_w13_GIH", "shared_w2_HI")
+"""What has a gradient on every rank, zeros where no row arrived: without one, states of an optimiser part."""
+
+
+Found = tuple[dict[Stage, torch.Tensor], list[Stage]]
+
 
 def call_with_gradients(subject: ModuleType, case: Case, handed: Mapping[str, torch.Tensor | None], weights: MoEWeights,
-                        grad_y_TH: torch.Tensor, groups: Groups) -> dict[Stage, torch.Tensor] | None:
-    """Gradients by stage, zeros where none arrived; None when the output does not depend on anything differentiably.
+                        grad_y_TH: torch.Tensor, groups: Groups) -> Found | None:
+    """Gradients by stage, zeros where none arrived, and the experts' stages without one.
 
-    No trace is kept: an implementation may refuse one while gradients are recorded.
+    None when the output does not depend on anything differentiably. No trace is kept: an implementation may refuse one
+    while gradients are recorded.
     """
     # Tensors of their own for this rank: virtual ranks share the memory of what they hold alike.
     leaves = {name: tensor.detach().requires_grad_(name != _NO_GRADIENT)
@@ -31,5 +38,6 @@ def call_with_gradients(subject: ModuleType, case: Case, handed: Mapping[str, to
         if not isinstance(output, torch.Tensor) or not output.requires_grad:
             return None
         output.backward(grad_y_TH.to(output.dtype))
-    return {gradient_stage(name): torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.clone()
-            for name, leaf in leaves.items() if leaf.requires_grad}
+    gradients = {gradient_stage(name): torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.clone()
+                 for name, leaf in leaves.items() if leaf.requires_grad}
+    return gradients, [gradient_stage(name) for name in _OF_EXPERTS if name in leaves and leaves[name].grad is None]

@@ -82,10 +82,13 @@ class Job:
     def _gradients(self, handed: dict[str, torch.Tensor | None], weights: MoEWeights, groups: Groups) -> RankTensors:
         """Of all that this rank is handed; collectives are not counted, since no schedule says what they should be."""
         grad_y_TH = output_gradient(self.case.problem)[slice(*self.shares[groups.rank].tokens)]
-        gradients = call_with_gradients(self.subject, self.case, handed, weights,
-                                        grad_y_TH.to(weights.w2_EHI.device), groups)
-        if gradients is None:
+        found = call_with_gradients(self.subject, self.case, handed, weights, grad_y_TH.to(weights.w2_EHI.device),
+                                    groups)
+        if found is None:
             raise StructError("output: no gradient, but should have one, since the backward direction is declared")
+        gradients, missing = found
+        if missing:
+            raise StructError(f"{', '.join(missing)}: None, but should be a gradient, zeros where no row arrived")
         for stage, gradient in gradients.items():
             _check_tensor(stage, gradient)
         return gradients
