@@ -19,6 +19,7 @@ _PLAIN = (
     (".E6.K3-fp32-norm-gelu-sh19-shgelu-tp2", "gelu"), (".E6.K3-fp32-norm-gelutanh-tp2", "gelu, tanh form"),
     (".E6.K3-fp32-norm-zipf-tp2", "injected logits"), (".E6.K3-fp16-norm-empty-tp2", "experts without rows"),
     (".E6.K3-bf16-norm-outlier-tp2-inoutinterleaved", "outliers, another order in memory"),
+    (".E6.K1-fp32-sigmoid-res-allone-ep2-tokensep", "a rank that serves no row"),
 )
 
 _WHOLE = (
@@ -28,6 +29,7 @@ _WHOLE = (
     (".E6.K3-fp32-norm-sh19-shgate-shmlpbias-tp2-reducescatter-tokenstp-wholeshared", "a whole shared expert"),
     (".E6.K3-fp32-sigmoid-norm-cap2-capchoice-tp2", "dropped slots"),
     (".E6.K3-bf16-norm-relu2-nogate-mlpbias-tp2", "a kink"),
+    (".E6.K3-fp32-norm-mlpbias-empty-tp2", "biases of experts without rows"),
     (".E6.K3-bf16-norm-routerbias-mlpbias-limit1-alpha1.702-up1-tp2", "gpt-oss with a low clamp"),
     (".E6.K3-fp32-norm-limit1-limitafter-tp2", "a clamp after the activation"),
     (".E6.K3-fp32-norm-scale2.5-sqrtsoftplus-expertscale-tp2", "learned scales of experts"),
