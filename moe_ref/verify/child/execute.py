@@ -42,8 +42,7 @@ def execute(subject: ModuleType, request: Request, tell: Callable[[str], None] =
     them for themselves only, and the reply says what they have left behind.
     """
     reply, payload = _execute(subject, request, tell, pool, surroundings)
-    ranks = {name for report in reply.ranks for name in report.left}
-    left = sorted(ranks.union(surroundings.left if surroundings else ()))
+    left = sorted({*reply.left, *(surroundings.left if surroundings else ())})
     guard = reply.guard | ({"left behind": ", ".join(left)} if left else {})
     return msgspec.structs.replace(reply, ticket=request.ticket, left=left, guard=guard), payload
 
@@ -76,8 +75,9 @@ def _execute(subject: ModuleType, request: Request, tell: Callable[[str], None],
     differing = sorted({stage for other in outcomes[1:] for stage in _differing(first.tensors, other.tensors)})
     names = [POISON_NAMES[run % len(POISON_NAMES)] for run in range(request.runs)]
     reply = Reply(ranks=first.reports, runs=request.runs, same_bits=not differing if request.runs > 1 else None,
-                  differing_stages=differing, changed_inputs=sorted({name for one in outcomes for name in one.changed}),
+                  differing_stages=differing, changed_inputs=_changed(outcomes),
                   guard={"poison": ", ".join(names), "inputs": "fingerprinted before and after", "process": "child"},
+                  left=[name for one in outcomes for report in one.reports for name in report.left],
                   batches=batches, seconds=seconds, inputs_digest=digest)
     # Every run that is not the first one's bits is judged too: a defect may show only once.
     others = [other.tensors for other in outcomes[1:] if _differing(first.tensors, other.tensors)]
@@ -98,6 +98,12 @@ class Failed:
     """Reports of a run in which a rank failed."""
 
     reports: list[RankReport]
+
+
+def _changed(outcomes: list[Outcome]) -> list[str]:
+    """Names of changed inputs; that one was changed for a time says nothing where it stayed so elsewhere."""
+    names = {name for one in outcomes for name in one.changed}
+    return sorted(name for name in names if name.partition(" ")[0] == name or name.partition(" ")[0] not in names)
 
 
 RankResult = tuple[RankTensors, RankReport, list[str]]

@@ -75,8 +75,7 @@ def rank_main(home: Home, body: Body) -> None:
             elif world is not None:
                 _work(home, world, order, body)
         except BaseException as error:
-            kind = f"{type(error).__module__}.{type(error).__qualname__}"
-            _say(home, Raised(kind, *error_words(error)))
+            _say(home, Raised(f"{type(error).__module__}.{type(error).__qualname__}", *error_words(error)))
 
 
 def end_with(parent: int) -> None:

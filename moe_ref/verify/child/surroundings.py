@@ -1,4 +1,4 @@
-"""What a subject shares with the harness in a process: functions and defaults it replaces hold for its own calls only."""
+"""What a subject shares with the harness in a process: what it replaces there holds for its own calls only."""
 
 import builtins
 import os
@@ -13,8 +13,7 @@ import msgspec
 import safetensors.torch
 import torch
 
-_SHARED = (builtins, os, time, msgspec, msgspec.json, msgspec.msgpack, safetensors.torch, torch, torch.Tensor,
-           torch.nn.functional)
+_SHARED = (builtins, os, time, msgspec, msgspec.json, msgspec.msgpack, safetensors.torch, torch, torch.nn.functional)
 _Place = tuple[Any, str]
 """A module or class and a name in it, or a default and no name."""
 
@@ -45,6 +44,32 @@ def _set_device(device: torch.device) -> None:
     torch.set_default_device(None if device == torch.device("cpu") else device)
 
 
+class _Streams:
+    """Descriptors 0 to 2; copies of them, so that they can be had again."""
+
+    def __init__(self) -> None:
+        self._copies = [os.dup(number) for number in range(3)]
+        self._ours = self.read()
+
+    def read(self) -> tuple[tuple[int, int] | None, ...]:
+        """The file of each, None where it is closed."""
+        return tuple(map(_file_of, range(3)))
+
+    def write(self, files: tuple[tuple[int, int] | None, ...]) -> None:
+        """What a subject has made of them is its own to make again."""
+        if files == self._ours:
+            for number, copy in enumerate(self._copies):
+                os.dup2(copy, number)
+
+
+def _file_of(number: int) -> tuple[int, int] | None:
+    try:
+        found = os.fstat(number)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 _DEFAULTS = (
     _Default("the default dtype", torch.get_default_dtype, torch.set_default_dtype),
     _Default("the default device", torch.get_default_device, _set_device),
@@ -67,7 +92,11 @@ class Surroundings:
         harness = _harness()
         self._ours: dict[_Place, Any] = {(space, name): value for space in (*_SHARED, *harness)
                                          for name, value in vars(space).items() if _is_code(value)}
-        self._ours |= {(default, ""): default.read() for default in _DEFAULTS}
+        # Most methods are inherited: None stands for those.
+        self._ours |= {(torch.Tensor, name): vars(torch.Tensor).get(name) for name in dir(torch.Tensor)}
+        streams = _Streams()
+        defaults = (*_DEFAULTS, _Default("the standard streams", streams.read, streams.write))
+        self._ours |= {(default, ""): default.read() for default in defaults}
         self._harness = frozenset(map(id, harness))
         self._theirs: dict[_Place, Any] = {}
         self._loaded: dict[_Place, Any] = {}
@@ -81,12 +110,16 @@ class Surroundings:
     @contextmanager
     def lent(self) -> Iterator[None]:
         """For a call of the subject, with its own replacements; raises ReplacedHarness if they are the harness's."""
+        process = os.getpid()
         for place, value in self._theirs.items():
             _put(place, value)
         try:
             yield
         finally:
             self._take_back()
+            if os.getpid() != process:
+                # The subject has forked and comes back twice; there is one answer.
+                os._exit(0)
 
     def _take_back(self) -> None:
         taken = []
@@ -100,10 +133,15 @@ class Surroundings:
                 taken.append(name)
                 continue
             self._theirs[place] = theirs
-            if name not in self.left and self._loaded.get(place) is not theirs:
+            if name not in self.left and self._loaded.get(place) is not theirs and not _is_torch(theirs):
                 self.left.append(name)
         if taken:
             raise ReplacedHarness(f"replaced {', '.join(taken)}, but the harness is not an implementation's to change")
+
+
+def _is_torch(value: Any) -> bool:
+    """Torch replaces functions of its own, when its compiler is first loaded and with the default dtype."""
+    return (getattr(value, "__module__", None) or "").split(".")[0] == "torch"
 
 
 def _there(place: _Place) -> Any:

@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO, NoReturn, cast
 
 import msgspec
@@ -186,11 +187,14 @@ class Child:
 
     def _raise_hung(self) -> NoReturn:
         assert self._process is not None
-        os.killpg(self._process.pid, signal.SIGUSR1)
+        stopped = _is_stopped(self._process.pid)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGUSR1)
         time.sleep(STACK_DUMP_SECONDS)
         text = self._log.text()
         self.close()
-        frames = "\n".join(innermost_frames(text)[:DETAIL_LINES]) or "no stack could be dumped"
+        nothing = "its process is stopped, as by SIGSTOP" if stopped else "no stack could be dumped"
+        frames = "\n".join(innermost_frames(text)[:DETAIL_LINES]) or nothing
         raise ChildHung(f"no answer within the time limit\n{frames}")
 
     def close(self) -> None:
@@ -205,6 +209,12 @@ class Child:
                     with suppress(BrokenPipeError):
                         stream.close()
             self._process = None
+
+
+def _is_stopped(process: int) -> bool:
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in ("T", "t")
+    return False
 
 
 class ChildPool:
