@@ -87,7 +87,7 @@ class Job:
             if not isinstance(stage, Stage):
                 raise StructError(f"trace holds {str(stage)[:40]!r}, but should hold stages only")
             name = "output" if stage is Stage.REDUCED else stage
-            shown[stage] = _plain(name, tensor, most).detach().clone()
+            shown[stage] = _plain(name, tensor, most)
         return shown
 
     def _gradients(self, handed: dict[str, torch.Tensor | None], weights: MoEWeights, groups: Groups) -> RankTensors:
@@ -133,14 +133,17 @@ _SLACK = 16
 
 
 def _plain(name: str, value: object, most: float) -> torch.Tensor:
-    """The value, if it is a real dense tensor of a size that any stage may have; raises StructError."""
-    if type(value) not in (torch.Tensor, torch.nn.Parameter):
+    """A copy of the value, if it is a real dense tensor of a size that a stage may have; raises StructError."""
+    if not isinstance(value, torch.Tensor):
         raise StructError(f"{name}: {type(value).__name__}, but should be a torch.Tensor")
-    assert isinstance(value, torch.Tensor)
     layout = "nested" if value.is_nested else value.layout
     if layout is not torch.strided or value.device.type == "meta" or value.dtype not in _REAL_DTYPES:
         raise StructError(f"{name}: {layout}, {value.dtype} on {value.device}, but should be a real dense tensor")
     if value.numel() > most:
         raise StructError(f"{name}: {value.numel()} elements, but should be those of a stage, and none of this layer "
                           f"has more than {most}")
-    return value
+    copy = value.detach().clone()
+    # Parameters and results of collectives that are under way become plain tensors here.
+    if type(copy) is not torch.Tensor:
+        raise StructError(f"{name}: {type(copy).__name__}, but should be a torch.Tensor")
+    return copy

@@ -133,7 +133,7 @@ class Surroundings:
                 taken.append(name)
                 continue
             self._theirs[place] = theirs
-            if name not in self.left and self._loaded.get(place) is not theirs and not _is_torch(theirs):
+            if name not in self.left and self._loaded.get(place) is not theirs and not (place[1] and _is_torch(theirs)):
                 self.left.append(name)
         if taken:
             raise ReplacedHarness(f"replaced {', '.join(taken)}, but the harness is not an implementation's to change")

@@ -112,8 +112,9 @@ class Child:
             header, payload = self._receive(deadline)
             with self._as_frame():
                 message = _MESSAGE.decode(header)
-                answer = self._answer(request, message, payload) if isinstance(message, Reply) else None
-            if answer is None:
+                if isinstance(message, Reply):
+                    answer = self._answer(request, message, payload)
+            if isinstance(message, Progress):
                 on_progress(message.text)
                 continue
             if answer.reply.left:
@@ -140,7 +141,7 @@ class Child:
         """What does not decode was not written by our side of the child, and nothing after it can be trusted."""
         try:
             yield
-        except (ValueError, LookupError, SafetensorError) as error:
+        except (ValueError, LookupError, msgspec.MsgspecError, SafetensorError) as error:
             self.close()
             raise ChildDied(f"child wrote what is no answer into the pipe of the harness: {error}") from error
 
