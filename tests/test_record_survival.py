@@ -22,6 +22,7 @@ from moe_ref.records.schema import CaseLine
 from moe_ref.records.store import FILE_NAME, RecordWriter, read_run
 from tests.command_line import command
 from tests.record_writer import write_on
+from tests.subjects.misbehaving import TOKENS
 from tests.test_records import RUN, case_line
 
 KILLS = 100
@@ -174,6 +175,36 @@ def test_a_killed_run_goes_on_where_it_was(killed: list[Path], capfd: pytest.Cap
         run = read_run(path)
         assert run.end is not None
         assert path.read_bytes().endswith(b"\n")
+
+
+MARKER = "MOE_REF_TEST_KILLED"
+
+
+def _is_marked(folder: Path, mark: Path) -> bool:
+    try:
+        return f"{MARKER}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
+def test_no_child_outlives_a_killed_run(tmp_path: Path) -> None:
+    """Also one that hangs: it never looks whether anybody still wants its answer."""
+    sleeps = f"v1-T{TOKENS['sleeps']}.H32.I48.E4.K2-bf16-norm"
+    run = subprocess.Popen([sys.executable, "-m", "moe_ref", "verify", "tests.subjects.misbehaving:by_tokens", "--case",
+                            sleeps, "--record", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                           env={**os.environ, MARKER: str(tmp_path)})
+    until = time.monotonic() + 120
+    while not (tmp_path / FILE_NAME).exists() or not (tmp_path / FILE_NAME).read_bytes():
+        assert run.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    time.sleep(1.0)  # the header is there, so the child has its request
+    run.kill()
+    run.wait()
+    until = time.monotonic() + 10
+    while any(_is_marked(folder, tmp_path) for folder in Path("/proc").glob("[0-9]*")):
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def test_a_second_run_into_the_same_folder_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -39,9 +39,9 @@ class RecordWriter:
                 # Half a line that a kill has left; a file that is only looked at stays as it is.
                 os.ftruncate(self._file, len(self._content))
                 self._begun = True
-            if not self._is_whole():
-                self._write_anew()
             _write(self._file, text)
+            if not self._is_whole(len(self._content) + len(text)):
+                self._write_anew(bytes(self._content + text))
         except OSError as error:
             with suppress(OSError):
                 os.ftruncate(self._file, len(self._content))
@@ -64,21 +64,21 @@ class RecordWriter:
             raise
         return file
 
-    def _is_whole(self) -> bool:
-        """Whether the file at the path is ours still, and as long as we left it."""
+    def _is_whole(self, size: int) -> bool:
+        """Whether the file at the path is ours still, and as long as it should be."""
         mine = os.fstat(self._file)
         try:
             there = self.path.stat()
         except FileNotFoundError:
             return False
-        return os.path.samestat(mine, there) and mine.st_size == len(self._content)
+        return os.path.samestat(mine, there) and mine.st_size == size
 
-    def _write_anew(self) -> None:
+    def _write_anew(self, content: bytes) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         beside = self.path.with_suffix(".new")
         file = self._open(beside)
         os.ftruncate(file, 0)
-        _write(file, bytes(self._content))
+        _write(file, content)
         beside.replace(self.path)
         _sync_name(self.path.parent)
         os.close(self._file)

@@ -155,6 +155,15 @@ def _hang_at_the_end() -> None:
     atexit.register(time.sleep, _LONG)
 
 
+def _spoil_the_record() -> None:
+    """Cut and remove what the harness has open under that name: it runs with the same rights."""
+    for link in Path(f"/proc/{os.getppid()}/fd").iterdir():
+        path = Path(os.readlink(link))
+        if path.name == "records.jsonl" and path.exists():
+            os.truncate(path, 10)
+            path.unlink()
+
+
 def _recurse() -> None:
     _recurse()
 
@@ -198,6 +207,7 @@ PROCESSES: Mapping[str, Callable[[], None]] = {
     "comes_back_twice": _come_back_twice,
     "prints_without_end": _print_without_end,
     "hangs_at_its_end": _hang_at_the_end,
+    "spoils_the_record": _spoil_the_record,
     "recurses": _recurse,
     "raises_what_cannot_be_said": _raises(_Silent),
     "raises_a_long_message": _raises(lambda: ValueError("long " * 20_000_000)),

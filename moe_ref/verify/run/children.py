@@ -112,10 +112,10 @@ class Child:
             header, payload = self._receive(deadline)
             with self._as_frame():
                 message = _MESSAGE.decode(header)
-                if isinstance(message, Reply):
-                    answer = self._answer(request, message, payload)
+                answer = self._answer(request, message, payload) if isinstance(message, Reply) else None
             if isinstance(message, Progress):
                 on_progress(message.text)
+            if answer is None:
                 continue
             if answer.reply.left:
                 self.close()
