@@ -134,7 +134,7 @@ def test_imports_that_stay_cheap(module: str) -> None:
 
 def test_the_child_refuses_the_oracle_to_a_subject() -> None:
     """A subject that asks the oracle gets an ImportError, also through the public name."""
-    script = ("import sys\nfrom moe_ref.verify.child.worker import _NoOracle\nsys.meta_path.insert(0, _NoOracle())\n"
+    script = ("import sys\nfrom moe_ref.verify.child.refuse_oracle import refuse_oracle\nrefuse_oracle()\n"
               "held = [n for n in sys.modules if n.startswith(('moe_ref.oracle', 'moe_ref.verify.measure.stages'))]\n"
               "try:\n    from moe_ref import moe\n    print('imported', held)\n"
               "except ImportError as error:\n    print('refused', held, error)")

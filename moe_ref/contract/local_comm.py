@@ -66,7 +66,7 @@ class _Baton:
         with self.changed:
             self.changed.wait_for(lambda: self.turn == rank or self.failure is not None)
             if self.failure is not None:
-                raise _PeerFailed(str(self.failure))
+                raise _PeerFailed from self.failure
 
     def hand_on(self, rank: int) -> None:
         """To the next rank that has not returned; to nobody when all have."""

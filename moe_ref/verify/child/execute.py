@@ -1,7 +1,6 @@
 """Run a subject on one case: inputs from the id, ranks, guard, two runs, and a reply of plain data."""
 
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -18,11 +17,13 @@ from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.vocabulary import Ranks, Stage
 from moe_ref.inputs.build import build_inputs
 from moe_ref.verify.child.batches import other_batches, same_rows
+from moe_ref.verify.child.error_words import error_words
 from moe_ref.verify.child.guard import POISON_NAMES, fingerprint
 from moe_ref.verify.child.job import Job, StructError
 from moe_ref.verify.child.messages import RankReport, RankTensors, Reply, Request, pack_runs, unpack_runs
 from moe_ref.verify.child.process_ranks import RanksHung
 from moe_ref.verify.child.rank_watch import RankError
+from moe_ref.verify.child.surroundings import ReplacedHarness, Surroundings
 from moe_ref.verify.run.last_words import cut_lines
 
 
@@ -34,14 +35,23 @@ class ProcessRanks(Protocol):
 
 
 def execute(subject: ModuleType, request: Request, tell: Callable[[str], None] = lambda text: None,
-            pool: ProcessRanks | None = None) -> tuple[Reply, bytes]:
+            pool: ProcessRanks | None = None, surroundings: Surroundings | None = None) -> tuple[Reply, bytes]:
     """The reply to a request and its payload; errors of the subject are part of the reply.
 
-    Process ranks are those of `pool`, whose body is run_job of the same subject.
+    Process ranks are those of `pool`, whose body is run_job of the same subject. With `surroundings` its calls change
+    them for themselves only, and the reply says what they have left behind.
     """
+    reply, payload = _execute(subject, request, tell, pool, surroundings)
+    left = sorted({*reply.left, *(surroundings.left if surroundings else ())})
+    guard = reply.guard | ({"left behind": ", ".join(left)} if left else {})
+    return msgspec.structs.replace(reply, ticket=request.ticket, left=left, guard=guard), payload
+
+
+def _execute(subject: ModuleType, request: Request, tell: Callable[[str], None], pool: ProcessRanks | None,
+             surroundings: Surroundings | None) -> tuple[Reply, bytes]:
     batches: dict[str, str] = {}
     if request.ranks == Ranks.LOCAL:
-        job = Job(subject, request, tell)
+        job = Job(subject, request, tell, surroundings=surroundings)
         started = time.monotonic()
         outcomes, digest = run_local(job), job.inputs.digest()
         seconds = (time.monotonic() - started) / request.runs
@@ -51,7 +61,7 @@ def execute(subject: ModuleType, request: Request, tell: Callable[[str], None] =
         assert pool is not None
         started = time.monotonic()
         if request.device == "cpu" and request.ranks != Ranks.TORCHRUN:
-            _warm_up(subject)
+            _warm_up(subject, surroundings)
         case = parse_case(request.case)
         digest = build_inputs(case.problem).digest()
         left = request.time_limit - (time.monotonic() - started)
@@ -65,8 +75,9 @@ def execute(subject: ModuleType, request: Request, tell: Callable[[str], None] =
     differing = sorted({stage for other in outcomes[1:] for stage in _differing(first.tensors, other.tensors)})
     names = [POISON_NAMES[run % len(POISON_NAMES)] for run in range(request.runs)]
     reply = Reply(ranks=first.reports, runs=request.runs, same_bits=not differing if request.runs > 1 else None,
-                  differing_stages=differing, changed_inputs=sorted({name for one in outcomes for name in one.changed}),
+                  differing_stages=differing, changed_inputs=_changed(outcomes),
                   guard={"poison": ", ".join(names), "inputs": "fingerprinted before and after", "process": "child"},
+                  left=[name for one in outcomes for report in one.reports for name in report.left],
                   batches=batches, seconds=seconds, inputs_digest=digest)
     # Every run that is not the first one's bits is judged too: a defect may show only once.
     others = [other.tensors for other in outcomes[1:] if _differing(first.tensors, other.tensors)]
@@ -89,6 +100,12 @@ class Failed:
     reports: list[RankReport]
 
 
+def _changed(outcomes: list[Outcome]) -> list[str]:
+    """Names of changed inputs; that one was changed for a time says nothing where it stayed so elsewhere."""
+    names = {name for one in outcomes for name in one.changed}
+    return sorted(name for name in names if name.partition(" ")[0] == name or name.partition(" ")[0] not in names)
+
+
 RankResult = tuple[RankTensors, RankReport, list[str]]
 
 
@@ -100,12 +117,13 @@ def _outcome(results: list[RankResult]) -> Outcome:
 _warmed_up: list[object] = []
 
 
-def _warm_up(subject: ModuleType) -> None:
+def _warm_up(subject: ModuleType, surroundings: Surroundings | None) -> None:
     """Compile and check once, before ranks are forked, what every fork would repeat; its result means nothing."""
     if any(subject is done for done in _warmed_up):
         return
     _warmed_up.append(subject)
-    job = Job(subject, Request(case=_WARM_UP_CASE, ranks=Ranks.LOCAL, device="cpu", runs=1, time_limit=0.0))
+    job = Job(subject, Request(case=_WARM_UP_CASE, ranks=Ranks.LOCAL, device="cpu", runs=1, time_limit=0.0),
+              surroundings=surroundings)
     run_local(job)
 
 
@@ -128,10 +146,10 @@ class RankRuns(msgspec.Struct, frozen=True):
 
 
 def run_job(subject: ModuleType, groups: Groups, device: torch.device, content: bytes,
-            tell: Callable[[str], None]) -> bytes:
+            tell: Callable[[str], None], surroundings: Surroundings | None = None) -> bytes:
     """What a process rank does with a request: makes its own inputs, and returns RankRuns; both as msgpack."""
     request = msgspec.msgpack.decode(content, type=Request)
-    job = Job(subject, request, tell, device, groups.rank)
+    job = Job(subject, request, tell, device, groups.rank, surroundings)
     started = time.monotonic()
     with torch.no_grad():
         results = [job.run_rank(groups, device, run) for run in range(request.runs)]
@@ -199,7 +217,7 @@ def _run_once(job: Job, run: int, token_T: torch.Tensor | None = None) -> Outcom
         except UsageError as error:
             # Wrong use is found before any communication, by every rank on its own: let each one say so.
             return _report(error, "usage")
-        except StructError as error:
+        except (StructError, ReplacedHarness) as error:
             return _report(error, "struct")
 
     try:
@@ -214,15 +232,18 @@ def _run_once(job: Job, run: int, token_T: torch.Tensor | None = None) -> Outcom
 
 
 def _report(error: BaseException, kind: str) -> RankReport:
-    text = "".join(traceback.format_exception(error))
-    return RankReport(error=f"{type(error).__name__}: {error}", kind=kind, traceback=text[-4000:])
+    message, trace = error_words(error)
+    return RankReport(error=f"{type(error).__name__}: {message}", kind=kind, traceback=trace)
+
+
+_STRUCT = (StructError.__name__, ReplacedHarness.__name__)
 
 
 def _report_process_error(answer: bytes | RankError) -> RankReport:
     if isinstance(answer, bytes):
         return RankReport()
     module, _, name = answer.kind.rpartition(".")
-    kind = "usage" if module == "moe_ref.contract.errors" else "struct" if name == "StructError" else ""
+    kind = "usage" if module == "moe_ref.contract.errors" else "struct" if name in _STRUCT else ""
     # The message shows the first lines: where all ranks were, then where the error was raised.
     return RankReport(error=f"{name}: {answer}", kind=kind,
                       traceback="\n".join(filter(None, (answer.places, cut_lines(answer.trace, SHOWN_TRACE_LINES)))))

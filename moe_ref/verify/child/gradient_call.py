@@ -38,6 +38,6 @@ def call_with_gradients(subject: ModuleType, case: Case, handed: Mapping[str, to
         if not isinstance(output, torch.Tensor) or not output.requires_grad:
             return None
         output.backward(grad_y_TH.to(output.dtype))
-    gradients = {gradient_stage(name): torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.clone()
+    gradients = {gradient_stage(name): torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
                  for name, leaf in leaves.items() if leaf.requires_grad}
     return gradients, [gradient_stage(name) for name in _OF_EXPERTS if name in leaves and leaves[name].grad is None]

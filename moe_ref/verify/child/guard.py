@@ -1,4 +1,4 @@
-"""Protection around a subject: poisoned allocations and inputs that must not change."""
+"""Protection around a subject: poisoned allocations, and inputs between fences that must not change."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -75,6 +75,35 @@ def _reached(kernel: Callable) -> Callable:
 def poison(run: int) -> AbstractContextManager:
     """The poison of a run, 0 or later."""
     return Poison(*POISONS[run % len(POISONS)])
+
+
+_FENCE_BYTES, _FENCE, _KEPT_BYTES = 4096, 255, 1 << 20
+"""Around an input: what reads it gets NaN, or -1, and what writes it is seen. Larger buffers are not kept."""
+
+_buffers: dict[tuple[int, str, torch.device], torch.Tensor] = {}
+
+
+class Fenced:
+    """A copy of an input between two fences.
+
+    It lies where the input of that name and rank was in the call before, if it is small and of the same size: a subject
+    that knows its inputs again by their address, or by their shape, answers the wrong question then.
+    """
+
+    def __init__(self, rank: int, name: str, tensor: torch.Tensor, device: torch.device) -> None:
+        place, size = (rank, name, device), 2 * _FENCE_BYTES + tensor.numel() * tensor.element_size()
+        self._buffer = _buffers.pop(place, torch.empty(0, device=device))
+        if self._buffer.numel() != size:
+            self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        if size <= _KEPT_BYTES:
+            _buffers[place] = self._buffer
+        inside = self._buffer.fill_(_FENCE)[_FENCE_BYTES:size - _FENCE_BYTES]
+        self.tensor = inside.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def broken(self) -> bool:
+        """Whether something was written beside the input."""
+        fences = torch.cat([self._buffer[:_FENCE_BYTES], self._buffer[-_FENCE_BYTES:]])
+        return not bool((fences == _FENCE).all())
 
 
 def fingerprint(tensor: torch.Tensor) -> tuple[int, int]:

@@ -1,6 +1,8 @@
 """What a rank does with a case: makes its inputs, calls the subject under guard, and checks what came back."""
 
+import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
 import torch
@@ -16,16 +18,18 @@ from moe_ref.contract.weights import MoEWeights
 from moe_ref.inputs.build import Inputs, build_inputs, build_shards, cut_tokens, output_gradient
 from moe_ref.inputs.storage import padded
 from moe_ref.verify.child.gradient_call import call_with_gradients
-from moe_ref.verify.child.guard import fingerprint, poison
+from moe_ref.verify.child.guard import Fenced, fingerprint, poison
 from moe_ref.verify.child.messages import RankReport, RankTensors, Request
+from moe_ref.verify.child.surroundings import Surroundings
 
 
 class Job:
     """One case with its inputs; `run_rank` is what every rank does, whatever ranks are."""
 
     def __init__(self, subject: ModuleType, request: Request, tell: Callable[[str], None] = lambda text: None,
-                 device: torch.device | None = None, rank: int | None = None) -> None:
-        self.subject, self.request, self.tell = subject, request, tell
+                 device: torch.device | None = None, rank: int | None = None,
+                 surroundings: Surroundings | None = None) -> None:
+        self.subject, self.request, self.tell, self.surroundings = subject, request, tell, surroundings
         self.case: Case = parse_case(request.case)
         self.inputs: Inputs = build_inputs(self.case.problem)
         self.shares = rank_shares(self.case)
@@ -45,39 +49,53 @@ class Job:
         weights = self.shards[groups.rank]
         if weights.w2_EHI.device != device:
             weights = MoEWeights(**{name: tensor.to(device) for name, tensor in weights.named_tensors()})
-        handed = {name: None if tensor is None else tensor.to(device, copy=True)
-                  for name, tensor in cut_tokens(self.inputs, self.shares[groups.rank].tokens).items()}
+        cut = cut_tokens(self.inputs, self.shares[groups.rank].tokens)
         if token_T is not None:
-            handed = {name: None if tensor is None else tensor[token_T] for name, tensor in handed.items()}
-        if self.case.storage is Storage.PADDED:
-            handed = {name: None if tensor is None else padded(tensor) for name, tensor in handed.items()}
-        x_TH = handed["x_TH"]
+            cut = {name: None if tensor is None else tensor[token_T] for name, tensor in cut.items()}
+        x_TH = cut["x_TH"]
         if self.case.parallel.schedule is Schedule.GATHER and self.shares[groups.rank].tp_rank > 0 and x_TH is not None:
-            handed["x_TH"] = -x_TH  # the tokens of rank 0 are broadcast: others must not be used
+            cut["x_TH"] = -x_TH  # the tokens of rank 0 are broadcast: others must not be used
+        given = {name: tensor for name, tensor in cut.items() if tensor is not None}
+        fences: dict[str, Fenced] = {}
+        if self.case.storage is Storage.PADDED:
+            given = {name: padded(tensor.to(device)) for name, tensor in given.items()}
+        else:
+            fences = {name: Fenced(groups.rank, name, tensor, device) for name, tensor in given.items()}
+            given = {name: one.tensor for name, one in fences.items()}
+        handed = {name: given.get(name) for name in cut}
         watched = [*((n, t) for n, t in handed.items() if t is not None), *weights.named_tensors()]
-        before = {name: fingerprint(tensor) for name, tensor in watched}
+        before = {name: (fingerprint(tensor), tensor._version) for name, tensor in watched}
         calls: list[CommCall] = []
         counting = Groups(tp=CountingComm(groups.tp, calls, "tp"), ep=CountingComm(groups.ep, calls, "ep"))
         trace = Trace()
-        with poison(run):
+        with self._lent(), poison(run):
             output = self.subject.moe(handed["x_TH"], weights, self.case.problem.spec, self.case.parallel,
                                       counting, trace=trace, **options(handed))
-        _check_tensor("output", output)
-        for stage, tensor in trace.tensors.items():
-            if not isinstance(stage, Stage):
-                raise StructError(f"trace holds {stage!r}, but should hold stages only")
-            _check_tensor(stage, tensor)
-        # A copy: a subject may hand out the same buffer again in its next call.
-        output = output.detach().clone()
+        shown = self._shown(output, trace)
         gradients: RankTensors = {}
         if self.case.direction is Direction.BACKWARD:
-            with poison(run):
+            with self._lent(), poison(run):
                 gradients = self._gradients(handed, weights, groups)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        changed = [name for name, tensor in watched if fingerprint(tensor) != before[name]]
         made = [(f"{call.group}.{call.operation}", call.num_elements, call.num_bytes) for call in calls]
-        return {**trace.tensors, Stage.REDUCED: output, **gradients}, RankReport(calls=made), changed
+        left = list(self.surroundings.left) if self.surroundings else []
+        return {**shown, **gradients}, RankReport(calls=made, left=left), _changed(watched, before, fences)
+
+    def _lent(self) -> AbstractContextManager:
+        return self.surroundings.lent() if self.surroundings else nullcontext()
+
+    def _shown(self, output: object, trace: Trace) -> RankTensors:
+        """Copies of what came back: a subject may hand out the same buffers again in its next call."""
+        spec, shown = self.case.problem.spec, {}
+        widths = (spec.hidden_size, 2 * spec.intermediate_size, spec.num_choices)
+        most = _SLACK * max(1, len(self.inputs.x_TH)) * spec.top_k * max(widths)
+        for stage, tensor in [*trace.tensors.items(), (Stage.REDUCED, output)]:
+            if not isinstance(stage, Stage):
+                raise StructError(f"trace holds {str(stage)[:40]!r}, but should hold stages only")
+            name = "output" if stage is Stage.REDUCED else stage
+            shown[stage] = _plain(name, tensor, most)
+        return shown
 
     def _gradients(self, handed: dict[str, torch.Tensor | None], weights: MoEWeights, groups: Groups) -> RankTensors:
         """Of all that this rank is handed; collectives are not counted, since no schedule says what they should be."""
@@ -89,9 +107,22 @@ class Job:
         gradients, missing = found
         if missing:
             raise StructError(f"{', '.join(missing)}: None, but should be a gradient, zeros where no row arrived")
-        for stage, gradient in gradients.items():
-            _check_tensor(stage, gradient)
-        return gradients
+        return {stage: _plain(stage, gradient, math.inf) for stage, gradient in gradients.items()}
+
+
+def _changed(watched: list[tuple[str, torch.Tensor]], before: dict[str, tuple[tuple[int, int], int]],
+             fences: dict[str, Fenced]) -> list[str]:
+    """Names of inputs that are not what they were, in words where their bits are."""
+    changed = []
+    for name, tensor in watched:
+        bits, version = before[name]
+        if fingerprint(tensor) != bits:
+            changed.append(name)
+        elif name in fences and fences[name].broken():
+            changed.append(f"{name} (memory beside it)")
+        elif tensor._version != version:
+            changed.append(f"{name} (for a time)")
+    return changed
 
 
 def options(handed: Mapping[str, torch.Tensor | None]) -> dict[str, Routing | torch.Tensor | None]:
@@ -105,8 +136,24 @@ class StructError(TypeError):
     """What a subject gave back is not a plain tensor."""
 
 
-def _check_tensor(name: str, value: object) -> None:
+_REAL_DTYPES = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+                          torch.int16, torch.int8, torch.uint8, torch.bool})
+_SLACK = 16
+"""Rows may come padded; how far a stage is off is for the comparison to say, unless it is too much to send."""
+
+
+def _plain(name: str, value: object, most: float) -> torch.Tensor:
+    """A copy of the value, if it is a real dense tensor of a size that a stage may have; raises StructError."""
     if not isinstance(value, torch.Tensor):
         raise StructError(f"{name}: {type(value).__name__}, but should be a torch.Tensor")
-    if value.layout is not torch.strided or value.device.type == "meta" or value.dtype.is_complex:
-        raise StructError(f"{name}: {value.layout}, {value.dtype} on {value.device}, but should be a real dense tensor")
+    layout = "nested" if value.is_nested else value.layout
+    if layout is not torch.strided or value.device.type == "meta" or value.dtype not in _REAL_DTYPES:
+        raise StructError(f"{name}: {layout}, {value.dtype} on {value.device}, but should be a real dense tensor")
+    if value.numel() > most:
+        raise StructError(f"{name}: {value.numel()} elements, but should be those of a stage, and none of this layer "
+                          f"has more than {most}")
+    copy = value.detach().clone()
+    # Parameters and results of collectives that are under way become plain tensors here.
+    if type(copy) is not torch.Tensor:
+        raise StructError(f"{name}: {type(copy).__name__}, but should be a torch.Tensor")
+    return copy

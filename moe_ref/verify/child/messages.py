@@ -20,7 +20,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """Run one case; time_limit, in seconds, is for the whole answer, of which process ranks get less.
 
-    other_batches: its tokens in other batches too, on virtual ranks alone.
+    other_batches: its tokens in other batches too, on virtual ranks alone. ticket: what the reply must show, so that no
+    other frame passes for it.
     """
 
     case: str
@@ -29,19 +30,21 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     runs: int
     time_limit: float
     other_batches: bool = False
+    ticket: str = ""
 
 
 class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     """What one rank did: collectives as (operation, elements, bytes), or its error in one line and in full.
 
     kind of error: "usage" (the contract's checks refused a call), "struct" (what came back is not what
-    it should be), "hang" (process ranks did not answer in time), or "" (anything else).
+    it should be), "hang" (process ranks did not answer in time), or "" (anything else). left: see Reply.
     """
 
     calls: list[tuple[str, int, int]] = []
     error: str = ""
     kind: str = ""
     traceback: str = ""
+    left: list[str] = []
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -53,10 +56,13 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Reply(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Answer to a request; the tensors of every rank travel in the payload.
 
-    batches: by name of another batch "same bits", "rows differ" or an error.
+    batches: by name of another batch "same bits", "rows differ" or an error. left: functions and defaults of the
+    process that calls have replaced, so that it may serve no other case.
     """
 
     ranks: list[RankReport]
+    ticket: str = ""
+    left: list[str] = []
     runs: int = 0
     same_bits: bool | None = None
     differing_stages: list[str] = []

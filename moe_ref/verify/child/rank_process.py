@@ -4,7 +4,6 @@ import ctypes
 import faulthandler
 import os
 import signal
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch.distributed as dist
 
 from moe_ref.contract.comm import Groups, grid_groups
 from moe_ref.contract.torch_comm import TorchComm
+from moe_ref.verify.child.error_words import error_words
 from moe_ref.verify.child.rank_watch import Entered, Left, Raised, RankMessage, Returned, Told
 
 Body = Callable[[Groups, torch.device, bytes, Callable[[str], None]], bytes]
@@ -58,7 +58,7 @@ class Home:
 
 def rank_main(home: Home, body: Body) -> None:
     """Follow orders; an error of the body is an answer like any other."""
-    _end_with(home.parent)
+    end_with(home.parent)
     faulthandler.enable(home.dump)
     faulthandler.register(DUMP_SIGNAL, file=home.dump, all_threads=True)
     torch.set_num_threads(1)
@@ -75,13 +75,11 @@ def rank_main(home: Home, body: Body) -> None:
             elif world is not None:
                 _work(home, world, order, body)
         except BaseException as error:
-            kind = f"{type(error).__module__}.{type(error).__qualname__}"
-            _say(home, Raised(kind, *(text.encode(errors="replace").decode()
-                                      for text in (str(error), "".join(traceback.format_exception(error))))))
+            _say(home, Raised(f"{type(error).__module__}.{type(error).__qualname__}", *error_words(error)))
 
 
-def _end_with(parent: int) -> None:
-    """No rank outlives its parent, however that ends."""
+def end_with(parent: int) -> None:
+    """No child or rank outlives its parent, however that ends; it is the thread that started it that counts."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

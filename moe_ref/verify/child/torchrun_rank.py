@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from moe_ref.contract.capabilities import Capabilities
 from moe_ref.contract.comm import Groups, grid_groups
 from moe_ref.contract.errors import UsageError, UsageValueError, raise_faults
 from moe_ref.contract.torch_comm import TorchComm
+from moe_ref.verify.child.error_words import error_words
 from moe_ref.verify.child.execute import run_job
 from moe_ref.verify.child.rank_process import FirstRanks, num_groups
 from moe_ref.verify.child.rank_watch import Entered, Left, Raised, Returned
@@ -170,9 +170,7 @@ class TorchrunRank:
                 end = Returned(run_job(self.subject, groups, self.seat.device, order.job, tell))
                 num_made = num_groups() - before
         except BaseException as error:
-            texts = (str(error), "".join(traceback.format_exception(error)))
-            end = Raised(f"{type(error).__module__}.{type(error).__qualname__}",
-                         *(text.encode(errors="replace").decode() for text in texts))
+            end = Raised(f"{type(error).__module__}.{type(error).__qualname__}", *error_words(error))
         return Log(end, num_made)
 
     def leave_if_failed(self, log: Log) -> None:

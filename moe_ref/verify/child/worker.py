@@ -1,20 +1,18 @@
 """The child process: loads one subject, answers requests on its standard streams until they close.
 
-Started as `python -m moe_ref.verify.child.worker SUBJECT`. Standard output carries frames only; whatever
-the subject prints goes to standard error.
+Started as `python -m moe_ref.verify.child.worker SUBJECT`. Frames travel through descriptors of their own: whatever the
+subject prints goes to standard error, and its standard input is empty.
 """
 
 import faulthandler
-import importlib.abc
 import os
 import resource
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
@@ -25,19 +23,10 @@ from moe_ref.contract.errors import UsageError
 from moe_ref.verify.child.execute import execute, run_job
 from moe_ref.verify.child.messages import Hello, Progress, Request, read_frame, write_frame
 from moe_ref.verify.child.process_ranks import RankPool
+from moe_ref.verify.child.rank_process import end_with
+from moe_ref.verify.child.refuse_oracle import refuse_oracle
+from moe_ref.verify.child.surroundings import Surroundings
 from moe_ref.verify.run.subjects import load_subject, source_digest
-
-_ORACLE_SIDE = ("moe_ref.oracle", "moe_ref.verify.measure", "moe_ref.verify.bounds", "moe_ref.verify.judge")
-
-
-class _NoOracle(importlib.abc.MetaPathFinder):
-    """A subject that could ask the oracle would prove nothing."""
-
-    def find_spec(self, fullname: str, path: Sequence[str] | None,
-                  target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname.startswith(_ORACLE_SIDE):
-            raise ImportError(f"{fullname} may not be imported by an implementation under test")
-        return None
 
 
 class Teller:
@@ -59,21 +48,39 @@ def _limit_memory(gibibytes: float) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
-def main(name: str, memory_gib: float) -> None:
-    frames_out = os.fdopen(os.dup(1), "wb")
+def _frames() -> tuple[BinaryIO, BinaryIO]:
+    """The pipes from and to the harness, moved out of the subject's way."""
+    frames_in, frames_out = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
     os.dup2(2, 1)
-    frames_in = sys.stdin.buffer
+    return frames_in, frames_out
+
+
+def _prefer_to_die() -> None:
+    """Where memory ends, the kernel should take the child and not the harness."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def main(name: str, memory_gib: float) -> None:
+    end_with(os.getppid())
+    frames_in, frames_out = _frames()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     torch.set_num_threads(1)
+    _prefer_to_die()
     _limit_memory(memory_gib)
     if name.partition(":")[0].partition(".")[0] != "moe_ref":
-        sys.meta_path.insert(0, _NoOracle())
+        refuse_oracle()
+    surroundings = Surroundings()
     try:
         subject = load_subject(name)
         declared = msgspec.json.encode(subject.CAPABILITIES)
         # Decoding checks every field's type, which a dataclass does not.
         msgspec.json.decode(declared, type=Capabilities)
+        surroundings.keep_loaded()
     except UsageError as error:
         write_frame(frames_out, Hello(usage_error=str(error)))
         return
@@ -84,7 +91,7 @@ def main(name: str, memory_gib: float) -> None:
         return
     write_frame(frames_out, Hello(capabilities=declared.decode(), source_digest=source_digest(subject)))
     # Ranks are forked when a case first asks for them.
-    pool = RankPool(partial(run_job, subject))
+    pool = RankPool(partial(run_job, subject, surroundings=surroundings))
     while True:
         try:
             header, _ = read_frame(frames_in)
@@ -92,7 +99,7 @@ def main(name: str, memory_gib: float) -> None:
             pool.close()
             return
         request = msgspec.json.decode(header, type=Request)
-        write_frame(frames_out, *execute(subject, request, Teller(frames_out), pool))
+        write_frame(frames_out, *execute(subject, request, Teller(frames_out), pool, surroundings))
 
 
 if __name__ == "__main__":

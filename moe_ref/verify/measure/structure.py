@@ -2,6 +2,8 @@
 
 from collections.abc import Collection
 
+import torch
+
 from moe_ref.contract.capabilities import Capabilities
 from moe_ref.contract.case import Case
 from moe_ref.contract.dtypes import TORCH_DTYPES
@@ -72,7 +74,7 @@ def struct_faults(case: Case, ranks: list[RankTensors], capabilities: Capabiliti
             if stored is not None and tensor.dtype != TORCH_DTYPES[stored]:
                 faults.append(f"{stage}: dtype {tensor.dtype}, but should be {TORCH_DTYPES[stored]} as declared "
                               f"[rank {rank}]")
-            if stage is Stage.IDS and tensor.dtype.is_floating_point:
+            if stage is Stage.IDS and (tensor.dtype.is_floating_point or tensor.dtype is torch.bool):
                 faults.append(f"ids: dtype {tensor.dtype}, but should be an integer type [rank {rank}]")
     return faults or _row_faults(case, ranks, shares)
 

@@ -50,7 +50,8 @@ def _place(match: re.Match) -> str:
 def describe_exit(code: int) -> str:
     """An exit code in words; negative ones are signals."""
     if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
+        named = -code in {one.value for one in signal.Signals}
+        return f"was killed by {signal.Signals(-code).name if named else f'signal {-code}'}"
     if code == 0:
         return "was ended by the implementation (exit code 0)"
     return f"ended with exit code {code}"

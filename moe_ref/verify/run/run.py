@@ -5,9 +5,9 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -97,20 +97,22 @@ def run_plan(plan: Plan, observer: Observer = Observer()) -> RunResult:
 def run_with(plan: Plan, pool: Pool, capabilities: Capabilities, source_digest: str, started: float,
              observer: Observer) -> RunResult:
     """run_plan on ranks that are there already; started: when, on the monotonic clock."""
-    header, done = new_header(plan, capabilities, source_digest), None
-    if plan.record and holds_lines(plan.record / FILE_NAME):
-        header, done = _resumed(plan, header)
-    settings = replace(run_settings(plan, header, capabilities), tell=observer.tell)
+    # The writer first: what it has locked nobody else adds to while it is read.
     with RecordWriter(plan.record) if plan.record else nullcontext() as writer:
         append = writer.append if writer else lambda line: None
+        header, done = new_header(plan, capabilities, source_digest), None
+        if writer and holds_lines(writer.path):
+            header, done = _resumed(plan, header)
+        settings = replace(run_settings(plan, header, capabilities), tell=observer.tell)
         if done is None:
             append(header)
         lines = dict(done or {})
         left = [one for one in plan.cases if one.case_id not in lines]
-        for line in _run_cases(left, settings, plan, pool, started):
-            lines[line.case] = line
-            append(line)
-            observer.line(line)
+        with closing(_run_cases(left, settings, plan, pool, started)) as ready:
+            for line in ready:
+                lines[line.case] = line
+                append(line)
+                observer.line(line)
         end = end_line(plan, header.run, list(lines.values()), time.monotonic() - started)
         append(end)
     ran = [one.case for one in plan.cases if lines[one.case_id].verdict in EXECUTED_VERDICTS]
@@ -185,7 +187,7 @@ def weight_elements(planned: PlannedCase) -> int:
 
 
 def _run_cases(cases: list[PlannedCase], settings: RunSettings, plan: Plan, pool: Pool,
-               started: float) -> Iterator[CaseLine]:
+               started: float) -> Generator[CaseLine, None, None]:
     """Lines as they are ready, the most expensive cases first so that no lane is left with one at the end."""
     threads, stop = ThreadPoolExecutor(plan.lanes), threading.Event()
 

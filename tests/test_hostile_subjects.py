@@ -1,0 +1,190 @@
+"""Implementations that break what is around them cost their own verdict only: the case after each of them passes."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from moe_ref.contract.case_id import parse_case
+from moe_ref.contract.vocabulary import Ranks, Verdict
+from moe_ref.records.schema import CaseLine
+from moe_ref.records.store import read_run
+from moe_ref.tiers.tiers import PlannedCase
+from moe_ref.tolerances.load import load_tolerances
+from moe_ref.verify.run.run import Plan, run_plan
+from tests.subjects.hostile import RIGHT_TOKENS, TOKENS
+
+LOCAL, GLOO = Ranks.LOCAL, Ranks.GLOO
+IMPLEMENTATION = "tests.subjects.hostile:hostile"
+End = tuple[str, Ranks]
+
+NO_PLAIN = "but should be a real dense tensor"
+CHANGED = "which must not change"
+UNREADABLE = "may not be imported or read by an implementation under test"
+NO_ANSWER = "child wrote what is no answer into the pipe of the harness"
+
+# Implementation and ranks: verdict; words in the message, or after "left " what the record says was left behind.
+ENDS: dict[End, tuple[Verdict, str]] = {
+    ("edits_x", LOCAL): (Verdict.STRUCT, f"changed its inputs x_TH, {CHANGED}"),
+    ("edits_x", GLOO): (Verdict.STRUCT, f"changed its inputs x_TH, {CHANGED}"),
+    ("edits_and_restores_x", LOCAL): (Verdict.STRUCT, f"changed its inputs x_TH (for a time), {CHANGED}"),
+    ("edits_weights", LOCAL): (Verdict.STRUCT, f"changed its inputs w2_EHI, {CHANGED}"),
+    ("edits_residual", LOCAL): (Verdict.STRUCT, f"changed its inputs residual_TH, {CHANGED}"),
+    ("edits_logits", LOCAL): (Verdict.STRUCT, f"changed its inputs logits_TE, {CHANGED}"),
+    ("edits_routing", LOCAL): (Verdict.STRUCT, f"changed its inputs weights_TK, {CHANGED}"),
+    ("writes_before_x", LOCAL): (Verdict.STRUCT, "x_TH (memory beside it)"),
+    ("writes_behind_x", LOCAL): (Verdict.STRUCT, "x_TH (memory beside it)"),
+    ("writes_behind_x", GLOO): (Verdict.STRUCT, "x_TH (memory beside it)"),
+    ("reads_behind_x", LOCAL): (Verdict.MISMATCH, "reduced: infinitely over bound"),
+    ("returns_x", LOCAL): (Verdict.MISMATCH, "reduced: "),
+    ("returns_a_view_of_x", LOCAL): (Verdict.MISMATCH, "reduced: "),
+    ("returns_a_view_of_weights", LOCAL): (Verdict.MISMATCH, "reduced: "),
+    ("returns_one_buffer", LOCAL): (Verdict.PASS, ""),
+    ("returns_one_buffer", GLOO): (Verdict.PASS, ""),
+    ("returns_sparse", LOCAL): (Verdict.STRUCT, NO_PLAIN),
+    ("returns_complex", LOCAL): (Verdict.STRUCT, NO_PLAIN),
+    ("returns_nested", LOCAL): (Verdict.STRUCT, NO_PLAIN),
+    ("returns_quantised", LOCAL): (Verdict.STRUCT, NO_PLAIN),
+    ("returns_a_subclass", LOCAL): (Verdict.STRUCT, "output: OwnTensor, but should be a torch.Tensor"),
+    ("returns_with_gradient", LOCAL): (Verdict.PASS, ""),
+    ("leaves_a_row_unwritten", LOCAL): (Verdict.MISMATCH, "1 of {tokens} tokens"),
+    ("keeps_by_shape", LOCAL): (Verdict.MISMATCH, "reduced: "),
+    ("keeps_by_address", LOCAL): (Verdict.MISMATCH, "reduced: "),
+    ("keeps_by_address", GLOO): (Verdict.MISMATCH, "reduced: "),
+    ("right_once", LOCAL): (Verdict.NONDETERMINISTIC, "different bits"),
+    ("wrong_once", LOCAL): (Verdict.MISMATCH, "different bits"),
+    ("differs_between_ranks", LOCAL): (Verdict.MISMATCH, "reduced: "),
+    ("searches_for_truth", LOCAL): (Verdict.MISMATCH, "got 0.0"),
+    ("shows_a_huge_tensor", LOCAL): (Verdict.STRUCT, "act: 1099511627776 elements"),
+    ("shows_other_names", LOCAL): (Verdict.STRUCT, "but should hold stages only"),
+    ("shows_no_tensor", LOCAL): (Verdict.STRUCT, "act: list, but should be a torch.Tensor"),
+    ("shows_nan_ids", LOCAL): (Verdict.STRUCT, "ids: dtype torch.float32, but should be an integer type"),
+    ("shows_negative_ids", LOCAL): (Verdict.MISMATCH, "ids: "),
+    ("shows_huge_ids", LOCAL): (Verdict.MISMATCH, "ids: "),
+    ("shows_bool_ids", LOCAL): (Verdict.STRUCT, "ids: dtype torch.bool, but should be an integer type"),
+    ("shows_less_than_declared", LOCAL): (Verdict.STRUCT, "does not show act, but should, as declared"),
+    ("shows_undeclared_format", LOCAL): (Verdict.STRUCT, "act: dtype torch.float64, but should be torch.bfloat16"),
+    ("replaces_functions", LOCAL): (Verdict.PASS, "left torch.equal"),
+    ("replaces_functions", GLOO): (Verdict.PASS, "left torch.equal"),
+    ("changes_defaults", LOCAL): (Verdict.PASS, "left the default dtype"),
+    ("changes_defaults", GLOO): (Verdict.PASS, "left the default dtype"),
+    ("replaces_the_guard", LOCAL): (Verdict.STRUCT, "replaced moe_ref.verify.child.guard.fingerprint, but the harness"),
+    ("replaces_the_guard", GLOO): (Verdict.STRUCT, "replaced moe_ref.verify.child.guard.fingerprint, but the harness"),
+    ("replaces_the_trace", LOCAL): (Verdict.STRUCT, "replaced Trace.record, but the harness"),
+    ("imports_past_the_finders", LOCAL): (Verdict.CRASH, f"moe_ref.oracle {UNREADABLE}"),
+    ("imports_past_the_finders", GLOO): (Verdict.CRASH, f"moe_ref.oracle {UNREADABLE}"),
+    ("reads_the_judge", LOCAL): (Verdict.CRASH, f"moe_ref.verify.judge {UNREADABLE}"),
+    ("closes_streams", LOCAL): (Verdict.PASS, "left the standard streams"),
+    ("closes_streams", GLOO): (Verdict.PASS, "left the standard streams"),
+    ("writes_garbage_frames", LOCAL): (Verdict.CRASH, NO_ANSWER),
+    ("forges_an_answer", LOCAL): (Verdict.CRASH, f"{NO_ANSWER}: it answers another request"),
+    ("closes_pipes", LOCAL): (Verdict.CRASH, "child"),
+    ("reads_requests", LOCAL): (Verdict.PASS, ""),
+    ("starts_threads", LOCAL): (Verdict.PASS, ""),
+    ("leaves_a_process", LOCAL): (Verdict.PASS, ""),
+    ("leaves_a_program", LOCAL): (Verdict.PASS, ""),
+    ("leaves_a_process_and_dies", LOCAL): (Verdict.CRASH, "child was killed by SIGKILL"),
+    ("comes_back_twice", LOCAL): (Verdict.PASS, ""),
+    ("comes_back_twice", GLOO): (Verdict.PASS, ""),
+    ("prints_without_end", LOCAL): (Verdict.PASS, ""),
+    ("hangs_at_its_end", LOCAL): (Verdict.PASS, ""),
+    ("spoils_the_record", LOCAL): (Verdict.PASS, ""),
+    ("recurses", LOCAL): (Verdict.CRASH, "RecursionError: maximum recursion depth exceeded"),
+    ("raises_what_cannot_be_said", LOCAL): (Verdict.CRASH, "_Silent: no message: its __str__ raised ValueError"),
+    ("raises_what_cannot_be_said", GLOO): (Verdict.CRASH, "_Silent: no message: its __str__ raised ValueError"),
+    ("raises_a_long_message", LOCAL): (Verdict.CRASH, "ValueError: long long long"),
+    ("raises_what_cannot_be_written", LOCAL): (Verdict.CRASH, "ValueError: half a pair ?"),
+    ("raises_interrupt", LOCAL): (Verdict.CRASH, "KeyboardInterrupt"),
+    ("raises_group", LOCAL): (Verdict.CRASH, "BaseExceptionGroup: two"),
+    ("aborts", LOCAL): (Verdict.CRASH, "child was killed by SIGABRT"),
+    ("aborts", GLOO): (Verdict.CRASH, "rank 1 was killed by SIGABRT; ranks [0, 2] wait in all_reduce"),
+    ("takes_a_nameless_signal", LOCAL): (Verdict.CRASH, "child was killed by signal"),
+    ("ignores_signals_and_sleeps", LOCAL): (Verdict.HANG, "no stack could be dumped"),
+    ("locks_the_interpreter", LOCAL): (Verdict.HANG, "in _sleep_with_the_interpreter_locked"),
+    ("stops_itself", LOCAL): (Verdict.HANG, "its process is stopped, as by SIGSTOP"),
+    ("stops_itself", GLOO): (Verdict.HANG, "rank 1 of 3 did not answer"),
+}
+WORDS = {"edits_residual": "-res", "edits_logits": "-zipf", "edits_routing": "-exact"}
+"""Of the case: what else a call is handed."""
+
+TWICE = ("keeps_by_shape", "keeps_by_address")
+"""Right, unless a case of the same shape came before."""
+
+HANGS = [end for end, (verdict, _) in ENDS.items() if verdict is Verdict.HANG]
+
+
+def _case(tokens: int, seed: int, ranks: Ranks, words: str = "") -> PlannedCase:
+    text = f"v1-T{tokens}.H32.I48.E4.K2-bf16-norm{words}-s{seed}-tp3"
+    return PlannedCase(case=parse_case(text), purpose="hostile", ranks=ranks)
+
+
+def _planned(ends: list[End]) -> dict[str, list[PlannedCase]]:
+    """By name of behaviour and ranks: its cases, the last of which counts, and then one that should pass."""
+    planned, seed = {}, 0
+    for name, ranks in ends:
+        seeds = [seed := seed + 1 for _ in range(1 + (name in TWICE) + 1)]
+        cases = [_case(TOKENS[name], one, ranks, WORDS.get(name, "")) for one in seeds[:-1]]
+        planned[f"{name} {ranks}"] = [*cases, _case(RIGHT_TOKENS, seeds[-1], ranks)]
+    return planned
+
+
+def _run(ends: list[End], record: Path, time_limit: float) -> dict[End, list[CaseLine]]:
+    """Lines of the cases of each behaviour, from a run that was put on record."""
+    planned = _planned(ends)
+    cases = [case for one in planned.values() for case in one]
+    run_plan(Plan(implementation=IMPLEMENTATION, cases=cases, tier="", minimum_executed=1, lanes=1, record=record,
+                  time_limit=time_limit))
+    run = read_run(record)
+    assert run.end is not None
+    assert list(run.header.cases) == [one.case_id for one in cases]
+    return {end: [run.cases[case.case_id] for case in one] for end, one in zip(ends, planned.values(), strict=True)}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[End, Future]]:
+    """One run for each kind of rank, beside one with a short limit for those that hang."""
+    # msgspec must not learn a type from two threads at once.
+    load_tolerances()
+    os.environ[MARKER] = str(os.getpid())
+    groups = [(HANGS, 8.0), *(([end for end in ENDS if end not in HANGS and end[1] is ranks], 120.0)
+                              for ranks in (LOCAL, GLOO))]
+    with ThreadPoolExecutor(2) as threads:
+        futures = {}
+        for ends, limit in groups:
+            future = threads.submit(_run, ends, tmp_path_factory.mktemp("record"), limit)
+            futures |= dict.fromkeys(ends, future)
+        yield futures
+        threads.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize(("name", "ranks"), ENDS)
+def test_a_hostile_subject_gets_its_verdict_and_the_next_case_passes(ended: dict[End, Future], name: str,
+                                                                      ranks: Ranks) -> None:
+    """The record, which is whole, says of both."""
+    verdict, words = ENDS[name, ranks]
+    *_, line, after = ended[name, ranks].result()[name, ranks]
+    assert line.verdict == verdict, line.message
+    where = line.guard.get("left behind", "") if words.startswith("left ") else line.message
+    assert words.removeprefix("left ").replace("{tokens}", str(TOKENS[name])) in where
+    assert after.verdict == Verdict.PASS, after.message
+    assert len(line.message) < 3000
+
+
+def test_nothing_that_a_subject_started_outlives_the_run(ended: dict[End, Future]) -> None:
+    """Also a process in a session of its own, and one whose parent is dead."""
+    for future in ended.values():
+        future.result()
+    assert [folder.name for folder in Path("/proc").glob("[0-9]*") if _is_marked(folder)] == []
+
+
+MARKER = "MOE_REF_TEST_HOSTILE"
+
+
+def _is_marked(folder: Path) -> bool:
+    """Whether a process was started here, or by one that was."""
+    try:
+        return f"{MARKER}={os.getpid()}".encode() in (folder / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
