@@ -13,6 +13,12 @@ _TRIGGERS = (
     ("v1-T21.H48.I40.E8.K3-bf16-norm-near-tp2", "logits that 16 bits cannot tell apart, bf16 tokens"),
     ("v1-T21.H48.I40.E8.K3-fp32-sigmoid-norm-bias-near", "selection biases that 16 bits cannot tell apart"),
     ("v1-T21.H48.I40.E8.K3-bf16-sigmoid-norm-bias-g4.2-top2sum-near", "the same beside groups"),
+    ("v1-T3.H64.I14336.E2.K1-bf16-norm", "sums of 14336 back from the activation"),
+    ("v1-T3.H14336.I64.E2.K1-fp32-norm", "sums of 14336 over the hidden axis"),
+    ("v1-T3.H1.I5.E2.K1-bf16-norm", "one hidden column"),
+    ("v1-T3.H1.I1.E1.K1-fp32-norm", "every size 1"),
+    ("v1-T4.H64.I96.E4.K2-bf16-norm", "the bucket of four tokens"),
+    ("v1-T13.H64.I96.E4.K2-fp16-norm-tp2", "a number of tokens between buckets"),
     ("v1-T9.H48.I24.E384.K8-fp32-norm", "more experts than a block of 256 or a scan of 128 holds"),
     ("v1-T21.H48.I40.E8.K2-fp32-norm-cap3-allone-ep2", "dropped slots where experts are apart"),
 )
