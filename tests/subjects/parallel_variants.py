@@ -190,3 +190,6 @@ RIGHT = {one.__name__: one for one in (
     ParallelMoE, GateUpShown, FP32Between, NarrowOnlyBetween, WideBetween, Reversed, Tree, Ring, PackedDescription,
     CountsFirst, ExpertsBeforeTensors, BlackBox, FewerStages, RowsOnly, ResidualInSum, LateBias, WeightAtHome,
     HiddenWeightAtHome)}
+
+fp32_between = FP32Between()
+residual_in_sum = ResidualInSum()
