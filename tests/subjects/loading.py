@@ -6,6 +6,7 @@ from dataclasses import replace
 import torch
 
 from moe_ref.contract.parallel import Range
+from moe_ref.contract.vocabulary import Stage
 from tests.subjects.parallel import ParallelMoE
 from tests.subjects.parallel_call import ParallelCall
 from tests.subjects.parallel_variants import UNCOUNTED
@@ -62,4 +63,11 @@ class ShardLoader(ParallelMoE):
         return self.columns(call, width)
 
 
+class HiddenLoader(ShardLoader):
+    """The same, judged by its choice and its output."""
+
+    shows = (Stage.IDS,)
+
+
 shard_loader = ShardLoader()
+hidden_loader = HiddenLoader()

@@ -30,6 +30,12 @@ class FP32Between(ParallelMoE):
     reduce_in = Format.FP32
 
 
+class HiddenFP32Between(FP32Between):
+    """The same, judged by its choice and its output."""
+
+    shows = (Stage.IDS,)
+
+
 class NarrowOnlyBetween(ParallelMoE):
     """Rounds to the model's dtype what travels and nothing before; no stage but the output is declared or shown."""
 
@@ -192,4 +198,6 @@ RIGHT = {one.__name__: one for one in (
     HiddenWeightAtHome)}
 
 fp32_between = FP32Between()
+hidden_fp32_between = HiddenFP32Between()
+hidden = HiddenWeightAtHome()
 residual_in_sum = ResidualInSum()
