@@ -155,3 +155,4 @@ class WeightGradientInBf16(Rounded):
 
 
 rounded = Rounded()
+rounded_hidden = RoundedHidden()
