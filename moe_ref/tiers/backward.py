@@ -19,6 +19,11 @@ _PLAIN = (
     (".E6.K3-fp32-norm-gelu-sh19-shgelu-tp2", "gelu"), (".E6.K3-fp32-norm-gelutanh-tp2", "gelu, tanh form"),
     (".E6.K3-fp32-norm-zipf-tp2", "injected logits"), (".E6.K3-fp16-norm-empty-tp2", "experts without rows"),
     (".E6.K3-bf16-norm-outlier-tp2-inoutinterleaved", "outliers, another order in memory"),
+    (".E6.K3-fp32-norm-sh19-shgate-res-tp3", "three ranks that all hold columns"),
+    (".E6.K3-fp32-norm-sh19-shgate-res-tp2-ep2-reducescatter", "scattered sums over both axes"),
+    (".E6.K3-fp32-norm-sh19-shgate-res-tp2-ep2-allreducerows", "rows reduced over both axes"),
+    (".E6.K3-fp16-norm-ep2-interleaved", "experts apart, interleaved rows"),
+    (".E6.K3-fp32-sigmoid-norm-bias-g3.2-top2sum-inout", "groups, transposed matrices"),
     (".E6.K1-fp32-sigmoid-res-allone-ep2-tokensep", "a rank that serves no row"),
 )
 

@@ -19,6 +19,8 @@ _TRIGGERS = (
     ("v1-T3.H1.I1.E1.K1-fp32-norm", "every size 1"),
     ("v1-T4.H64.I96.E4.K2-bf16-norm", "the bucket of four tokens"),
     ("v1-T13.H64.I96.E4.K2-fp16-norm-tp2", "a number of tokens between buckets"),
+    ("v1-T15.H64.I64.E8.K2-fp32-norm-tp2-reducescatter-tokenstp", "as many tokens of a rank as experts, with padding"),
+    ("v1-T7.H64.I64.E8.K4-fp32-norm-tp2-reducescatter-tokenstp", "as many tokens as experts but for one"),
     ("v1-T9.H48.I24.E384.K8-fp32-norm", "more experts than a block of 256 or a scan of 128 holds"),
     ("v1-T21.H48.I40.E8.K2-fp32-norm-cap3-allone-ep2", "dropped slots where experts are apart"),
 )

@@ -156,3 +156,4 @@ class WeightGradientInBf16(Rounded):
 
 
 rounded = Rounded()
+rounded_hidden = RoundedHidden()

@@ -30,6 +30,12 @@ class FP32Between(ParallelMoE):
     reduce_in = Format.FP32
 
 
+class HiddenFP32Between(FP32Between):
+    """The same, judged by its choice and its output."""
+
+    shows = (Stage.IDS,)
+
+
 class NarrowOnlyBetween(ParallelMoE):
     """Rounds to the model's dtype what travels and nothing before; no stage but the output is declared or shown."""
 
@@ -195,3 +201,4 @@ parallel_reversed, parallel_tree, parallel_ring = Reversed(), Tree(), Ring()
 parallel_fp32_between, parallel_wide_between = FP32Between(), WideBetween()
 parallel_rows_only, parallel_residual_in_sum, parallel_weight_at_home = RowsOnly(), ResidualInSum(), WeightAtHome()
 parallel_packed_description, parallel_late_bias = PackedDescription(), LateBias()
+hidden_fp32_between, hidden_weight_at_home = HiddenFP32Between(), HiddenWeightAtHome()
