@@ -157,6 +157,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[End, Future
             futures |= dict.fromkeys(ends, future)
         yield futures
         threads.shutdown(cancel_futures=True)
+    # What other tests start is none of this.
+    del os.environ[MARKER]
 
 
 @pytest.mark.parametrize(("name", "ranks"), ENDS)
