@@ -11,7 +11,7 @@ from moe_ref.verify.judge import Judgement, failing
 FindWaiver = Callable[[Stage | None], Waiver | None]
 """The waiver of this case for a failure at a stage, at any stage where it is None."""
 
-_SEVERITY = {Verdict.PASS: 2, Verdict.KNOWN_FAILURE: 1}
+_SEVERITY = {Verdict.PASS: 3, Verdict.KNOWN_FAILURE: 2, Verdict.NONDETERMINISTIC: 1}
 
 
 def waived(judgement: Judgement, stages: tuple[StageResult, ...], ratio_limit: float,
@@ -32,6 +32,8 @@ def waived(judgement: Judgement, stages: tuple[StageResult, ...], ratio_limit: f
 
 def speaks_for_all(judgements: list[Judgement], find_waiver: FindWaiver) -> tuple[int, Judgement]:
     """Index and judgement of the run that speaks for the case: the first that fails, then the first known to fail.
+
+    That runs differ is said of every one of them, so one that is wrong by itself speaks before those that are not.
 
     Where all pass although a waiver says that they do not, that is unexpected.
     """
