@@ -3,7 +3,7 @@
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Protocol
 
@@ -44,7 +44,7 @@ def execute(subject: ModuleType, request: Request, tell: Callable[[str], None] =
         job = Job(subject, request, tell)
         started = time.monotonic()
         outcomes, digest = _run_local(job), job.inputs.digest()
-        seconds = (time.monotonic() - started) / request.runs
+        seconds = (time.monotonic() - started) / _num_calls(job)
         if request.other_batches and not isinstance(outcomes, Failed):
             batches = _run_other_batches(job, outcomes[0].tensors)
     else:
@@ -134,8 +134,12 @@ def run_job(subject: ModuleType, groups: Groups, device: torch.device, content: 
     job = Job(subject, request, tell, device, groups.rank)
     started = time.monotonic()
     with torch.no_grad():
-        results = [job.run_rank(groups, device, run) for run in range(request.runs)]
-    seconds = (time.monotonic() - started) / request.runs
+        results = []
+        for run in range(request.runs):
+            before = job.run_rank(groups, device, run, is_changed=True)[2] if run == job.changed_call else []
+            tensors, report, touched = job.run_rank(groups, device, run)
+            results.append((tensors, report, before + touched))
+    seconds = (time.monotonic() - started) / _num_calls(job)
     return msgspec.msgpack.encode(RankRuns([RankRun(report, changed, pack_runs([[tensors]]))
                                             for tensors, report, changed in results], seconds))
 
@@ -164,11 +168,16 @@ def _run_processes(pool: ProcessRanks, request: Request, parallel: Parallel, sec
 def _run_local(job: Job) -> list[Outcome] | Failed:
     outcomes = []
     for run in range(job.request.runs):
-        outcome = _run_once(job, run)
+        before = _run_once(job, run, is_changed=True) if run == job.changed_call else None
+        outcome = before if isinstance(before, Failed) else _run_once(job, run)
         if isinstance(outcome, Failed):
             return outcome
-        outcomes.append(outcome)
+        outcomes.append(outcome if before is None else replace(outcome, changed=before.changed + outcome.changed))
     return outcomes
+
+
+def _num_calls(job: Job) -> int:
+    return job.request.runs + (job.changed_call is not None)
 
 
 def _run_other_batches(job: Job, first: list[RankTensors]) -> dict[str, str]:
@@ -186,7 +195,7 @@ def _run_other_batches(job: Job, first: list[RankTensors]) -> dict[str, str]:
     return words
 
 
-def _run_once(job: Job, run: int, token_T: torch.Tensor | None = None) -> Outcome | Failed:
+def _run_once(job: Job, run: int, token_T: torch.Tensor | None = None, is_changed: bool = False) -> Outcome | Failed:
     device, size = torch.device(job.request.device), job.case.parallel.size
 
     def body(comm: LocalComm) -> RankResult | RankReport:
@@ -194,7 +203,7 @@ def _run_once(job: Job, run: int, token_T: torch.Tensor | None = None) -> Outcom
             # No autograd, whose worker threads virtual ranks must not share; a backward case has it in this thread.
             with torch.no_grad():
                 groups = grid_groups(comm, job.case.parallel.tp, job.case.parallel.ep)
-                return job.run_rank(groups, device, run, token_T)
+                return job.run_rank(groups, device, run, token_T, is_changed)
         except UsageError as error:
             # Wrong use is found before any communication, by every rank on its own: let each one say so.
             return _report(error, "usage")
