@@ -168,11 +168,16 @@ def _run_processes(pool: ProcessRanks, request: Request, parallel: Parallel, sec
 def _run_local(job: Job) -> list[Outcome] | Failed:
     outcomes = []
     for run in range(job.request.runs):
-        before = _run_once(job, run, is_changed=True) if run == job.changed_call else None
-        outcome = before if isinstance(before, Failed) else _run_once(job, run)
+        touched: list[str] = []
+        if run == job.changed_call:
+            before = _run_once(job, run, is_changed=True)
+            if isinstance(before, Failed):
+                return before
+            touched = before.changed
+        outcome = _run_once(job, run)
         if isinstance(outcome, Failed):
             return outcome
-        outcomes.append(outcome if before is None else replace(outcome, changed=before.changed + outcome.changed))
+        outcomes.append(replace(outcome, changed=touched + outcome.changed))
     return outcomes
 
 
