@@ -1,12 +1,15 @@
 """What an implementation keeps from call to call shows, in the case itself and whatever cases were before it."""
 
+from typing import Any
+
 import pytest
 import torch
 
+from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Verdict
 from moe_ref.tiers.tiers import tier
 from moe_ref.verify.child import job
-from moe_ref.verify.child.changed import changed, precedes
+from moe_ref.verify.child.changed import asks_untraced, changed, precedes
 from tests.in_process import judged
 from tests.subjects.base import Call
 from tests.subjects.whole import WholeSpec
@@ -90,3 +93,35 @@ def test_both_places_are_taken_in_every_tier() -> None:
         places = [precedes(one.case_id, 2) for one in tier(name).cases]
         assert 1 / 3 < sum(place == 0 for place in places) / len(places) < 2 / 3
     assert precedes(SAME_SHAPE_FIRST, 1) is None
+
+
+class OtherOrderUntraced(WholeSpec):
+    """Adds slots from the last one where nobody looks, as a fused path may."""
+
+    factor = 1.0
+
+    def moe(self, *arguments: Any, trace: Trace | None = None, **options: Any) -> torch.Tensor:
+        self.is_traced = trace is not None
+        return super().moe(*arguments, trace=trace, **options)
+
+    def sum_of_slots(self, rows_TKH: torch.Tensor) -> torch.Tensor:
+        if self.is_traced:
+            return super().sum_of_slots(rows_TKH)
+        return self.factor * super().sum_of_slots(rows_TKH.flip(1))
+
+
+class WrongUntraced(OtherOrderUntraced):
+    """A path that no trace looks into, and that is wrong."""
+
+    factor = 1.01
+
+
+@pytest.mark.parametrize(("subject", "verdict"), [(OtherOrderUntraced, Verdict.PASS),
+                                                  (WrongUntraced, Verdict.MISMATCH)])
+def test_what_runs_without_a_trace_is_judged_by_its_output(subject: type[WholeSpec], verdict: Verdict) -> None:
+    """Other bits are no fault there, since a trace may ask for another path; a wrong output is."""
+    case = "v1-T19.H48.I33.E64.K8-fp32-norm-ties-tp2"
+    assert asks_untraced(case)
+    line = judged(subject(), case)
+    assert line.verdict == verdict, line.message
+    assert line.same_bits

@@ -27,3 +27,8 @@ def changed(handed: Mapping[str, torch.Tensor | None], run: int) -> dict[str, to
         token_T = token_T[:num_tokens // 2] if num_tokens > 1 else token_T.repeat(2)
     return {name: None if tensor is None else -tensor[token_T] if name in _NEGATED else tensor[token_T]
             for name, tensor in handed.items()}
+
+
+def asks_untraced(case_id: str) -> bool:
+    """Whether a case is run once more without a trace, as users run it: a quarter of them, since paths are few."""
+    return int(random_words(case_id, "untraced call", 0, 1)[0]) % 4 == 0

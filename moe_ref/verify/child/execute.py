@@ -18,6 +18,7 @@ from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.vocabulary import Ranks, Stage
 from moe_ref.inputs.build import build_inputs
 from moe_ref.verify.child.batches import other_batches, same_rows
+from moe_ref.verify.child.changed import asks_untraced
 from moe_ref.verify.child.guard import POISON_NAMES, fingerprint
 from moe_ref.verify.child.job import Job, StructError
 from moe_ref.verify.child.messages import RankReport, RankTensors, Reply, Request, pack_runs, unpack_runs
@@ -40,6 +41,7 @@ def execute(subject: ModuleType, request: Request, tell: Callable[[str], None] =
     Process ranks are those of `pool`, whose body is run_job of the same subject.
     """
     batches: dict[str, str] = {}
+    untraced: list[list[RankTensors]] = []
     if request.ranks == Ranks.LOCAL:
         job = Job(subject, request, tell)
         started = time.monotonic()
@@ -47,6 +49,12 @@ def execute(subject: ModuleType, request: Request, tell: Callable[[str], None] =
         seconds = (time.monotonic() - started) / _num_calls(job)
         if request.other_batches and not isinstance(outcomes, Failed):
             batches = _run_other_batches(job, outcomes[0].tensors)
+        if request.runs > 1 and not isinstance(outcomes, Failed) and asks_untraced(request.case):
+            last = _run_once(job, 0, is_traced=False)
+            if isinstance(last, Failed):
+                outcomes = last
+            elif Stage.REDUCED in _differing(last.tensors, outcomes[0].tensors):
+                untraced = [last.tensors]
     else:
         assert pool is not None
         started = time.monotonic()
@@ -67,10 +75,10 @@ def execute(subject: ModuleType, request: Request, tell: Callable[[str], None] =
     reply = Reply(ranks=first.reports, runs=request.runs, same_bits=not differing if request.runs > 1 else None,
                   differing_stages=differing, changed_inputs=sorted({name for one in outcomes for name in one.changed}),
                   guard={"poison": ", ".join(names), "inputs": "fingerprinted before and after", "process": "child"},
-                  batches=batches, seconds=seconds, inputs_digest=digest)
+                  batches=batches, untraced=bool(untraced), seconds=seconds, inputs_digest=digest)
     # Every run that is not the first one's bits is judged too: a defect may show only once.
     others = [other.tensors for other in outcomes[1:] if _differing(first.tensors, other.tensors)]
-    return reply, pack_runs([first.tensors, *others])
+    return reply, pack_runs([first.tensors, *others, *untraced])
 
 
 @dataclass(frozen=True)
@@ -200,7 +208,8 @@ def _run_other_batches(job: Job, first: list[RankTensors]) -> dict[str, str]:
     return words
 
 
-def _run_once(job: Job, run: int, token_T: torch.Tensor | None = None, is_changed: bool = False) -> Outcome | Failed:
+def _run_once(job: Job, run: int, token_T: torch.Tensor | None = None, is_changed: bool = False,
+              is_traced: bool = True) -> Outcome | Failed:
     device, size = torch.device(job.request.device), job.case.parallel.size
 
     def body(comm: LocalComm) -> RankResult | RankReport:
@@ -208,7 +217,7 @@ def _run_once(job: Job, run: int, token_T: torch.Tensor | None = None, is_change
             # No autograd, whose worker threads virtual ranks must not share; a backward case has it in this thread.
             with torch.no_grad():
                 groups = grid_groups(comm, job.case.parallel.tp, job.case.parallel.ep)
-                return job.run_rank(groups, device, run, token_T, is_changed)
+                return job.run_rank(groups, device, run, token_T, is_changed, is_traced)
         except UsageError as error:
             # Wrong use is found before any communication, by every rank on its own: let each one say so.
             return _report(error, "usage")

@@ -44,10 +44,10 @@ class Job:
         return precedes(self.request.case, self.request.runs)
 
     def run_rank(self, groups: Groups, device: torch.device, run: int, token_T: torch.Tensor | None = None,
-                 is_changed: bool = False) -> tuple[RankTensors, RankReport, list[str]]:
+                 is_changed: bool = False, is_traced: bool = True) -> tuple[RankTensors, RankReport, list[str]]:
         """Tensors shown, calls made, and the names of inputs that changed; token_T: the batch, if it is another one.
 
-        is_changed: the call with other inputs that precedes the run.
+        is_changed: the call with other inputs that precedes the run. is_traced: whether the subject is given a trace.
         """
         self.tell(f"{'other inputs before ' if is_changed else ''}run {run + 1} of {self.request.runs}, "
                   f"rank {groups.rank + 1} of {self.case.parallel.size}")
@@ -70,7 +70,7 @@ class Job:
         trace = Trace()
         with poison(run):
             output = self.subject.moe(handed["x_TH"], weights, self.case.problem.spec, self.case.parallel,
-                                      counting, trace=trace, **options(handed))
+                                      counting, trace=trace if is_traced else None, **options(handed))
         _check_tensor("output", output)
         for stage, tensor in trace.tensors.items():
             if not isinstance(stage, Stage):
@@ -79,7 +79,7 @@ class Job:
         # A copy: a subject may hand out the same buffer again in its next call.
         output = output.detach().clone()
         gradients: RankTensors = {}
-        if self.case.direction is Direction.BACKWARD:
+        if self.case.direction is Direction.BACKWARD and is_traced:
             with poison(run):
                 gradients = self._gradients(handed, weights, groups)
         if device.type == "cuda":
