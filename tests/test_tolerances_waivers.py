@@ -77,7 +77,9 @@ PASS, KNOWN = Judgement(Verdict.PASS), replace(MISMATCH, verdict=Verdict.KNOWN_F
     ([PASS, PASS], 0, Verdict.UNEXPECTED_PASS), ([PASS, KNOWN], 1, Verdict.KNOWN_FAILURE),
     ([KNOWN, MISMATCH], 1, Verdict.MISMATCH), ([PASS, MISMATCH], 1, Verdict.MISMATCH),
     ([Judgement(Verdict.NOT_RUN)] * 2, 0, Verdict.NOT_RUN),
-], ids=["all pass", "one known", "known, then new", "new", "not run"])
+    ([Judgement(Verdict.NONDETERMINISTIC), MISMATCH], 1, Verdict.MISMATCH),
+    ([KNOWN, Judgement(Verdict.NONDETERMINISTIC)], 1, Verdict.NONDETERMINISTIC),
+], ids=["all pass", "one known", "known, then new", "new", "not run", "other bits, then wrong", "other bits"])
 def test_the_worst_run_speaks(judgements: list[Judgement], index: int, verdict: Verdict) -> None:
     """Runs that differ are all judged; only where every one passes is the waiver no longer true."""
     spoken, judgement = speaks_for_all(judgements, find_act)

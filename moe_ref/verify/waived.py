@@ -32,9 +32,9 @@ def waived(judgement: Judgement, stages: tuple[StageResult, ...], ratio_limit: f
 
 
 def speaks_for_all(judgements: list[Judgement], find_waiver: FindWaiver) -> tuple[int, Judgement]:
-    """Index and judgement of the run that speaks for the case: the first that fails, then the first known to fail;
-    one that differs without a fault of its own comes after those with one.
+    """Index and judgement of the run that speaks for the case: the first that fails, then the first known to fail.
 
+    That runs differ is said of every one of them, so one that is wrong by itself speaks before those that are not.
     Where all pass although a waiver says that they do not, that is unexpected.
     """
     index = min(range(len(judgements)), key=lambda one: _SEVERITY.get(judgements[one].verdict, 0))

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.vocabulary import Ranks, Stage
 from moe_ref.inputs.build import build_inputs
 from moe_ref.verify.child.batches import other_batches, same_rows
+from moe_ref.verify.child.changed import asks_untraced
 from moe_ref.verify.child.error_words import error_words
 from moe_ref.verify.child.guard import POISON_NAMES, fingerprint
 from moe_ref.verify.child.job import Job, StructError
@@ -50,13 +51,20 @@ def execute(subject: ModuleType, request: Request, tell: Callable[[str], None] =
 def _execute(subject: ModuleType, request: Request, tell: Callable[[str], None], pool: ProcessRanks | None,
              surroundings: Surroundings | None) -> tuple[Reply, bytes]:
     batches: dict[str, str] = {}
+    untraced: list[list[RankTensors]] = []
     if request.ranks == Ranks.LOCAL:
         job = Job(subject, request, tell, surroundings=surroundings)
         started = time.monotonic()
         outcomes, digest = run_local(job), job.inputs.digest()
-        seconds = (time.monotonic() - started) / request.runs
+        seconds = (time.monotonic() - started) / _num_calls(job)
         if request.other_batches and not isinstance(outcomes, Failed):
             batches = _run_other_batches(job, outcomes[0].tensors)
+        if request.runs > 1 and not isinstance(outcomes, Failed) and asks_untraced(request.case):
+            last = _run_once(job, 0, is_traced=False)
+            if isinstance(last, Failed):
+                outcomes = last
+            elif Stage.REDUCED in _differing(last.tensors, outcomes[0].tensors):
+                untraced = [last.tensors]
     else:
         assert pool is not None
         started = time.monotonic()
@@ -78,10 +86,10 @@ def _execute(subject: ModuleType, request: Request, tell: Callable[[str], None],
                   differing_stages=differing, changed_inputs=_changed(outcomes),
                   guard={"poison": ", ".join(names), "inputs": "fingerprinted before and after", "process": "child"},
                   left=[name for one in outcomes for report in one.reports for name in report.left],
-                  batches=batches, seconds=seconds, inputs_digest=digest)
+                  batches=batches, untraced=bool(untraced), seconds=seconds, inputs_digest=digest)
     # Every run that is not the first one's bits is judged too: a defect may show only once.
     others = [other.tensors for other in outcomes[1:] if _differing(first.tensors, other.tensors)]
-    return reply, pack_runs([first.tensors, *others])
+    return reply, pack_runs([first.tensors, *others, *untraced])
 
 
 @dataclass(frozen=True)
@@ -152,8 +160,12 @@ def run_job(subject: ModuleType, groups: Groups, device: torch.device, content: 
     job = Job(subject, request, tell, device, groups.rank, surroundings)
     started = time.monotonic()
     with torch.no_grad():
-        results = [job.run_rank(groups, device, run) for run in range(request.runs)]
-    seconds = (time.monotonic() - started) / request.runs
+        results = []
+        for run in range(request.runs):
+            before = job.run_rank(groups, device, run, is_changed=True)[2] if run == job.changed_call else []
+            tensors, report, touched = job.run_rank(groups, device, run)
+            results.append((tensors, report, before + touched))
+    seconds = (time.monotonic() - started) / _num_calls(job)
     return msgspec.msgpack.encode(RankRuns([RankRun(report, changed, pack_runs([[tensors]]))
                                             for tensors, report, changed in results], seconds))
 
@@ -183,11 +195,21 @@ def run_local(job: Job) -> list[Outcome] | Failed:
     """All runs of a job on virtual ranks."""
     outcomes = []
     for run in range(job.request.runs):
+        touched: list[str] = []
+        if run == job.changed_call:
+            before = _run_once(job, run, is_changed=True)
+            if isinstance(before, Failed):
+                return before
+            touched = before.changed
         outcome = _run_once(job, run)
         if isinstance(outcome, Failed):
             return outcome
-        outcomes.append(outcome)
+        outcomes.append(replace(outcome, changed=touched + outcome.changed))
     return outcomes
+
+
+def _num_calls(job: Job) -> int:
+    return job.request.runs + (job.changed_call is not None)
 
 
 def _run_other_batches(job: Job, first: list[RankTensors]) -> dict[str, str]:
@@ -205,7 +227,8 @@ def _run_other_batches(job: Job, first: list[RankTensors]) -> dict[str, str]:
     return words
 
 
-def _run_once(job: Job, run: int, token_T: torch.Tensor | None = None) -> Outcome | Failed:
+def _run_once(job: Job, run: int, token_T: torch.Tensor | None = None, is_changed: bool = False,
+              is_traced: bool = True) -> Outcome | Failed:
     device, size = torch.device(job.request.device), job.case.parallel.size
 
     def body(comm: LocalComm) -> RankResult | RankReport:
@@ -213,7 +236,7 @@ def _run_once(job: Job, run: int, token_T: torch.Tensor | None = None) -> Outcom
             # No autograd, whose worker threads virtual ranks must not share; a backward case has it in this thread.
             with torch.no_grad():
                 groups = grid_groups(comm, job.case.parallel.tp, job.case.parallel.ep)
-                return job.run_rank(groups, device, run, token_T)
+                return job.run_rank(groups, device, run, token_T, is_changed, is_traced)
         except UsageError as error:
             # Wrong use is found before any communication, by every rank on its own: let each one say so.
             return _report(error, "usage")

@@ -17,6 +17,7 @@ from moe_ref.contract.vocabulary import Direction, Schedule, Stage, Storage
 from moe_ref.contract.weights import MoEWeights
 from moe_ref.inputs.build import Inputs, build_inputs, build_shards, cut_tokens, output_gradient
 from moe_ref.inputs.storage import padded
+from moe_ref.verify.child.changed import changed, precedes
 from moe_ref.verify.child.gradient_call import call_with_gradients
 from moe_ref.verify.child.guard import Fenced, fingerprint, poison
 from moe_ref.verify.child.messages import RankReport, RankTensors, Request
@@ -42,16 +43,27 @@ class Job:
     def _tell_expert(self, expert: int) -> None:
         self.tell(f"weights of expert {expert + 1} of {self.case.problem.spec.num_experts}")
 
-    def run_rank(self, groups: Groups, device: torch.device, run: int,
-                 token_T: torch.Tensor | None = None) -> tuple[RankTensors, RankReport, list[str]]:
-        """Tensors shown, calls made, and the names of inputs that changed; token_T: the batch, if it is another one."""
-        self.tell(f"run {run + 1} of {self.request.runs}, rank {groups.rank + 1} of {self.case.parallel.size}")
+    @property
+    def changed_call(self) -> int | None:
+        """The run before which there is a call with other inputs."""
+        return precedes(self.request.case, self.request.runs)
+
+    def run_rank(self, groups: Groups, device: torch.device, run: int, token_T: torch.Tensor | None = None,
+                 is_changed: bool = False, is_traced: bool = True) -> tuple[RankTensors, RankReport, list[str]]:
+        """Tensors shown, calls made, and the names of inputs that changed; token_T: the batch, if it is another one.
+
+        is_changed: the call with other inputs that precedes the run. is_traced: whether the subject is given a trace.
+        """
+        self.tell(f"{'other inputs before ' if is_changed else ''}run {run + 1} of {self.request.runs}, "
+                  f"rank {groups.rank + 1} of {self.case.parallel.size}")
         weights = self.shards[groups.rank]
         if weights.w2_EHI.device != device:
             weights = MoEWeights(**{name: tensor.to(device) for name, tensor in weights.named_tensors()})
         cut = cut_tokens(self.inputs, self.shares[groups.rank].tokens)
         if token_T is not None:
             cut = {name: None if tensor is None else tensor[token_T] for name, tensor in cut.items()}
+        if is_changed:
+            cut = changed(cut, run)
         x_TH = cut["x_TH"]
         if self.case.parallel.schedule is Schedule.GATHER and self.shares[groups.rank].tp_rank > 0 and x_TH is not None:
             cut["x_TH"] = -x_TH  # the tokens of rank 0 are broadcast: others must not be used
@@ -70,10 +82,10 @@ class Job:
         trace = Trace()
         with self._lent(), poison(run):
             output = self.subject.moe(handed["x_TH"], weights, self.case.problem.spec, self.case.parallel,
-                                      counting, trace=trace, **options(handed))
+                                      counting, trace=trace if is_traced else None, **options(handed))
         shown = self._shown(output, trace)
         gradients: RankTensors = {}
-        if self.case.direction is Direction.BACKWARD:
+        if self.case.direction is Direction.BACKWARD and is_traced:
             with self._lent(), poison(run):
                 gradients = self._gradients(handed, weights, groups)
         if device.type == "cuda":
@@ -99,7 +111,10 @@ class Job:
 
     def _gradients(self, handed: dict[str, torch.Tensor | None], weights: MoEWeights, groups: Groups) -> RankTensors:
         """Of all that this rank is handed; collectives are not counted, since no schedule says what they should be."""
+        assert handed["x_TH"] is not None
         grad_y_TH = output_gradient(self.case.problem)[slice(*self.shares[groups.rank].tokens)]
+        # A call with other inputs may have fewer tokens, or two for one.
+        grad_y_TH = grad_y_TH[torch.arange(len(handed["x_TH"])) % max(len(grad_y_TH), 1)]
         found = call_with_gradients(self.subject, self.case, handed, weights, grad_y_TH.to(weights.w2_EHI.device),
                                     groups)
         if found is None:

@@ -57,7 +57,8 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Answer to a request; the tensors of every rank travel in the payload.
 
     batches: by name of another batch "same bits", "rows differ" or an error. left: functions and defaults of the
-    process that calls have replaced, so that it may serve no other case.
+    process that calls have replaced, so that it may serve no other case. untraced: whether the last run in the payload
+    is the output of a call without a trace, which has other bits than the first run's.
     """
 
     ranks: list[RankReport]
@@ -67,6 +68,7 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     same_bits: bool | None = None
     differing_stages: list[str] = []
     changed_inputs: list[str] = []
+    untraced: bool = False
     batches: dict[str, str] = {}
     guard: dict[str, str] = {}
     inputs_digest: str = ""

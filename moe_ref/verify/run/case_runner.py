@@ -5,7 +5,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from typing import Protocol
@@ -159,12 +159,17 @@ def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> Case
     find_waiver = partial(find, file.waivers, planned.case_id, settings.implementation.name, today=settings.today)
     judged: list[Judgement] = []
     measured: list[Measurement] = []
-    for ranks in answer.runs:
-        measurement = measure_case(case, inputs, ranks, capabilities, model,
+    for number, ranks in enumerate(answer.runs):
+        is_untraced = answer.reply.untraced and number == len(answer.runs) - 1
+        shown = replace(capabilities, stages=()) if is_untraced else capabilities
+        measurement = measure_case(case, inputs, ranks, shown, model,
                                    lambda text: settings.tell(planned.case_id, text))
         facts = _facts(case, settings, answer, measurement)
         judgement = judge(measurement, facts, file.limits.ratio.max, file.power_guard.zeros.factor,
                           needed(file, capabilities.numerics[case.problem.dtype]))
+        if is_untraced and judgement.verdict is not Verdict.MISMATCH:
+            # An output alone may leave nothing to say, and what else is wrong the other runs say.
+            continue
         judged.append(waived(judgement, measurement.stages, file.limits.ratio.max, find_waiver))
         measured.append(measurement)
     # Runs that differ are all judged.
