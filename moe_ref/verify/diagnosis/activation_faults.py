@@ -32,7 +32,7 @@ class AnotherMLP(Layer):
 
 
 class OtherActivation(AnotherMLP):
-    words = "D08 another activation than asked for"
+    words = "D08 {0[activation]} for the activation that was asked for"
 
     @classmethod
     def of(cls, mlp: MLP) -> Iterable[Any]:
@@ -43,7 +43,7 @@ class OtherActivation(AnotherMLP):
 
 
 class OtherGelu(AnotherMLP):
-    words = "K05 gelu in its other form, tanh for erf or erf for tanh"
+    words = "K05 {0[activation]} for the other form of gelu"
 
     @classmethod
     def of(cls, mlp: MLP) -> Iterable[Any]:
@@ -60,7 +60,7 @@ class ClampDropped(AnotherMLP):
 
 
 class ClampAtTheOtherPlace(AnotherMLP):
-    words = "gate limited before the activation for after it, or the other way round"
+    words = "limit {0[limit_at]} the activation"
 
     @classmethod
     def of(cls, mlp: MLP) -> Iterable[Any]:

@@ -105,13 +105,19 @@ class DownBiasDropped(Layer):
         return False
 
 
-class RowsTwice(Layer):
-    words = "rows added twice"
+class EveryCopyServes(Layer):
+    words = "rows added by every copy of an expert"
     first = Stage.DOWN
-    local = "expert"
+
+    @classmethod
+    def variants(cls, known: Known) -> Iterable[Any]:
+        return (None,) * bool(known.case.parallel.redundant)
 
     def down(self) -> torch.Tensor:
-        return 2.0 * super().down()
+        parts = super().down()
+        for e, row_R in self.rows_of:
+            parts[:, row_R] *= 1 + self.parallel.redundant.count(e)
+        return parts
 
 
 class NeighbouringExpert(Layer):
@@ -134,12 +140,13 @@ class NeighbouringExpert(Layer):
 
 
 class WeightOnTheOtherSide(Layer):
-    words = "E02 routing weight on the expert's output for its input, or the other way round"
+    words = "E02 routing weight on the expert's {}"
     first = Stage.GATE_UP
 
     @classmethod
     def variants(cls, known: Known) -> Iterable[Any]:
-        return (None,) * (known.case.problem.spec.router is not None)
+        spec = known.case.problem.spec
+        return ("output" if spec.weight_on == "input" else "input",) * (spec.router is not None)
 
     @property
     def on_input(self) -> bool:
@@ -245,6 +252,6 @@ class IdentityUnweighted(Layer):
 
 
 EXPERT_FAULTS: tuple[type[Layer], ...] = (
-    Zeros, GateUpExchanged, LastBlockOfH, LastBlockOfI, ProjectionBiasDropped, DownBiasDropped, RowsTwice,
+    Zeros, GateUpExchanged, LastBlockOfH, LastBlockOfI, ProjectionBiasDropped, DownBiasDropped, EveryCopyServes,
     NeighbouringExpert, WeightOnTheOtherSide, WeightOnGateAndUp, WeightTwice, WeightNotApplied, WeightOfToken,
     RowDividedTwice, SlotsLeftOut, IdentityUnweighted)

@@ -87,7 +87,7 @@ class AnotherRouter(OfRouter):
 
 
 class BiasAtTheOtherPlace(AnotherRouter):
-    words = "selection bias added to the logit for the score, or the other way round"
+    words = "selection bias added to the {0[selection_bias]}"
 
     @classmethod
     def of(cls, router: Router, known: Known) -> Iterable[Any]:
@@ -106,7 +106,7 @@ class GroupsIgnored(AnotherRouter):
 
 
 class GroupFill(AnotherRouter):
-    words = "B11 experts outside the best groups filled with another value"
+    words = "B11 experts outside the best groups filled with {0[group_fill]}"
 
     @classmethod
     def of(cls, router: Router, known: Known) -> Iterable[Any]:
@@ -116,7 +116,7 @@ class GroupFill(AnotherRouter):
 
 
 class GroupScore(AnotherRouter):
-    words = "B12 groups ranked by the other score"
+    words = "B12 groups ranked by {0[group_score]}"
 
     @classmethod
     def of(cls, router: Router, known: Known) -> Iterable[Any]:
@@ -133,7 +133,7 @@ class CapacityIgnored(AnotherRouter):
 
 
 class CapacityPriority(AnotherRouter):
-    words = "full experts keep their tokens by another priority"
+    words = "full experts keep their tokens by {0[capacity].priority}"
 
     @classmethod
     def of(cls, router: Router, known: Known) -> Iterable[Any]:
@@ -205,7 +205,7 @@ class ScalingTwice(AnotherRouter):
 
 
 class OtherScore(AnotherRouter):
-    words = "another score than asked for"
+    words = "{0[score]} for the score that was asked for"
 
     @classmethod
     def of(cls, router: Router, known: Known) -> Iterable[Any]:

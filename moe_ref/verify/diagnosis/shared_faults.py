@@ -60,7 +60,7 @@ class MeanAsSum(SharedFault):
 
 
 class ScaleOnShared(SharedFault):
-    words = "B21 shared expert divided by the scaling factor, or multiplied with it"
+    words = "B21 shared expert times {:.3g} by the scaling factor"
     first = Stage.MERGED
 
     @classmethod
