@@ -11,6 +11,7 @@ from moe_ref.records.schema import (
     SCHEMA,
     CaseLine,
     CollectiveCount,
+    DiagnosisLine,
     EndLine,
     Implementation,
     MutantLine,
@@ -40,9 +41,9 @@ def case_line(case: str, verdict: str = "pass", **fields: object) -> CaseLine:
 FULL = case_line(
     "v1-a", "mismatch", reason="act: 2x", first_stage="act", guard={"poison": "nan"}, runs=2, same_bits=True,
     numerics={"act": "bf16"}, power=12.5, mutants={"k_tile": MutantLine(factor=3.0, where="act")}, signal=26.0,
-    semantic=[SemanticLine(stage="act", subject_share=0.5, sibling_share=0.25, ratio=4.0)], inputs_digest="e",
-    subject_seconds=0.5, oracle_seconds=0.25,
-    message="m", replay="moe-ref replay v1-a",
+    semantic=[SemanticLine(stage="act", subject_share=0.5, sibling_share=0.25, ratio=4.0)],
+    diagnosis=DiagnosisLine(fault="f", share=0.75, next_share=0.125), inputs_digest="e", subject_seconds=0.5,
+    oracle_seconds=0.25, message="m", replay="moe-ref replay v1-a",
     collectives=[CollectiveCount(operation="all_reduce", calls=1, num_elements=4, num_bytes=8)],
     stages=[StageResult(stage="act", ratio="inf", num_checked=4, num_bad=1, bias=0.5, scale=1.0, num_bad_tokens=1,
                         bad_tokens=[3], bad_experts=[1], bad_ranks=[0], bad_tiles=[2], num_tiles=3, note="n",
@@ -61,8 +62,9 @@ GOLDEN = (
     b',"expert":1,"rank":null}],"bias":0.5,"scale":1.0,"note":"n"}],"collectives":[{"operation":"all_reduce","call'
     b's":1,"num_elements":4,"num_bytes":8}],"guard":{"poison":"nan"},"runs":2,"same_bits":true,"batches":{},"numer'
     b'ics":{"act":"bf16"},"power":12.5,"mutants":{"k_tile":{"factor":3.0,"where":"act"}},"signal":26.0,"semantic":'
-    b'[{"stage":"act","subject_share":0.5,"sibling_share":0.25,"ratio":4.0}],"inputs_digest":"e","subject_seconds"'
-    b':0.5,"oracle_seconds":0.25,"message":"m","replay":"moe-ref replay v1-a"}')
+    b'[{"stage":"act","subject_share":0.5,"sibling_share":0.25,"ratio":4.0}],"diagnosis":{"fault":"f","share":0.75'
+    b',"next_share":0.125},"inputs_digest":"e","subject_seconds":0.5,"oracle_seconds":0.25,"message":"m","replay":'
+    b'"moe-ref replay v1-a"}')
 """A case line of schema 2, byte by byte. A change of a name or meaning here needs a new schema number."""
 
 
@@ -75,6 +77,13 @@ def test_names_of_fields_are_stable() -> None:
                          "axis_pairs", "environment", "tolerances_digest", "oracle_version"]
     assert list(end) == ["type", "schema", "run", "finished", "seconds", "verdicts", "executed", "exit_code"]
     assert (run["type"], end["type"], SCHEMA) == ("run", "end", 2)
+
+
+def test_a_record_from_before_diagnoses_is_read() -> None:
+    """The field is new in schema 2 and has a default."""
+    old = GOLDEN.replace(b'"diagnosis":{"fault":"f","share":0.75,"next_share":0.125},', b"")
+    assert len(old) < len(GOLDEN)
+    assert msgspec.json.decode(old, type=CaseLine) == msgspec.structs.replace(FULL, diagnosis=None)
 
 
 def written(folder: Path, *lines: RunLine | CaseLine | EndLine) -> Path:

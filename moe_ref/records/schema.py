@@ -153,6 +153,14 @@ class SemanticLine(msgspec.Struct, frozen=True, kw_only=True):
     ratio: Number
 
 
+class DiagnosisLine(msgspec.Struct, frozen=True, kw_only=True):
+    """The one fault that explains a mismatch: in words, the share of the error, and that of the next best fault."""
+
+    fault: str
+    share: Number
+    next_share: Number
+
+
 class CaseLine(msgspec.Struct, frozen=True, kw_only=True, tag="case", tag_field="type"):
     """One judged case.
 
@@ -160,7 +168,8 @@ class CaseLine(msgspec.Struct, frozen=True, kw_only=True, tag="case", tag_field=
     {"poison": "nan, large", "inputs": "unchanged", "process": "child"}. numerics: the declared rounding contract.
     batches: how rows in other batches of the same tokens compare, by name, or why they were left out. mutants: mistakes
     that the case must be able to see, by name. signal: root mean square of the output over that of what its elements
-    may be off. semantic: of a mismatch, what check B says. message: the whole failure message, at most ten lines.
+    may be off. semantic: of a mismatch, what check B says. diagnosis: the fault that explains it, where one does.
+    message: the whole failure message, at most ten lines.
     """
 
     schema: int = SCHEMA
@@ -184,6 +193,7 @@ class CaseLine(msgspec.Struct, frozen=True, kw_only=True, tag="case", tag_field=
     mutants: dict[str, MutantLine] = {}
     signal: Number = 0.0
     semantic: list[SemanticLine] = []
+    diagnosis: DiagnosisLine | None = None
     inputs_digest: str = ""
     subject_seconds: float = 0.0
     oracle_seconds: float = 0.0

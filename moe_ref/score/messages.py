@@ -4,10 +4,11 @@ import msgspec
 
 
 class CaseToTry(msgspec.Struct, frozen=True):
-    """A case and what its ranks are."""
+    """A case, what its ranks are, and how often it is run at least."""
 
     case: str
     ranks: str
+    least_runs: int = 0
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):

@@ -144,8 +144,6 @@ class References:
 
 def _mutant(mutant: Mutant, plan: ScorePlan, lane: Lane, references: References) -> MutantOutcome:
     began = time.monotonic()
-    if mutant.equivalent:
-        return MutantOutcome(id=mutant.id, outcome="equivalent", reason=mutant.equivalent)
     with tempfile.TemporaryDirectory(prefix="moe-ref-") as folder:
         try:
             seed(mutant.patches, Path(folder))
@@ -153,6 +151,8 @@ def _mutant(mutant: Mutant, plan: ScorePlan, lane: Lane, references: References)
             cases = carriers(mutant, plan.cases, plan.full)
         except UsageValueError as error:
             return MutantOutcome(id=mutant.id, outcome="broken", reason=str(error))
+        if mutant.equivalent:
+            return MutantOutcome(id=mutant.id, outcome="equivalent", reason=mutant.equivalent)
         if mutant.runs_on == "gpu" and plan.device == "cpu":
             return MutantOutcome(id=mutant.id, outcome="not_runnable", reason="needs a GPU; its patches apply")
         leading = [silent] if silent else []

@@ -18,18 +18,28 @@ from moe_ref.contract.case import Case
 from moe_ref.contract.shares import rank_shares
 from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Stage, Verdict
 from moe_ref.contract.volume import transfers
-from moe_ref.inputs.build import build_inputs
-from moe_ref.records.schema import CaseLine, CollectiveCount, Implementation, MutantLine, SemanticLine, to_number
+from moe_ref.inputs.build import Inputs, build_inputs
+from moe_ref.records.schema import (
+    CaseLine,
+    CollectiveCount,
+    DiagnosisLine,
+    Implementation,
+    MutantLine,
+    SemanticLine,
+    to_number,
+)
 from moe_ref.tiers.tiers import PlannedCase
 from moe_ref.tolerances.load import Tolerances
 from moe_ref.tolerances.schema import TolerancesFile
 from moe_ref.tolerances.waivers import find
 from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.child.messages import RankReport, Reply, Request
+from moe_ref.verify.diagnosis.diagnose import diagnosable, diagnose
 from moe_ref.verify.explain import explain
 from moe_ref.verify.judge import Guard, Judgement, RunFacts, WantedCalls, judge
 from moe_ref.verify.measure.gradients import measure_case
 from moe_ref.verify.measure.measurement import Measurement
+from moe_ref.verify.measure.placing import RankTensors
 from moe_ref.verify.run.batches import LEFT_OUT, SAME, left_out
 from moe_ref.verify.run.children import Answer, ChildDied, ChildHung
 from moe_ref.verify.run.last_words import cut_lines
@@ -79,7 +89,7 @@ def run_case(planned: PlannedCase, settings: RunSettings, pool: Pool) -> CaseLin
         return _line(planned, settings, Judgement(Verdict.UNSUPPORTED, refusal))
     if missing := missing_devices(planned, settings.device, settings.num_started):
         return _line(planned, settings, Judgement(Verdict.NOT_RUN, missing))
-    request = Request(case=planned.case_id, ranks=planned.ranks, device=settings.device, runs=settings.runs,
+    request = Request(case=planned.case_id, ranks=planned.ranks, device=settings.device, runs=max(settings.runs, planned.least_runs),
                       time_limit=settings.time_limit,
                       other_batches=not left_out(planned, settings.capabilities))
     try:
@@ -178,7 +188,20 @@ def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> Case
     if judgement.verdict is Verdict.MISMATCH and small_enough(case):
         numerics = capabilities.numerics[case.problem.dtype]
         compared = _semantic_lines(semantic(case, inputs, answer.runs[index], numerics))
-    return _line(planned, settings, judgement, answer, measured[index], time.monotonic() - started, compared)
+    found = _diagnosed(case, inputs, answer.runs[index], capabilities, judgement)
+    return _line(planned, settings, judgement, answer, measured[index], time.monotonic() - started, compared, found)
+
+
+def _diagnosed(case: Case, inputs: Inputs, ranks: list[RankTensors], capabilities: Capabilities,
+               judgement: Judgement) -> DiagnosisLine | None:
+    """The fault that explains a mismatch of a small case."""
+    if judgement.verdict is not Verdict.MISMATCH or judgement.first_stage is None or not diagnosable(case):
+        return None
+    numerics = capabilities.numerics[case.problem.dtype]
+    found = diagnose(case, inputs, ranks, numerics, Stage(judgement.first_stage))
+    if found is None:
+        return None
+    return DiagnosisLine(fault=found.fault, share=to_number(found.share), next_share=to_number(found.next_share))
 
 
 def _semantic_lines(found: Semantic) -> list[SemanticLine]:
@@ -235,7 +258,7 @@ def wanted_calls(case: Case, measurement: Measurement) -> tuple[WantedCalls, ...
 
 def _line(planned: PlannedCase, settings: RunSettings, judgement: Judgement, answer: Answer | None = None,
           measurement: Measurement | None = None, oracle_seconds: float = 0.0,
-          compared: list[SemanticLine] | None = None) -> CaseLine:
+          compared: list[SemanticLine] | None = None, found: DiagnosisLine | None = None) -> CaseLine:
     reply, case_id = answer.reply if answer else Reply(ranks=[]), planned.case_id
     command = "moe-ref"
     if planned.ranks is Ranks.TORCHRUN:
@@ -255,7 +278,7 @@ def _line(planned: PlannedCase, settings: RunSettings, judgement: Judgement, ans
         else reply.batches, numerics=numerics_words(numerics),
         power=to_number(measurement.power) if measurement else 0.0,
         mutants=mutants, signal=to_number(measurement.signal) if measurement else 0.0,
-        semantic=compared or [], inputs_digest=reply.inputs_digest,
+        semantic=compared or [], diagnosis=found, inputs_digest=reply.inputs_digest,
         subject_seconds=round(reply.seconds, 4), oracle_seconds=round(oracle_seconds, 4), replay=replay)
     return msgspec.structs.replace(line, message=explain(line, planned.case))
 

@@ -1,0 +1,231 @@
+"""Which fault explains a mismatch: every one that a case can have is computed and compared with what the subject shows.
+
+A fault is named where the subject is so near to a layer with it that little is left, and far from all with others.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from moe_ref.contract.capabilities import Numerics
+from moe_ref.contract.case import Case
+from moe_ref.contract.shares import rank_shares
+from moe_ref.contract.vocabulary import Stage
+from moe_ref.inputs.build import Inputs
+from moe_ref.verify.diagnosis.activation_faults import ACTIVATION_FAULTS
+from moe_ref.verify.diagnosis.expert_faults import EXPERT_FAULTS
+from moe_ref.verify.diagnosis.known import ORDER, Known
+from moe_ref.verify.diagnosis.layer import Layer
+from moe_ref.verify.diagnosis.parallel_faults import PARALLEL_FAULTS
+from moe_ref.verify.diagnosis.placed import placed
+from moe_ref.verify.diagnosis.router_faults import ROUTER_FAULTS
+from moe_ref.verify.diagnosis.shared_faults import SHARED_FAULTS
+from moe_ref.verify.measure.placing import RankTensors, over_all_tokens, servers
+
+FAULTS = ROUTER_FAULTS + ACTIVATION_FAULTS + EXPERT_FAULTS + SHARED_FAULTS + PARALLEL_FAULTS
+
+LEAST_SHARE, MOST_OF_NEXT = 0.9, 0.5
+"""What a named fault explains at least, and what the next best that predicts something else must stay below."""
+
+SAME_PREDICTION = 0.05
+"""Faults whose predictions differ by less than this part of the error are one to a reader of the numbers."""
+
+LARGEST_CASE, LARGEST_WEIGHTS, MOST_EXPERTS = 2**22, 2**23, 64
+"""Products of one projection, elements of w2 and experts of a case: some hundred layers of it take about a second."""
+
+_ROW_STAGES = (Stage.GATE_UP, Stage.ACT, Stage.DOWN)
+_NAMES = 2
+"""Faults that predict the same and are named together."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The fault in words, the share of the error that it explains, and that of the next best."""
+
+    fault: str
+    share: float
+    next_share: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A fault in words, the failing stage of a layer with it, and the share of the error that it explains."""
+
+    fault: str
+    predicted: torch.Tensor
+    share: float
+
+
+def diagnosable(case: Case) -> bool:
+    """Whether the candidates of a case are computed in about a second."""
+    spec = case.problem.spec
+    weights = spec.hidden_size * spec.intermediate_size
+    return (case.problem.num_tokens * spec.top_k * weights <= LARGEST_CASE and spec.num_experts <= MOST_EXPERTS
+            and spec.num_experts * weights <= LARGEST_WEIGHTS)
+
+
+def diagnose(case: Case, inputs: Inputs, ranks: list[RankTensors], numerics: Numerics,
+             failing: Stage) -> Diagnosis | None:
+    """The one fault that explains what every rank showed at the failing stage, or None.
+
+    The share is 1 - |shown - predicted| / |shown - right|, of all numbers that are finite. Where the subject shows what
+    is not, and should not, nothing is explained. Everything is fp64.
+    """
+    stage = Stage.REDUCED if failing is Stage.OUTPUT else failing
+    if stage not in ORDER or stage not in ranks[0]:
+        return None
+    comparison = Comparison.of(case, inputs, ranks, numerics, failing)
+    if comparison is None:
+        return None
+    return named(comparison, list(comparison.candidates())) or named_order(comparison)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The failing stage as it is shown and as it should be, both as `placed`; compared: where both are finite."""
+
+    known: Known
+    right: Layer
+    stage: Stage
+    shown: torch.Tensor
+    wanted: torch.Tensor
+    compared: torch.Tensor
+
+    @classmethod
+    def of(cls, case: Case, inputs: Inputs, ranks: list[RankTensors], numerics: Numerics,
+           failing: Stage) -> "Comparison | None":
+        """None where nothing finite is wrong, or what is wrong is not finite."""
+        stage = Stage.REDUCED if failing is Stage.OUTPUT else failing
+        known, server_TK = _known(case, inputs, ranks, numerics, failing)
+        right = Layer(known)
+        shown, wanted = placed(stage, ranks, case, known.shares, server_TK), right.shown(stage)
+        ones = [{stage: torch.ones_like(tensors[stage])} for tensors in ranks]
+        there = placed(stage, ones, case, known.shares, server_TK).isfinite() & wanted.isfinite()
+        if not shown[there].isfinite().all() or torch.equal(shown[there], wanted[there]):
+            return None
+        return cls(known, right, stage, shown, wanted, there)
+
+    def error(self, predicted: torch.Tensor) -> torch.Tensor:
+        """Differences from what is shown, zero where nothing is compared."""
+        return torch.where(self.compared, self.shown - predicted, 0.0)
+
+    def share(self, predicted: torch.Tensor) -> float:
+        """Of the error that a prediction explains."""
+        return 1.0 - float(self.error(predicted).norm() / self.error(self.wanted).norm())
+
+    def candidates(self) -> Iterator[Candidate]:
+        """The best form of every fault that comes no later than the failing stage."""
+        for fault in FAULTS:
+            if ORDER.index(fault.first) <= ORDER.index(self.stage):
+                forms = [form for variant in fault.variants(self.known) for form in self.forms(fault, variant)
+                         if form.predicted[self.compared].isfinite().all()]
+                if forms:
+                    yield max(forms, key=lambda form: form.share)
+
+    def forms(self, fault: type[Layer], variant: object) -> Iterator[Candidate]:
+        """One form of a fault, everywhere and where it fits."""
+        layer, words = fault(self.known, self.right, variant), fault.words.format(variant)
+        everywhere = layer.shown(self.stage)
+        yield Candidate(words, everywhere, self.share(everywhere))
+        if fault.local and self.stage in _ROW_STAGES:
+            yield self.in_rows(words, everywhere, fault.local)
+        elif fault.local and Stage.DOWN not in self.known.given and ORDER.index(self.stage) > ORDER.index(Stage.DOWN):
+            yield from self.in_one_expert(words, layer)
+        if fault.local == "row" and self.stage in (Stage.MERGED, Stage.REDUCED):
+            yield self.in_rows(words, everywhere, fault.local)
+
+    def in_rows(self, words: str, everywhere: torch.Tensor, unit: str) -> Candidate:
+        """The fault in those rows, or those experts, that are nearer to it than to what is right."""
+        axis = 1 if self.stage not in (Stage.GATE_UP, Stage.ACT) else 0
+        squares_R, right_R = (self.error(one).square().transpose(0, axis).flatten(1).sum(1)
+                              for one in (everywhere, self.wanted))
+        fits_R = squares_R < right_R
+        where = f", in {int(fits_R.sum())} of {len(fits_R)} rows"
+        if unit == "expert":
+            fits_R, where = self.fitting_experts(squares_R, right_R)
+        at = fits_R.view(-1, *(1,) * (everywhere.dim() - 1)).transpose(0, axis)
+        predicted = torch.where(at, everywhere, self.wanted)
+        return Candidate(words + where, predicted, self.share(predicted))
+
+    def fitting_experts(self, squares_R: torch.Tensor, right_R: torch.Tensor) -> tuple[torch.Tensor, str]:
+        """Rows of the experts that as a whole are nearer to the fault, and which these are."""
+        fits_R, experts = torch.zeros(len(squares_R), dtype=torch.bool), []
+        for e, row_R in self.right.rows_of:
+            if squares_R[row_R].sum() < right_R[row_R].sum():
+                fits_R[row_R] = True
+                experts.append(e)
+        if len(experts) == len(self.right.rows_of):
+            return fits_R, ""
+        return fits_R, f", in expert{'s' * (len(experts) > 1)} {', '.join(map(str, experts[:4]))}" + (
+            f" and {len(experts) - 4} more" if len(experts) > 4 else "")
+
+    def in_one_expert(self, words: str, layer: Layer) -> Iterator[Candidate]:
+        """The fault in each expert alone, where its rows are not shown and their sums are."""
+        right_PRH, wrong_PRH = self.right.stage(Stage.DOWN), layer.stage(Stage.DOWN)
+        for e, row_R in self.right.rows_of:
+            down_PRH = right_PRH.clone()
+            down_PRH[:, row_R] = wrong_PRH[:, row_R]
+            given = {**self.known.given, Stage.IDS: self.right.stage(Stage.IDS), Stage.DOWN: down_PRH,
+                     Stage.WEIGHTS: self.right.stage(Stage.WEIGHTS), Stage.SHARED: self.right.stage(Stage.SHARED)}
+            predicted = Layer(replace(self.known, given=given)).shown(self.stage)
+            yield Candidate(f"{words}, in expert {e}", predicted, self.share(predicted))
+
+
+def named(comparison: Comparison, candidates: list[Candidate]) -> Diagnosis | None:
+    """The best candidate, with others that predict the same; None where another explains much, too."""
+    best = max(candidates, key=lambda one: one.share, default=None)
+    if best is None or best.share <= LEAST_SHARE:
+        return None
+    error = comparison.error(comparison.wanted).norm()
+    same, other = [best], []
+    for one in candidates:
+        if one is not best:
+            differs = torch.where(comparison.compared, one.predicted - best.predicted, 0.0).norm()
+            (same if differs <= SAME_PREDICTION * error else other).append(one)
+    next_share = max((one.share for one in other), default=0.0)
+    if next_share >= MOST_OF_NEXT or len(same) > _NAMES:
+        return None
+    return Diagnosis(" or ".join(one.fault for one in same), best.share, max(0.0, next_share))
+
+
+def named_order(comparison: Comparison) -> Diagnosis | None:
+    """Right rows in another order, which has too many forms to try: each row is matched with the nearest right one."""
+    if comparison.stage in ORDER[:3] or not comparison.compared.all():
+        return None
+    shown, wanted = (one.flatten(2) if one.dim() > 2 else one[None] for one in (comparison.shown, comparison.wanted))
+    if comparison.stage is Stage.GATE_UP:
+        shown, wanted = shown.flatten(1)[None], wanted.flatten(1)[None]
+    nearest_PR = torch.cdist(shown, wanted).argmin(2)
+    rows_R = torch.arange(nearest_PR.shape[1])
+    if (nearest_PR == rows_R).all() or not torch.equal(nearest_PR.sort(1).values, rows_R.expand_as(nearest_PR)):
+        return None
+    moved = wanted.gather(1, nearest_PR[..., None].expand_as(wanted)).view_as(comparison.wanted)
+    share = comparison.share(moved)
+    return Diagnosis("right rows in another order", share, 0.0) if share > LEAST_SHARE else None
+
+
+def _known(case: Case, inputs: Inputs, ranks: list[RankTensors], numerics: Numerics,
+           failing: Stage) -> tuple[Known, torch.Tensor]:
+    """What the subject rightly showed before the failing stage, and which ep rank serves each slot.
+
+    The output is judged from the layer's inputs, so that only the choice of experts is taken from the subject.
+    """
+    shares = rank_shares(case)
+    routing = over_all_tokens(ranks, shares, case.problem.num_tokens)[0]
+    known = Known(case, inputs, numerics, shares, {})
+    before = [stage for stage in ORDER[:ORDER.index(failing)] if stage in ranks[0] and stage is not Stage.REDUCED]
+    if failing is Stage.OUTPUT:
+        before = [stage for stage in before if stage is Stage.IDS]
+    given: dict[Stage, torch.Tensor] = {}
+    if Stage.IDS in before:
+        given[Stage.IDS] = routing[Stage.IDS].long()
+    ids_TK = given.get(Stage.IDS, torch.zeros(case.problem.num_tokens, case.problem.spec.top_k, dtype=torch.int64))
+    server_TK = servers(ids_TK, case, shares)
+    for stage in before:
+        if stage in (Stage.LOGITS, Stage.WEIGHTS):
+            given[stage] = routing[stage].double()
+        elif stage is not Stage.IDS:
+            shown = placed(stage, ranks, case, shares, server_TK)
+            given[stage] = torch.where(shown.isnan(), Layer(replace(known, given=dict(given))).stage(stage), shown)
+    return replace(known, given=given), server_TK
