@@ -56,5 +56,7 @@ def test_a_recorded_gradient_sees_all_tokens(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_harness_finds_nothing_wrong(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Output, elements sent and equality of ranks, under every schedule that has chunks and some that must not."""
     monkeypatch.setattr(overlap, "CHUNK_TOKENS", 8)
-    found = judged(moe_fast, f"v1-T21.{LAYER}{options}", runs=1)
+    # Chunks are for calls without a trace, of which a case has one or none.
+    monkeypatch.setattr("moe_ref.verify.child.execute.asks_untraced", lambda case_id: True)
+    found = judged(moe_fast, f"v1-T21.{LAYER}{options}")
     assert found.verdict == Verdict.PASS, found.reason

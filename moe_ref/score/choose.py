@@ -37,17 +37,13 @@ def carriers(mutant: Mutant, cases: dict[str, PlannedCase], full: bool = False) 
     if full:
         rest = sorted((one for one in cases.values() if one.case_id not in chosen), key=cost)
         chosen |= {one.case_id: one for one in rest}
-    return [_to_try(one) for one in chosen.values() if one.case_id != mutant.silent_on]
+    return [CaseToTry(one.case_id, str(one.ranks)) for one in chosen.values() if one.case_id != mutant.silent_on]
 
 
 def right_cases(right: Right, cases: dict[str, PlannedCase]) -> list[CaseToTry]:
     """The pinned cases of every right variant, and those that it names itself."""
     chosen = {one.case_id: one for one in tier(RIGHT_TIER).cases} | _matching(right.cases, cases, MOST_OF_A_PATTERN)
-    return [_to_try(one) for one in chosen.values()]
-
-
-def _to_try(one: PlannedCase) -> CaseToTry:
-    return CaseToTry(one.case_id, str(one.ranks), one.least_runs)
+    return [CaseToTry(one.case_id, str(one.ranks)) for one in chosen.values()]
 
 
 def _matching(patterns: Iterable[str], cases: dict[str, PlannedCase], most: int | None) -> dict[str, PlannedCase]:

@@ -4,11 +4,10 @@ import msgspec
 
 
 class CaseToTry(msgspec.Struct, frozen=True):
-    """A case, what its ranks are, and how often it is run at least."""
+    """A case and what its ranks are."""
 
     case: str
     ranks: str
-    least_runs: int = 0
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):

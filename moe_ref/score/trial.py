@@ -61,8 +61,7 @@ def try_cases(job: Job, send: Callable[[msgspec.Struct], None]) -> None:
     left = job.criteria
     for place, one in enumerate(job.cases):
         began, pool.bits = time.monotonic(), ""
-        planned = PlannedCase(case=parse_case(one.case), purpose="score", ranks=Ranks(one.ranks),
-                              least_runs=one.least_runs)
+        planned = PlannedCase(case=parse_case(one.case), purpose="score", ranks=Ranks(one.ranks))
         line = run_case(planned, settings, pool)
         ends = job.stop and place >= job.unstopped and line.verdict in RED_VERDICTS
         asked = left > 0 and (ends or (not job.stop and line.verdict == Verdict.PASS))

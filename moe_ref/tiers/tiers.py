@@ -16,22 +16,20 @@ from moe_ref.tiers.backward import backward_ids
 from moe_ref.tiers.cover import pairwise_rows, possible_pairs, row_pairs
 from moe_ref.tiers.exact import exact_ids
 from moe_ref.tiers.families import family_ids
-from moe_ref.tiers.triggers import REPEATED, trigger_ids
+from moe_ref.tiers.triggers import trigger_ids
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedCase:
     """A case, why it exists, and what its ranks are.
 
-    other_batches: it is run in other batches even where rows are not declared to be the same in them. least_runs: where
-    that is more than a run asks for.
+    other_batches: it is run in other batches even where rows are not declared to be the same in them.
     """
 
     case: Case
     purpose: str
     ranks: Ranks = Ranks.LOCAL
     other_batches: bool = False
-    least_runs: int = 0
 
     @property
     def case_id(self) -> str:
@@ -191,7 +189,7 @@ def tier(name: str) -> Tier:
     if name == "nightly":
         planned += [one for seed in (2, 3) for one in _seeds(planned, seed)]
     unique = {one.case_id: one for one in reversed(planned)}
-    cases = tuple(replace(one, other_batches=one.case_id in OTHER_BATCHES, least_runs=REPEATED.get(one.case_id, 0))
+    cases = tuple(replace(one, other_batches=one.case_id in OTHER_BATCHES)
                   for one in reversed(list(unique.values())))
     covered = set().union(*(row_pairs(row) for row, _ in rows if row_case(row)))
     possible = possible_pairs()

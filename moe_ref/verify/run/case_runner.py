@@ -29,6 +29,7 @@ from moe_ref.records.schema import (
     to_number,
 )
 from moe_ref.tiers.tiers import PlannedCase
+from moe_ref.tiers.triggers import REPEATED
 from moe_ref.tolerances.load import Tolerances
 from moe_ref.tolerances.schema import TolerancesFile
 from moe_ref.tolerances.waivers import find
@@ -89,8 +90,8 @@ def run_case(planned: PlannedCase, settings: RunSettings, pool: Pool) -> CaseLin
         return _line(planned, settings, Judgement(Verdict.UNSUPPORTED, refusal))
     if missing := missing_devices(planned, settings.device, settings.num_started):
         return _line(planned, settings, Judgement(Verdict.NOT_RUN, missing))
-    request = Request(case=planned.case_id, ranks=planned.ranks, device=settings.device, runs=max(settings.runs, planned.least_runs),
-                      time_limit=settings.time_limit,
+    request = Request(case=planned.case_id, ranks=planned.ranks, device=settings.device,
+                      runs=max(settings.runs, REPEATED.get(planned.case_id, 0)), time_limit=settings.time_limit,
                       other_batches=not left_out(planned, settings.capabilities))
     try:
         with pool.lease(planned.ranks is not Ranks.LOCAL) as child:
