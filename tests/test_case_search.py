@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given, seed
+from hypothesis import given
 
 import moe_fast
 from moe_ref.contract.case import Case
@@ -31,8 +31,8 @@ def fails(subject: object) -> Callable[[Case], bool]:
     return lambda case: judged(subject, format_case(case), runs=1).verdict in RED_VERDICTS
 
 
-@searched(200)
-@given(case=cases(parallel_moe.CAPABILITIES))
+@searched(100)
+@given(case=cases(moe_fast.CAPABILITIES))
 def test_every_drawn_case_is_its_id(case: Case) -> None:
     assert parse_case(format_case(case)) == case
 
@@ -41,9 +41,8 @@ def test_what_is_drawn_is_the_breadth_of_the_contract() -> None:
     """A search over a corner of it would find nothing, too."""
     drawn: list[Case] = []
 
-    @seed(0)
     @searched(300)
-    @given(case=cases(parallel_moe.CAPABILITIES))
+    @given(case=cases(moe_fast.CAPABILITIES))
     def draw(case: Case) -> None:
         drawn.append(case)
 
@@ -51,21 +50,21 @@ def test_what_is_drawn_is_the_breadth_of_the_contract() -> None:
     counts = Counter(word for case in drawn for word in format_case(case).split("-")[2:])
     wanted = {"fp32", "fp16", "bf16", "norm", "sigmoid", "bias", "gelu", "nogate", "mlpbias", "sh6", "shgate", "res",
               "tp2", "tp3", "ep2", "gather", "reducescatter", "allreducerows", "tokensep", "roundrobin", "outlier",
-              "zipf", "exact", "wholeshared", "weightinput", "outbias", "cap2", "zero2", "g2.1", "inout"}
+              "zipf", "wholeshared", "weightinput", "outbias", "cap2", "zero2", "g2.1", "inout"}
     assert wanted <= counts.keys(), wanted - counts.keys()
     assert {case.problem.num_tokens for case in drawn} >= {0, 1, 2, 5}
     assert {case.parallel.schedule for case in drawn} == set(Schedule)
     assert {case.parallel.tokens for case in drawn} == set(Tokens)
 
 
-@searched(100)
+@searched(60)
 @given(case=cases(parallel_moe.CAPABILITIES))
 def test_a_right_layer_is_never_accused(case: Case) -> None:
     line = judged(parallel_moe, format_case(case), runs=1)
     assert line.verdict in (Verdict.PASS, Verdict.NOT_RUN), line.message
 
 
-@searched(12)
+@searched(8)
 @given(case=cases(moe_fast.CAPABILITIES, most_tokens=6, fits=lambda case: case.parallel.size <= 2))
 def test_the_fast_layer_is_never_accused(case: Case) -> None:
     line = judged(moe_fast, format_case(case), runs=1)

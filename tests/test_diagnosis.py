@@ -196,7 +196,8 @@ class Spoilt(TorchMoE):
         generator = torch.Generator().manual_seed(expert)
         noise = {"small noise": 0.05, "noise": 1.0, "large noise": 100.0}.get(self.kind)
         if noise is not None:
-            rows[self.rows] += noise * rows.std() * torch.randn(rows.shape, generator=generator)[self.rows]
+            size = noise * rows.square().mean().sqrt()
+            rows[self.rows] += size * torch.randn(rows.shape, generator=generator)[self.rows]
         if self.kind == "truncated":
             rows = (rows.contiguous().view(torch.int32) & -65536).view(torch.float32)
         if self.kind == "another layer":

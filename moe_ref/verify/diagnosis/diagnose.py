@@ -34,6 +34,9 @@ SAME_PREDICTION = 0.05
 LARGEST_CASE, LARGEST_WEIGHTS, MOST_EXPERTS = 2**22, 2**23, 64
 """Products of one projection, elements of w2 and experts of a case: some hundred layers of it take about a second."""
 
+MOST_MATCHED_ROWS = 1024
+"""Rows of which each is compared with every other."""
+
 _ROW_STAGES = (Stage.GATE_UP, Stage.ACT, Stage.DOWN)
 _NAMES = 2
 """Faults that predict the same and are named together."""
@@ -193,9 +196,11 @@ def named_order(comparison: Comparison) -> Diagnosis | None:
     """Right rows in another order, which has too many forms to try: each row is matched with the nearest right one."""
     if comparison.stage in ORDER[:3] or not comparison.compared.all():
         return None
-    shown, wanted = (one.flatten(2) if one.dim() > 2 else one[None] for one in (comparison.shown, comparison.wanted))
-    if comparison.stage is Stage.GATE_UP:
+    shown, wanted = comparison.shown, comparison.wanted
+    if comparison.stage in (Stage.GATE_UP, Stage.ACT):
         shown, wanted = shown.flatten(1)[None], wanted.flatten(1)[None]
+    if shown.shape[1] > MOST_MATCHED_ROWS:
+        return None
     nearest_PR = torch.cdist(shown, wanted).argmin(2)
     rows_R = torch.arange(nearest_PR.shape[1])
     if (nearest_PR == rows_R).all() or not torch.equal(nearest_PR.sort(1).values, rows_R.expand_as(nearest_PR)):
