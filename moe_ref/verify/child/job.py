@@ -44,6 +44,11 @@ class Job:
     def run_rank(self, groups: Groups, device: torch.device, run: int,
                  token_T: torch.Tensor | None = None) -> tuple[RankTensors, RankReport, list[str]]:
         """Tensors shown, calls made, and the names of inputs that changed; token_T: the batch, if it is another one."""
+        with self.surroundings.kept() if self.surroundings else nullcontext():
+            return self._run_rank(groups, device, run, token_T)
+
+    def _run_rank(self, groups: Groups, device: torch.device, run: int,
+                  token_T: torch.Tensor | None) -> tuple[RankTensors, RankReport, list[str]]:
         self.tell(f"run {run + 1} of {self.request.runs}, rank {groups.rank + 1} of {self.case.parallel.size}")
         weights = self.shards[groups.rank]
         if weights.w2_EHI.device != device:
