@@ -174,6 +174,14 @@ def test_a_hostile_subject_gets_its_verdict_and_the_next_case_passes(ended: dict
     assert len(line.message) < 3000
 
 
+def test_a_right_layer_has_its_own_ways() -> None:
+    """What it replaces when it is loaded, or for a while, is nothing left behind, and is there whenever it looks."""
+    cases = [_case(RIGHT_TOKENS, seed, LOCAL if seed < 3 else GLOO) for seed in range(1, 5)]
+    plan = Plan(implementation="tests.subjects.own_ways:own_ways", cases=cases, tier="", minimum_executed=1, lanes=1)
+    for line in run_plan(plan).lines:
+        assert (line.verdict, line.guard.get("left behind")) == (Verdict.PASS, None), line.message
+
+
 def test_nothing_that_a_subject_started_outlives_the_run(ended: dict[End, Future]) -> None:
     """Also a process in a session of its own, and one whose parent is dead."""
     for future in ended.values():

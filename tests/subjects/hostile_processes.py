@@ -214,7 +214,7 @@ PROCESSES: Mapping[str, Callable[[], None]] = {
     "raises_what_cannot_be_written": _raises(lambda: ValueError("half a pair \ud800")),
     "raises_interrupt": _raises(KeyboardInterrupt),
     "raises_group": _raises(lambda: BaseExceptionGroup("two", [SystemExit(3), GeneratorExit()])),
-    "aborts": _kills_itself(signal.SIGABRT),
+    "aborts": os.abort,
     "takes_a_nameless_signal": _kills_itself(signal.SIGRTMIN + 5),
     "ignores_signals_and_sleeps": _ignore_signals_and_sleep,
     "locks_the_interpreter": _sleep_with_the_interpreter_locked,

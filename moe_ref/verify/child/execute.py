@@ -62,7 +62,7 @@ def _execute(subject: ModuleType, request: Request, tell: Callable[[str], None],
         if request.runs > 1 and not isinstance(outcomes, Failed) and asks_untraced(request.case):
             last = _run_once(job, 0, is_traced=False)
             if isinstance(last, Failed):
-                outcomes = last
+                outcomes = last.said("in the call without a trace")
             elif Stage.REDUCED in _differing(last.tensors, outcomes[0].tensors):
                 untraced = [last.tensors]
     else:
@@ -106,6 +106,14 @@ class Failed:
     """Reports of a run in which a rank failed."""
 
     reports: list[RankReport]
+
+    def said(self, which: str) -> "Failed":
+        """The same, with words for a call that is none of the runs at the end of the first line."""
+        def told(report: RankReport) -> RankReport:
+            first, *others = report.error.split("\n")
+            return msgspec.structs.replace(report, error="\n".join([f"{first} ({which})", *others]))
+
+        return Failed([told(report) if report.error else report for report in self.reports])
 
 
 def _changed(outcomes: list[Outcome]) -> list[str]:
@@ -199,7 +207,7 @@ def run_local(job: Job) -> list[Outcome] | Failed:
         if run == job.changed_call:
             before = _run_once(job, run, is_changed=True)
             if isinstance(before, Failed):
-                return before
+                return before.said("in the call with other inputs")
             touched = before.changed
         outcome = _run_once(job, run)
         if isinstance(outcome, Failed):

@@ -54,6 +54,11 @@ class Job:
 
         is_changed: the call with other inputs that precedes the run. is_traced: whether the subject is given a trace.
         """
+        with self.surroundings.kept() if self.surroundings else nullcontext():
+            return self._run_rank(groups, device, run, token_T, is_changed, is_traced)
+
+    def _run_rank(self, groups: Groups, device: torch.device, run: int, token_T: torch.Tensor | None,
+                  is_changed: bool, is_traced: bool) -> tuple[RankTensors, RankReport, list[str]]:
         self.tell(f"{'other inputs before ' if is_changed else ''}run {run + 1} of {self.request.runs}, "
                   f"rank {groups.rank + 1} of {self.case.parallel.size}")
         weights = self.shards[groups.rank]

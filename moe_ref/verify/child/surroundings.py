@@ -100,43 +100,72 @@ class Surroundings:
         self._harness = frozenset(map(id, harness))
         self._theirs: dict[_Place, Any] = {}
         self._loaded: dict[_Place, Any] = {}
+        # Loading counts as a call. Virtual ranks take turns inside theirs.
+        self._calls, self._is_lent = 1, True
         self.left: list[str] = []
 
     def keep_loaded(self) -> None:
         """The subject is loaded: what it has replaced so far is no trace of a case."""
         self._take_back()
-        self._loaded, self.left = dict(self._theirs), []
+        self._calls, self._loaded = 0, dict(self._theirs)
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """For a rank's part of a case, outside its calls; then those of ranks that are in a call are lent again."""
+        self._take_back()
+        try:
+            yield
+        finally:
+            if self._calls:
+                self._lend()
 
     @contextmanager
     def lent(self) -> Iterator[None]:
         """For a call of the subject, with its own replacements; raises ReplacedHarness if they are the harness's."""
         process = os.getpid()
-        for place, value in self._theirs.items():
-            _put(place, value)
+        self._calls += 1
+        self._lend()
         try:
             yield
         finally:
+            self._calls -= 1
             self._take_back()
             if os.getpid() != process:
                 # The subject has forked and comes back twice; there is one answer.
                 os._exit(0)
+            if self._calls == 0:
+                self._note()
+
+    def _lend(self) -> None:
+        for place, value in self._theirs.items():
+            _put(place, value)
+        self._is_lent = True
 
     def _take_back(self) -> None:
-        taken = []
+        if not self._is_lent:
+            return
+        taken, self._theirs, self._is_lent = [], {}, False
         for place, ours in self._ours.items():
             theirs = _there(place)
             if theirs is ours or (place[1] == "" and theirs == ours):
                 continue
             _put(place, ours)
-            name = f"{place[0].__name__}.{place[1]}" if place[1] else place[0].words
             if id(place[0]) in self._harness:
-                taken.append(name)
-                continue
-            self._theirs[place] = theirs
-            if name not in self.left and self._loaded.get(place) is not theirs and not (place[1] and _is_torch(theirs)):
-                self.left.append(name)
+                taken.append(_name(place))
+            else:
+                self._theirs[place] = theirs
         if taken:
             raise ReplacedHarness(f"replaced {', '.join(taken)}, but the harness is not an implementation's to change")
+
+    def _note(self) -> None:
+        """What differs, now that no call is under way, from what the subject replaced when it was loaded."""
+        self.left += [_name(place) for place, theirs in self._theirs.items() if _name(place) not in self.left
+                      and not (place in self._loaded and self._loaded[place] == theirs)
+                      and not (place[1] and _is_torch(theirs))]
+
+
+def _name(place: _Place) -> str:
+    return f"{place[0].__name__}.{place[1]}" if place[1] else place[0].words
 
 
 def _is_torch(value: Any) -> bool:

@@ -181,6 +181,8 @@ def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> Case
         if is_untraced and judgement.verdict is not Verdict.MISMATCH:
             # An output alone may leave nothing to say, and what else is wrong the other runs say.
             continue
+        if is_untraced:
+            judgement = replace(judgement, reason=f"without a trace, {judgement.reason}")
         judged.append(waived(judgement, measurement.stages, file.limits.ratio.max, find_waiver))
         measured.append(measurement)
     # Runs that differ are all judged.
