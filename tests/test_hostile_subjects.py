@@ -1,8 +1,5 @@
 """Implementations that break what is around them cost their own verdict only: the case after each of them passes."""
 
-import os
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,6 @@ from moe_ref.contract.vocabulary import Ranks, Verdict
 from moe_ref.records.schema import CaseLine
 from moe_ref.records.store import read_run
 from moe_ref.tiers.tiers import PlannedCase
-from moe_ref.tolerances.load import load_tolerances
 from moe_ref.verify.run.run import Plan, run_plan
 from tests.subjects.hostile import RIGHT_TOKENS, TOKENS
 
@@ -142,36 +138,26 @@ def _run(ends: list[End], record: Path, time_limit: float) -> dict[End, list[Cas
     return {end: [run.cases[case.case_id] for case in one] for end, one in zip(ends, planned.values(), strict=True)}
 
 
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[End, Future]]:
-    """One run for each kind of rank, beside one with a short limit for those that hang."""
-    # msgspec must not learn a type from two threads at once.
-    load_tolerances()
-    os.environ[MARKER] = str(os.getpid())
-    groups = [(HANGS, 8.0), *(([end for end in ENDS if end not in HANGS and end[1] is ranks], 120.0)
-                              for ranks in (LOCAL, GLOO))]
-    with ThreadPoolExecutor(2) as threads:
-        futures = {}
-        for ends, limit in groups:
-            future = threads.submit(_run, ends, tmp_path_factory.mktemp("record"), limit)
-            futures |= dict.fromkeys(ends, future)
-        yield futures
-        threads.shutdown(cancel_futures=True)
-    # What other tests start is none of this.
-    del os.environ[MARKER]
+RUNS = {"local": [end for end in ENDS if end not in HANGS and end[1] is LOCAL],
+        "gloo": [end for end in ENDS if end not in HANGS and end[1] is GLOO], "hangs": HANGS}
 
 
-@pytest.mark.parametrize(("name", "ranks"), ENDS)
-def test_a_hostile_subject_gets_its_verdict_and_the_next_case_passes(ended: dict[End, Future], name: str,
-                                                                      ranks: Ranks) -> None:
-    """The record, which is whole, says of both."""
-    verdict, words = ENDS[name, ranks]
-    *_, line, after = ended[name, ranks].result()[name, ranks]
-    assert line.verdict == verdict, line.message
-    where = line.guard.get("left behind", "") if words.startswith("left ") else line.message
-    assert words.removeprefix("left ").replace("{tokens}", str(TOKENS[name])) in where
-    assert after.verdict == Verdict.PASS, after.message
-    assert len(line.message) < 3000
+@pytest.mark.parametrize("kind", RUNS)
+def test_hostile_subjects_get_their_verdicts_and_the_cases_after_them_pass(
+        kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run for each kind, whose record is whole; nothing that a subject started outlives it."""
+    monkeypatch.setenv(MARKER, str(tmp_path))
+    wrong = []
+    for (name, ranks), lines in _run(RUNS[kind], tmp_path, 8.0 if kind == "hangs" else 120.0).items():
+        (verdict, words), (*_, line, after) = ENDS[name, ranks], lines
+        where = line.guard.get("left behind", "") if words.startswith("left ") else line.message
+        if (line.verdict != verdict or words.removeprefix("left ").replace("{tokens}", str(TOKENS[name])) not in where
+                or len(line.message) > 3000):
+            wrong.append(f"{name}, {ranks}: should be {verdict}, {words!r}, but is {line.message}")
+        if after.verdict != Verdict.PASS:
+            wrong.append(f"after {name}, {ranks}: {after.message}")
+    assert wrong == []
+    assert [folder.name for folder in Path("/proc").glob("[0-9]*") if _is_marked(folder, tmp_path)] == []
 
 
 def test_a_right_layer_has_its_own_ways() -> None:
@@ -182,19 +168,12 @@ def test_a_right_layer_has_its_own_ways() -> None:
         assert (line.verdict, line.guard.get("left behind")) == (Verdict.PASS, None), line.message
 
 
-def test_nothing_that_a_subject_started_outlives_the_run(ended: dict[End, Future]) -> None:
-    """Also a process in a session of its own, and one whose parent is dead."""
-    for future in ended.values():
-        future.result()
-    assert [folder.name for folder in Path("/proc").glob("[0-9]*") if _is_marked(folder)] == []
-
-
 MARKER = "MOE_REF_TEST_HOSTILE"
 
 
-def _is_marked(folder: Path) -> bool:
-    """Whether a process was started here, or by one that was."""
+def _is_marked(folder: Path, mark: Path) -> bool:
+    """Whether a process was started by that run, or by one that was."""
     try:
-        return f"{MARKER}={os.getpid()}".encode() in (folder / "environ").read_bytes().split(b"\0")
+        return f"{MARKER}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0")
     except OSError:
         return False
