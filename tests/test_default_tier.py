@@ -19,14 +19,14 @@ from tests.subjects import oracle_gradients as gradients
 from tests.subjects.parallel_call import ParallelCall
 
 MISTAKES = (
-    (mistaken.BiasOnEveryRank, "down", "a bias of w2, or an identity expert, that rank 0 of tp should add alone"),
+    (mistaken.BiasOnEveryRank, "down", "F01 bias of w2 added by every tp rank"),
     (mistaken.NoReduction, "reduced", "tp.all_reduce of 3168 elements missing"),
-    (mistaken.ReducedTwice, "reduced", "2 times the sum: reduced twice"),
+    (mistaken.ReducedTwice, "reduced", "F09 sum of the ranks added up again"),
     (mistaken.OverTheOtherGroup, None, "#4 of ranks [0, 2]: rank 2 issued all_reduce((16, 96)"),
-    (mistaken.GateOfOneRankUpOfAnother, "act", "gate and up rows that do not belong together"),
+    (mistaken.GateOfOneRankUpOfAnother, "act", "K09 gate rows of a rank beside up rows of another explains 100.0 %"),
     (mistaken.GatheredInReverse, "reduced", "parts of the ranks in another order"),
     (mistaken.SharedReducedTwice, "merged", "tp.all_reduce of 3168 elements too many"),
-    (mistaken.ResidualPerRank, "reduced", "a residual that more than one rank adds"),
+    (mistaken.ResidualPerRank, "reduced", "F02 residual added 2 times explains 99."),
     (gradients.WeightsNotReduced, "grad_router", "grad_router"),
     (gradients.TokensReducedTwice, "grad_x", "grad_x"),
 )

@@ -6,8 +6,8 @@ from tests.subjects.hostile_processes import PROCESSES
 from tests.subjects.hostile_tensors import TENSORS, Given, seen
 
 RIGHT_TOKENS = 4
-TOKENS = {name: RIGHT_TOKENS + 1 + number for number, name in enumerate((*TENSORS, *PROCESSES))}
-"""Any other number is served as it should be."""
+TOKENS = {name: 256 + 2 * number for number, name in enumerate((*TENSORS, *PROCESSES))}
+"""Any other number is served as it should be, also half of these, as a call with other inputs may have it."""
 
 ON_RANK_ONE = frozenset({"locks_the_interpreter", "stops_itself", "aborts", "raises_what_cannot_be_said"})
 """Before any collective, so that the others wait for it; the rest when all is done."""

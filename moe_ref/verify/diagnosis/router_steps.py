@@ -95,8 +95,10 @@ class RouterSteps:
         if (router := self.used_router) is None:
             ids_TK = torch.zeros(len(self.x_TH), 1, dtype=torch.int64)
             return ids_TK, ids_TK.double() + 1.0, None
-        known_TK = Stage.IDS in self.stages and router.capacity is None
-        ids_TK = self.stages[Stage.IDS] if known_TK else self.chosen()
+        ids_TK = self.stages.get(Stage.IDS)
+        # What is shown of dropped slots, or of tokens that are not numbers, names no expert to weigh.
+        if ids_TK is None or not bool(((ids_TK >= 0) & (ids_TK < self.spec.num_choices)).all()):
+            ids_TK = self.chosen()
         return self.weigh(self.weight_scores(), ids_TK, router)
 
     def weight_scores(self) -> torch.Tensor:

@@ -201,7 +201,11 @@ def _diagnosed(case: Case, inputs: Inputs, ranks: list[RankTensors], capabilitie
     if judgement.verdict is not Verdict.MISMATCH or judgement.first_stage is None or not diagnosable(case):
         return None
     numerics = capabilities.numerics[case.problem.dtype]
-    found = diagnose(case, inputs, ranks, numerics, Stage(judgement.first_stage))
+    try:
+        found = diagnose(case, inputs, ranks, numerics, Stage(judgement.first_stage))
+    except Exception:
+        # A subject can be wrong in ways that no hypothesis is made for; the verdict stands without a name.
+        return None
     if found is None:
         return None
     return DiagnosisLine(fault=found.fault, share=to_number(found.share), next_share=to_number(found.next_share))
