@@ -5,10 +5,11 @@ import torch
 from moe_ref.contract.case import Case
 from moe_ref.contract.hosting import serving_copies
 from moe_ref.contract.shares import RankShare
-from moe_ref.contract.vocabulary import Stage
+from moe_ref.contract.vocabulary import Stage, Tokens
 
 RankTensors = dict[Stage, torch.Tensor]
 
+ROW_STAGES = (Stage.GATE_UP, Stage.ACT, Stage.DOWN)
 ROUTING_STAGES = (Stage.LOGITS, Stage.IDS, Stage.WEIGHTS)
 
 
@@ -52,6 +53,28 @@ def row_positions(server_TK: torch.Tensor, share: RankShare, parallel_ep: int) -
         return torch.arange(server_TK.numel())
     served_R = (server_TK == share.ep_rank).reshape(-1)
     return torch.where(served_R, served_R.cumsum(0) - 1, -1)
+
+
+def in_every_slot(case: Case, ranks: list[RankTensors]) -> list[RankTensors]:
+    """Rows of all slots where a subject shows those of slots with an expert alone; zeros for the others.
+
+    Without expert parallelism either way is right; with it, the rows that a rank serves are told by their number.
+    """
+    spec = case.problem.spec
+    if case.parallel.ep > 1 or case.parallel.tokens is not Tokens.REPLICATED:
+        return ranks
+    return [tensors if Stage.IDS not in tensors else
+            {stage: _in_every_slot(tensor, tensors[Stage.IDS], spec.num_choices) if stage in ROW_STAGES else tensor
+             for stage, tensor in tensors.items()} for tensors in ranks]
+
+
+def _in_every_slot(tensor: torch.Tensor, ids_TK: torch.Tensor, num_choices: int) -> torch.Tensor:
+    named_R = ((ids_TK >= 0) & (ids_TK < num_choices)).flatten()
+    if len(tensor) == len(named_R) or len(tensor) != int(named_R.sum()):
+        return tensor
+    whole = torch.zeros(len(named_R), *tensor.shape[1:], dtype=tensor.dtype)
+    whole[named_R] = tensor
+    return whole
 
 
 def whole_output(ranks: list[RankTensors], shares: tuple[RankShare, ...], num_tokens: int) -> torch.Tensor:

@@ -10,10 +10,8 @@ from moe_ref.contract.dtypes import TORCH_DTYPES
 from moe_ref.contract.parallel import Range
 from moe_ref.contract.shares import RankShare, rank_shares
 from moe_ref.contract.vocabulary import Data, SharedPlacement, Stage
-from moe_ref.verify.measure.placing import RankTensors, over_all_tokens, servers
+from moe_ref.verify.measure.placing import ROW_STAGES, RankTensors, over_all_tokens, servers
 from moe_ref.verify.measure.row_counts import likely_rows
-
-ROW_STAGES = (Stage.GATE_UP, Stage.ACT, Stage.DOWN)
 
 
 def stage_shapes(case: Case, share: RankShare) -> dict[Stage, tuple[int, ...]]:

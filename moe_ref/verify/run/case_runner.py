@@ -40,7 +40,7 @@ from moe_ref.verify.explain import explain
 from moe_ref.verify.judge import Guard, Judgement, RunFacts, WantedCalls, judge
 from moe_ref.verify.measure.gradients import measure_case
 from moe_ref.verify.measure.measurement import Measurement
-from moe_ref.verify.measure.placing import RankTensors
+from moe_ref.verify.measure.placing import RankTensors, in_every_slot
 from moe_ref.verify.run.batches import LEFT_OUT, SAME, left_out
 from moe_ref.verify.run.children import Answer, ChildDied, ChildHung
 from moe_ref.verify.run.last_words import cut_lines
@@ -170,8 +170,9 @@ def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> Case
     find_waiver = partial(find, file.waivers, planned.case_id, settings.implementation.name, today=settings.today)
     judged: list[Judgement] = []
     measured: list[Measurement] = []
-    for number, ranks in enumerate(answer.runs):
-        is_untraced = answer.reply.untraced and number == len(answer.runs) - 1
+    runs = [in_every_slot(case, ranks) for ranks in answer.runs]
+    for number, ranks in enumerate(runs):
+        is_untraced = answer.reply.untraced and number == len(runs) - 1
         shown = replace(capabilities, stages=()) if is_untraced else capabilities
         measurement = measure_case(case, inputs, ranks, shown, model,
                                    lambda text: settings.tell(planned.case_id, text))
@@ -190,8 +191,8 @@ def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> Case
     compared = []
     if judgement.verdict is Verdict.MISMATCH and small_enough(case):
         numerics = capabilities.numerics[case.problem.dtype]
-        compared = _semantic_lines(semantic(case, inputs, answer.runs[index], numerics))
-    found = _diagnosed(case, inputs, answer.runs[index], capabilities, judgement)
+        compared = _semantic_lines(semantic(case, inputs, runs[index], numerics))
+    found = _diagnosed(case, inputs, runs[index], capabilities, judgement)
     return _line(planned, settings, judgement, answer, measured[index], time.monotonic() - started, compared, found)
 
 
