@@ -14,7 +14,7 @@ from tests.in_process import judged
 from tests.subjects.base import Call
 from tests.subjects.whole import WholeSpec
 
-SAME_SHAPE_FIRST = "v1-T33.H96.I160.E8.K2-bf16-norm-tp2"
+SAME_SHAPE_FIRST = "v1-T33.H96.I160.E8.K2-fp32-norm-tp3"
 ANOTHER_SHAPE_BETWEEN = "v1-T33.H96.I160.E8.K2-fp32-norm-tp2"
 
 
@@ -91,7 +91,8 @@ def test_both_places_are_taken_in_every_tier() -> None:
     """By the case alone, so that a replay does what the run did; never where a case runs once."""
     for name in ("smoke", "quick"):
         places = [precedes(one.case_id, 2) for one in tier(name).cases]
-        assert 1 / 3 < sum(place == 0 for place in places) / len(places) < 2 / 3
+        for wanted in (0, 1):
+            assert 1 / 8 < sum(place == wanted for place in places) / len(places) < 3 / 8
     assert precedes(SAME_SHAPE_FIRST, 1) is None
 
 
