@@ -17,7 +17,7 @@ _NEGATED = ("x_TH", "logits_TE", "residual_TH")
 def precedes(case_id: str, runs: int) -> int | None:
     """The run that such a call precedes: the first in a quarter of all cases, the second in another, none in the rest.
 
-    None for cases of one run, too. What is kept from call to call is kept in many cases, and a call costs as much as a run.
+    None for cases of one run, too. A call costs as much as a run, and what is kept is kept in many cases.
     """
     place = int(random_words(case_id, "changed call", 0, 1)[0]) % 4
     return place if runs > 1 and place < 2 else None
