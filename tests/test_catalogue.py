@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moe_ref.contract.case_id import parse_case
-from moe_ref.score.choose import planned_cases
+from moe_ref.score.choose import carriers, planned_cases
 from moe_ref.score.load import Catalogue, load_catalogue
 from moe_ref.score.schema import Mutant
 from moe_ref.score.seed import seed
@@ -43,6 +43,7 @@ def test_the_default_tiers_carry_the_trigger(mutant: Mutant) -> None:
         assert [pattern for pattern in mutant.carried_by if not any(fnmatchcase(name, pattern) for name in names)] == []
     if mutant.silent_on:
         parse_case(mutant.silent_on)
+    assert carriers(mutant, names)
 
 
 @pytest.mark.parametrize("mutant", CATALOGUE.mutants, ids=lambda one: one.id)

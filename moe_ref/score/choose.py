@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
+from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.vocabulary import Ranks
 from moe_ref.score.messages import CaseToTry
 from moe_ref.score.schema import Mutant, Right
@@ -32,7 +33,13 @@ def planned_cases(tiers: Sequence[str] = DEFAULT_TIERS) -> dict[str, PlannedCase
 
 
 def carriers(mutant: Mutant, cases: dict[str, PlannedCase], full: bool = False) -> list[CaseToTry]:
-    """The cases for a mutant; all of the tiers in a full run, those named first."""
+    """The cases for a mutant; all of the tiers in a full run, those named first.
+
+    What only a GPU can run may name cases of a size that no default tier has.
+    """
+    if mutant.runs_on == "gpu":
+        own = [name for name in mutant.carried_by if not set(name) & set("*?[") and name not in cases]
+        cases = cases | {name: PlannedCase(case=parse_case(name), purpose=mutant.what) for name in own}
     chosen = _matching(mutant.carried_by, cases, None if full else MOST_OF_A_PATTERN)
     if full:
         rest = sorted((one for one in cases.values() if one.case_id not in chosen), key=cost)
