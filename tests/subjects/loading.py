@@ -7,6 +7,7 @@ import torch
 
 from moe_ref.contract.parallel import Range
 from moe_ref.contract.vocabulary import Stage
+from tests.subjects.loaded import whole
 from tests.subjects.parallel import ParallelMoE
 from tests.subjects.parallel_call import ParallelCall
 from tests.subjects.parallel_variants import UNCOUNTED
@@ -36,11 +37,9 @@ class ShardLoader(ParallelMoE):
 
     def checkpoint(self, call: ParallelCall, shard: torch.Tensor, axis: int) -> torch.Tensor:
         """The tensor of all experts in their order, whole along `axis`."""
-        tp, ep = call.groups.tp, call.groups.ep
-        whole = torch.cat(tp.all_gather(shard.movedim(axis, 0).contiguous())) if tp.size > 1 else shard.movedim(axis, 0)
-        whole = whole.movedim(0, axis).contiguous()
+        own, ep = whole(shard, axis, call.groups.tp).contiguous(), call.groups.ep
         held = call.parallel.hosted(call.spec.num_experts)
-        rows = ep.all_gather(whole) if ep.size > 1 else [whole]
+        rows = ep.all_gather(own) if ep.size > 1 else [own]
         by_expert = {expert: row for experts, part in zip(held, rows, strict=True)
                      for expert, row in zip(experts, part, strict=True)}
         return torch.stack([by_expert[expert] for expert in range(call.spec.num_experts)])
