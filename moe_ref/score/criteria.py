@@ -24,6 +24,7 @@ DEVIATIONS = {"vllm": 2.0**-4, "sglang": 2.0**-7}
 """Nearest powers of two to the deviation of all data in a project's tests over that of generated ones: 0.1 and 0.01;
 others test at the scale of the case. Sources: as of `published` in tolerances.yaml."""
 
+
 def refused(subject: ModuleType, case_id: str) -> dict[str, bool]:
     """By project whether its criterion refuses the output, beside the truth rounded to its dtype.
 
