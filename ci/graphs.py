@@ -1,13 +1,16 @@
 """CUDA graphs of the fast layer: captured once, replayed with other tokens and choices, equal to eager calls.
 
-usage: python ci/graphs.py [--eager] [--deadline SECONDS]. With --eager the calls alone, for compute-sanitizer.
+usage: python ci/graphs.py [--eager] [--deadline SECONDS] [--record FOLDER]. With --eager the calls alone, for
+compute-sanitizer. FOLDER/graphs.jsonl: a line per layer that was run, with its faults.
 """
 
 import gc
+import json
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import click
 import torch
@@ -141,7 +144,8 @@ def _collect() -> None:
 @click.command()
 @click.option("--eager", is_flag=True, help="Calls alone, nothing is captured or compared.")
 @click.option("--deadline", type=float, default=600.0, show_default=True, help="Start no case after so many seconds.")
-def main(eager: bool, deadline: float) -> None:
+@click.option("--record", type=click.Path(path_type=Path, file_okay=False), help="Folder for graphs.jsonl.")
+def main(eager: bool, deadline: float, record: Path | None) -> None:
     """Exit code 1 with a sentence per fault; cases that the deadline left out are counted."""
     if not torch.cuda.is_available():
         raise click.ClickException("no CUDA device here, and a CPU has no graphs")
@@ -149,6 +153,7 @@ def main(eager: bool, deadline: float) -> None:
     for case_id in CASES:
         if time.monotonic() - started > deadline:
             break
+        before = len(faults)
         if eager:
             given, call = layer_call(case_id, "cuda")
             for one in draws(case_id, "cuda"):
@@ -158,6 +163,10 @@ def main(eager: bool, deadline: float) -> None:
         else:
             faults += replay_faults(case_id, "cuda", captured) + memory_faults(case_id)
         num_run += 1
+        if record is not None:
+            record.mkdir(parents=True, exist_ok=True)
+            with (record / "graphs.jsonl").open("a") as file:
+                file.write(json.dumps({"case": case_id, "eager": eager, "faults": faults[before:]}) + "\n")
         click.echo(f"{case_id}: {CASES[case_id]}, {time.monotonic() - started:.0f} s")
     click.echo("\n".join(faults))
     click.echo(f"{'FAIL' if faults else 'PASS' if num_run else 'NOT RUN'}  {num_run} of {len(CASES)} cases")

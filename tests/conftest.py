@@ -6,6 +6,8 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_name] = "1"
 # The tests are the CPU's, and their ranks are forked: autograd forbids that once it has a thread for a device.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Under `moe-ref lanes run` a lane has a name; runs that tests start are none of its.
+os.environ.pop("MOE_LANE", None)
 
 import pytest
 import torch

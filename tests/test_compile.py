@@ -18,7 +18,7 @@ from moe_fast.architecture import assuming
 from moe_fast.compile import lanes as lanes_module
 from moe_fast.compile.cases import CASES
 from moe_fast.compile.combinations import Combination, combination_of, combinations_of
-from moe_fast.compile.lanes import compile_all
+from moe_fast.compile.lanes import Observe, compile_all
 from moe_fast.compile.products import tuned_combinations
 from moe_fast.compile.recorder import META, Launch, record
 from moe_fast.compile.resources import Resources, faults
@@ -294,14 +294,18 @@ def test_the_accepted_table_is_of_the_gates_own_combinations() -> None:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
     """`moe-ref compile` with a compiler that is asked once per combination and has learnt its answers."""
-    monkeypatch.setattr(moe_fast.compile, "compile_all",
-                        lambda combinations, lanes, observe: [OLD for _ in combinations])
+    def compile_all(combinations: list[Combination], lanes: int, observe: Observe) -> list[Resources]:
+        for one in combinations:
+            observe(one, OLD)
+        return [OLD for _ in combinations]
+
+    monkeypatch.setattr(moe_fast.compile, "compile_all", compile_all)
 
     def call(*arguments: str) -> tuple[int, str]:
         result = CliRunner().invoke(compile_command, list(arguments), standalone_mode=False)
         if result.exception is not None:
             raise result.exception
-        return result.return_value, result.output
+        return result.return_value, result.stdout
     return call
 
 

@@ -1,6 +1,8 @@
 """Protects the direction of imports: what may know of what, read from the sources, and what a bare import costs."""
 
 import ast
+import importlib
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -157,3 +159,15 @@ def test_nothing_is_executed_that_came_from_outside() -> None:
     shells = [f"{file}: shell" for file, tree in sources("moe_ref") for node in ast.walk(tree)
               if isinstance(node, ast.keyword) and node.arg == "shell"]
     assert found + shells == []
+
+
+def test_scripts_import_what_there_is() -> None:
+    """Scripts of ci are outside the type check, and most run only in a longer lane."""
+    gone = []
+    for file, tree in sources("ci"):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and inside(node.module or "", ("moe_ref", "moe_fast")):
+                module = importlib.import_module(str(node.module))
+                gone += [f"{file}: {node.module}.{one.name}" for one in node.names if not hasattr(module, one.name)
+                         and importlib.util.find_spec(f"{node.module}.{one.name}") is None]
+    assert gone == []

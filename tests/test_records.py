@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from moe_ref.contract.errors import UsageValueError
+from moe_ref.records.error_map import ErrorMap
 from moe_ref.records.schema import (
     SCHEMA,
     CaseLine,
@@ -47,7 +48,10 @@ FULL = case_line(
     collectives=[CollectiveCount(operation="all_reduce", calls=1, num_elements=4, num_bytes=8)],
     stages=[StageResult(stage="act", ratio="inf", num_checked=4, num_bad=1, bias=0.5, scale=1.0, num_bad_tokens=1,
                         bad_tokens=[3], bad_experts=[1], bad_ranks=[0], bad_tiles=[2], num_tiles=3, note="n",
-                        bound_ratio=0.5, sigmas=40.0, statistics=[Statistic(
+                        bound_ratio=0.5, sigmas=40.0, error_map=ErrorMap(
+                            rows="r", num_rows=3, num_columns=2, row_step=1, column_step=1, cells="x",
+                            experts=[(0, 1)], ranks=[(1, 1)], row_ranks=[(2, 0)], profile="y", tails=[16]),
+                        statistics=[Statistic(
                             name="slots", value=9.0, allowed=7.0, number=4, token=3, expert=1)],
                         worst=Worst(rank=0, token=3, slot=1, expert=1, column=130, got="nan", want=1.0,
                                     allowed=0.25))])
@@ -59,8 +63,9 @@ GOLDEN = (
     b'checked":4,"num_bad":1,"worst":{"rank":0,"token":3,"row":null,"slot":1,"expert":1,"column":130,"got":"nan","'
     b'want":1.0,"allowed":0.25},"num_bad_tokens":1,"bad_tokens":[3],"bad_experts":[1],"bad_ranks":[0],"bad_tiles":'
     b'[2],"num_tiles":3,"sigmas":40.0,"statistics":[{"name":"slots","value":9.0,"allowed":7.0,"number":4,"token":3'
-    b',"expert":1,"rank":null}],"bias":0.5,"scale":1.0,"note":"n"}],"collectives":[{"operation":"all_reduce","call'
-    b's":1,"num_elements":4,"num_bytes":8}],"guard":{"poison":"nan"},"runs":2,"same_bits":true,"batches":{},"numer'
+    b',"expert":1,"rank":null}],"bias":0.5,"scale":1.0,"note":"n","error_map":{"rows":"r","num_rows":3,"num_colum'
+    b'ns":2,"row_step":1,"column_step":1,"cells":"x","experts":[[0,1]],"ranks":[[1,1]],"row_ranks":[[2,0]],"profil'
+    b'e":"y","tails":[16]}}],"collectives":[{"operation":"all_reduce","calls":1,"num_elements":4,"num_bytes":8}],"guard":{"poison":"nan"},"runs":2,"same_bits":true,"batches":{},"numer'
     b'ics":{"act":"bf16"},"power":12.5,"mutants":{"k_tile":{"factor":3.0,"where":"act"}},"signal":26.0,"semantic":'
     b'[{"stage":"act","subject_share":0.5,"sibling_share":0.25,"ratio":4.0}],"diagnosis":{"fault":"f","share":0.75'
     b',"next_share":0.125},"inputs_digest":"e","subject_seconds":0.5,"oracle_seconds":0.25,"message":"m","replay":'
@@ -74,7 +79,7 @@ def test_names_of_fields_are_stable() -> None:
     assert msgspec.json.decode(GOLDEN, type=CaseLine) == FULL
     run, end = (msgspec.json.decode(msgspec.json.encode(line)) for line in (RUN, END))
     assert list(run) == ["type", "schema", "run", "started", "implementation", "tier", "cases", "minimum_executed",
-                         "axis_pairs", "environment", "tolerances_digest", "oracle_version"]
+                         "axis_pairs", "environment", "tolerances_digest", "oracle_version", "lane", "tolerances"]
     assert list(end) == ["type", "schema", "run", "finished", "seconds", "verdicts", "executed", "exit_code"]
     assert (run["type"], end["type"], SCHEMA) == ("run", "end", 2)
 

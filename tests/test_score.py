@@ -17,6 +17,7 @@ from moe_ref.records.score import SCORE_FILE, read_score
 from moe_ref.report.score import complaints, totals
 from moe_ref.score.load import load_catalogue
 from moe_ref.score.messages import CaseToTry
+from moe_ref.score.run import alike
 from moe_ref.score.schema import Patch
 from moe_ref.score.seed import package_root, seed
 from tests.command_line import command
@@ -194,3 +195,22 @@ def test_a_seeded_copy_can_be_verified_by_hand(tmp_path: Path, capsys: pytest.Ca
                           capture_output=True, text=True, env={**os.environ, "PYTHONPATH": root})
     assert done.returncode == 1, done.stderr
     assert "reduced" in done.stdout
+
+
+def test_what_a_deadline_leaves_is_no_outcome(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is begun by the next call on the same record; here of the one mutant that needs a GPU."""
+    catalogue = write(tmp_path / "catalogue", [ENTRIES[0], ENTRIES[8]])
+    arguments = ["score", "--catalogue", str(catalogue), "--gpu-only", "--record", str(tmp_path), "--lanes", "1"]
+    assert command(*arguments, "--deadline", "-1") == 4
+    assert "CUT SHORT: 1 subjects not begun" in capsys.readouterr().out
+    assert command(*arguments) == 0
+    found = read_score(tmp_path / SCORE_FILE)
+    assert found is not None
+    assert {name: one.outcome for name, one in found.mutants.items()} == {"X09.seeded": "not_runnable"}
+
+
+def test_on_cuda_process_ranks_have_a_process_that_never_used_it() -> None:
+    """What has begun CUDA cannot be forked, and virtual ranks begin it."""
+    cases = [CaseToTry("a", "local"), CaseToTry("b", "local"), CaseToTry("c", "gloo"), CaseToTry("d", "local")]
+    assert alike(cases, "cpu") == cases
+    assert [[one.case for one in alike(cases[start:], "cuda")] for start in (0, 2, 3)] == [["a", "b"], ["c"], ["d"]]

@@ -10,10 +10,10 @@ import click
 from rich.console import Console
 
 from moe_ref.bench.presets import PRESETS
+from moe_ref.cli.collected import Collected
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import Dtype
-from moe_ref.records.bench import BenchLine, BenchRecordLine, BenchRun, add_line, read_bench
-from moe_ref.records.store import RecordWriter
+from moe_ref.records.bench import BenchRun, add_line, read_bench
 from moe_ref.report.bench import (
     NO_EVIDENCE,
     bench_document,
@@ -90,11 +90,8 @@ def bench_command(subjects: tuple[str, ...], preset: str | None, models: tuple[s
         kernels=kernels, device=device, preset=preset, labels=chosen.labels)
     if device == "cpu":
         click.echo(f"{NO_EVIDENCE}; kernels run in an interpreter, if at all", err=True)
-    collected = _Collected(record)
-    try:
+    with Collected(record, BenchRun, add_line) as collected:
         run_bench(plan, environment(device), collected.keep, _teller(plan.num_shapes))
-    finally:
-        collected.close()
     return _show(collected.run, plot, as_json)
 
 
@@ -117,34 +114,6 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
         return tuple(int(one) for one in text.split(","))
     except ValueError as error:
         raise UsageValueError(f"{option} {text!r}, but should be integers with commas, as 1,8") from error
-
-
-class _Collected:
-    """Lines as they come: into the record, if there is one, and into the run that is shown."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self._writer = RecordWriter(folder) if folder else None
-        self._run: BenchRun | None = None
-
-    @property
-    def run(self) -> BenchRun:
-        """Everything so far."""
-        assert self._run is not None
-        return self._run
-
-    def keep(self, line: BenchRecordLine) -> None:
-        """Write and remember a line."""
-        if self._writer:
-            self._writer.append(line)
-        if isinstance(line, BenchLine):
-            self._run = BenchRun(line)
-        else:
-            add_line(self.run, line)
-
-    def close(self) -> None:
-        """Nothing more will come."""
-        if self._writer:
-            self._writer.close()
 
 
 def _teller(total: int) -> Callable[[str], None]:
@@ -170,7 +139,7 @@ def _show(run: BenchRun, plot: Path | None, as_json: bool) -> int:
     else:
         console = Console(width=max(_LEAST_WIDTH, Console().width), emoji=False)
         for table in (limit_table(run), *timing_tables(run), *part_tables(run), *kernel_tables(run)):
-            console.print(table)
+            console.print(table.on_screen())
         for words in bench_words(run):
             console.print(words, highlight=False, markup=False)
     return run.end.exit_code if run.end else 4

@@ -2,9 +2,13 @@
 
 import json
 import os
+import time
+import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -12,13 +16,23 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
+from moe_ref.cli.collected import Collected
 from moe_ref.cli.parts import part_of
 from moe_ref.contract.case import Case
 from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.models.registry import models
+from moe_ref.records.compiled import CombinationLine, CompiledRun, CompileLine, add_line
+from moe_ref.records.schema import EndLine
+from moe_ref.report.compiled import (
+    combination_table,
+    compile_document,
+    compile_failures,
+    compile_words,
+    kernel_table,
+)
+from moe_ref.verify.run.environment import environment
 from moe_ref.verify.run.subjects import load_subject
 
 _MODEL_SIZES = ("T1-bf16", "T64-bf16", "T4096-bf16", "T64-fp16", "T64-fp32")
@@ -44,9 +58,11 @@ def _names(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--lanes", type=click.IntRange(1), default=min(2, os.cpu_count() or 1), show_default=True,
               help="Compilers side by side.")
 @click.option("--each", is_flag=True, help="One line per combination, not only per kernel.")
+@click.option("--record", type=click.Path(path_type=Path, file_okay=False), help="Folder for records.jsonl.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
 def compile_command(implementation: str, architectures: tuple[str, ...], case_ids: tuple[str, ...], all_models: bool,
-                    all_tiles: bool, baseline: Path | None, accept: bool, lanes: int, each: bool, as_json: bool) -> int:
+                    all_tiles: bool, baseline: Path | None, accept: bool, lanes: int, each: bool, record: Path | None,
+                    as_json: bool) -> int:
     """Cross-compile every kernel that IMPLEMENTATION launches; nothing is run and no GPU is needed.
 
     Printed: registers, spilled bytes, shared memory, matrix instructions. Exit code 1: a kernel that does not compile,
@@ -65,16 +81,57 @@ def compile_command(implementation: str, architectures: tuple[str, ...], case_id
     combinations = gate.tile_combinations(chosen) if all_tiles else gate.combinations_of(cases, chosen)
     if own:
         combinations = list({one.key: one for one in combinations + gate.tuned_combinations(chosen)}.values())
-    with _progress(len(combinations)) as observe:
-        found = gate.compile_all(combinations, lanes, observe)
     path = baseline or gate.BASELINES / f"compile-triton-{gate.triton_series()}.json"
-    report = _Report(gate, combinations, found, path, chosen if own else ())
+    accepted = None if accept else gate.read_table(path)
+    keys = {one.key for one in combinations}
+    header = CompileLine(
+        run=uuid.uuid4().hex[:12], started=_now(), implementation=implementation, architectures=list(chosen),
+        scope="models" if all_models else "tiles" if all_tiles else "cases" if case_ids else "gate",
+        cases=list(case_ids), num_combinations=len(combinations), triton=gate.triton_series(),
+        table="" if accepted is None else str(path), environment=environment("cpu") | {"kernels": "compiled, not run"},
+        missing=[key for key in sorted((accepted or {}).keys() - keys) if own and key.split()[0] in chosen])
+    with Collected(record, CompiledRun, add_line) as collected, _progress(len(combinations)) as tell:
+        collected.keep(header)
+        began = time.monotonic()
+
+        def observe(combination: Any, resources: Any) -> None:
+            collected.keep(_line(gate, header.run, combination, resources, accepted or {}))
+            tell(combination)
+
+        found = gate.compile_all(combinations, lanes, observe)
+        run, failures = collected.run, compile_failures(collected.run)
+        outcomes = Counter("failed" if line.error else "compiled" for line in run.combinations.values())
+        collected.keep(EndLine(run=header.run, finished=_now(), seconds=round(time.monotonic() - began, 3),
+                               verdicts=dict(outcomes), executed=outcomes["compiled"], exit_code=int(bool(failures))))
     if accept:
-        gate.write_table(report.path, {one.key: what for one, what in zip(combinations, found, strict=True)
-                                       if not what.error})
-        report = _Report(gate, combinations, found, report.path, chosen)
-    click.echo(json.dumps(report.document, indent=1) if as_json else report.text(each))
-    return 1 if report.failures else 0
+        gate.write_table(path, {one.key: what for one, what in zip(combinations, found, strict=True) if not what.error})
+        click.echo(f"{path}: written; review the diff and commit it", err=True)
+    click.echo(json.dumps(compile_document(run), indent=1) if as_json else _text(run, each))
+    return int(bool(failures))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _line(gate: Any, run: str, combination: Any, resources: Any, accepted: dict[str, Any]) -> CombinationLine:
+    """What was found of a combination, held against its own row of the accepted table."""
+    key = combination.key
+    rows = {key: accepted[key]} if key in accepted else {}
+    worse = [words.removeprefix(f"{key}: ") for words in gate.compare(rows, {key: resources}).worse]
+    return CombinationLine(run=run, key=key, architecture=combination.architecture, kernel=combination.name,
+                           faults=gate.faults(combination, resources), worse=worse, is_accepted=bool(rows),
+                           **asdict(resources))
+
+
+def _text(run: CompiledRun, each: bool) -> str:
+    """The table, failures, and what was compared with what."""
+    table, written = combination_table(run) if each else kernel_table(run), StringIO()
+    plain = table.on_screen()
+    plain.box, plain.title, plain.pad_edge = None, None, False
+    Console(width=300, file=written).print(plain)
+    return "\n".join([*(line.rstrip() for line in written.getvalue().splitlines()), *compile_failures(run),
+                      *compile_words(run)])
 
 
 def _known(architectures: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
@@ -90,81 +147,18 @@ def _model_cases(implementation: str) -> list[Case]:
             if not capabilities.refused_mathematics(model.spec) for size in _MODEL_SIZES]
 
 
-class _Report:
-    """What a run found: failures, a comparison with the accepted table, and both in words."""
-
-    def __init__(self, gate: Any, combinations: list[Any], found: list[Any], path: Path,
-                 whole: tuple[str, ...]) -> None:
-        """whole: the architectures whose rows of the table should all be there."""
-        self.gate, self.path = gate, path
-        self.rows = list(zip(combinations, found, strict=True))
-        self.faults = [f"{one.key}: {reason}" for one, what in self.rows for reason in gate.faults(one, what)]
-        accepted = gate.read_table(path)
-        self.comparison = None if accepted is None else gate.compare(
-            accepted, {one.key: what for one, what in self.rows})
-        self.missing = [key for key in self.comparison.missing if key.split()[0] in whole] if self.comparison else []
-
-    @property
-    def failures(self) -> list[str]:
-        """A sentence each."""
-        worse = self.comparison.worse if self.comparison else []
-        return self.faults + worse + [f"{key}: accepted, but no longer launched" for key in self.missing]
-
-    @property
-    def document(self) -> dict[str, object]:
-        return {"triton": self.gate.triton_series(), "failures": self.failures,
-                "compared": self.comparison.num_compared if self.comparison else 0,
-                "new": self.comparison.new if self.comparison else [],
-                "combinations": [{"key": one.key, **asdict(what)} for one, what in self.rows]}
-
-    def text(self, each: bool) -> str:
-        """The table, failures, and what was compared with what."""
-        written = StringIO()
-        Console(width=300, file=written).print(self._each() if each else self._by_kernel())
-        lines = [*(line.rstrip() for line in written.getvalue().splitlines()), *self.failures, self._compared()]
-        seconds = sum(what.seconds for _, what in self.rows)
-        return "\n".join([*lines, f"{'FAIL' if self.failures else 'PASS'}  {len(self.rows)} combinations, "
-                                  f"{len(self.failures)} failures, {seconds:.0f} s of compiling"])
-
-    def _compared(self) -> str:
-        if self.comparison is None:
-            return f"no accepted table for Triton {self.gate.triton_series()} ({self.path}): printed, not compared"
-        return (f"compared with {self.path}: {self.comparison.num_compared} combinations, {len(self.comparison.new)} "
-                "not in it" + " (--accept takes them in)" * bool(self.comparison.new))
-
-    def _each(self) -> Table:
-        table = Table("combination", "registers", "spilled", "shared", "matrix", box=None, pad_edge=False)
-        for one, what in self.rows:
-            table.add_row(one.key, str(what.registers), str(what.spill_bytes), str(what.shared_bytes),
-                          ", ".join(what.matrix) or "-")
-        return table
-
-    def _by_kernel(self) -> Table:
-        table = Table("architecture", "kernel", "combinations", "registers", "spilled", "shared KiB", "matrix",
-                      box=None, pad_edge=False)
-        groups: dict[tuple[str, str], list[Any]] = {}
-        for one, what in self.rows:
-            groups.setdefault((one.architecture, one.name), []).append(what)
-        for (architecture, kernel), several in sorted(groups.items()):
-            matrix = sorted({name for what in several for name in what.matrix})
-            table.add_row(architecture, kernel, str(len(several)), str(max(what.registers for what in several)),
-                          str(max(what.spill_bytes for what in several)),
-                          f"{max(what.shared_bytes for what in several) / 1024:.1f}", ", ".join(matrix) or "-")
-        return table
-
-
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[Any, Any], None]]:
-    """Called with each result: a bar on a terminal, a line for every fiftieth in a log."""
+def _progress(total: int) -> Iterator[Callable[[Any], None]]:
+    """Called with each combination: a bar on a terminal, a line for every fiftieth in a log."""
     console, count = Console(stderr=True), 0
     columns = (TextColumn("compile"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total)
 
-        def observe(combination: Any, resources: Any) -> None:
+        def tell(combination: Any) -> None:
             nonlocal count
             count += 1
             progress.update(task, advance=1)
             if not console.is_terminal and (count % _TOLD_EVERY == 0 or count == total):
                 click.echo(f"[{count}/{total}] {combination.architecture} {combination.name}", err=True)
-        yield observe
+        yield tell

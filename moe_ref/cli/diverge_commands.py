@@ -10,15 +10,15 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from moe_ref.cli.collected import Collected
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import Format
-from moe_ref.records.growth import DivergeLine, GrowthRecordLine, GrowthRun, add_line, read_growth
-from moe_ref.records.store import RecordWriter
+from moe_ref.records.growth import GrowthRun, add_line, read_growth
 from moe_ref.report.growth import error_table, growth_document, growth_words, law_table
 from moe_ref.report.growth_plot import plot_growth
 
 _DTYPES = ("auto", "fp32", "fp16", "bf16", "e4m3")
-_LEAST_WIDTH = 140
+_LEAST_WIDTH = 180
 _TELL_EVERY_SECONDS = 15.0
 _OF_OPERANDS = {"bf16": "bf16", "fp16": "fp16", "fp8": "e4m3"}
 
@@ -84,7 +84,7 @@ def diverge_command(subjects: tuple[str, ...], lengths: str, rows: int, columns:
                       data=tuple(data.split(",")), seeds=seeds,
                       place=Place(default_device() if device == "auto" else device, hardware),
                       accepted={} if accept else read_growth_baseline(path).curves)
-    collected = _Collected(record)
+    collected = Collected(record, GrowthRun, add_line)
     with _progress(len(plan.subjects) * (len(plan.data) * len(plan.lengths) + 1)) as tell, collected:
         curves = run_growth(plan, environment(plan.place.device), collected.keep, tell)
     if ask:
@@ -105,34 +105,6 @@ def _dtype(name: str, subjects: tuple[str, ...]) -> Format:
         return Format(name)
     said = {_OF_OPERANDS.get(subject.rpartition(":")[2], "fp32") for subject in subjects}
     return Format(said.pop()) if len(said) == 1 else Format.FP32
-
-
-class _Collected:
-    """Lines as they come: into the record, if there is one, and into the run that is shown."""
-
-    def __init__(self, folder: Path | None) -> None:
-        self._writer = RecordWriter(folder) if folder else None
-        self._run: GrowthRun | None = None
-
-    @property
-    def run(self) -> GrowthRun:
-        assert self._run is not None
-        return self._run
-
-    def keep(self, line: GrowthRecordLine) -> None:
-        if self._writer:
-            self._writer.append(line)
-        if isinstance(line, DivergeLine):
-            self._run = GrowthRun(line)
-        else:
-            add_line(self.run, line)
-
-    def __enter__(self) -> "_Collected":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._writer:
-            self._writer.close()
 
 
 @contextmanager
@@ -165,8 +137,8 @@ def _show(run: GrowthRun, plot: Path | None, as_json: bool) -> int:
     else:
         console = Console(width=max(_LEAST_WIDTH, Console().width), emoji=False)
         for data in run.header.data:
-            console.print(error_table(run, data))
-        console.print(law_table(run))
+            console.print(error_table(run, data).on_screen())
+        console.print(law_table(run).on_screen())
         for words in growth_words(run):
             console.print(words, highlight=False, markup=False)
     return run.end.exit_code if run.end else 4

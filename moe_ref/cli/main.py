@@ -2,6 +2,7 @@
 
 import os
 import sys
+import traceback
 from importlib import import_module
 
 import click
@@ -15,9 +16,11 @@ _VERBS = {
     "diverge": "moe_ref.cli.diverge_commands:diverge_command",
     "bench": "moe_ref.cli.bench_commands:bench_command",
     "report": "moe_ref.cli.report_commands:report_command", "accept": "moe_ref.cli.report_commands:accept_command",
+    "history": "moe_ref.cli.history_commands:history_command",
     "score": "moe_ref.cli.score_commands:score_command",
     "compile": "moe_ref.cli.compile_commands:compile_command",
     "tune": "moe_ref.cli.tune_commands:tune_command",
+    "lanes": "moe_ref.cli.lane_commands:lanes_command",
     "fingerprint": "moe_ref.cli.hardware_commands:fingerprint_command",
 }
 
@@ -63,4 +66,8 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         click.echo("moe-ref: interrupted; recorded cases are kept, --resume goes on", err=True)
         code = 130
+    except Exception:
+        # Ours, or the machine's: Python's own code for it, 1, would say that an implementation is wrong.
+        traceback.print_exc()
+        code = 3
     sys.exit(code if isinstance(code, int) else 0)

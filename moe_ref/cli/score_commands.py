@@ -1,6 +1,7 @@
 """`score`: the defect catalogue against the suite."""
 
 import json
+import math
 import os
 import shlex
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ _WIDTH = 160
 @click.option("--catalogue", "folder", type=click.Path(path_type=Path, file_okay=False), default=_CATALOGUE,
               show_default=True, help="Folder of the defect catalogue.")
 @click.option("--only", multiple=True, help="Pattern of ids, as A01.*, B*, right.*; may be given several times.")
+@click.option("--gpu-only", is_flag=True, help="Of the mutants those that no CPU can run.")
 @click.option("--full", is_flag=True, help="Every mutant meets every case of the tiers, not only its carriers.")
 @click.option("--record", type=click.Path(path_type=Path, file_okay=False), default=None,
               help="Folder of score.jsonl; a run that is started again goes on from it.")
@@ -33,25 +35,27 @@ _WIDTH = 160
 @click.option("--device", default="cpu", show_default=True, type=click.Choice(["cpu", "cuda"]))
 @click.option("--lanes", type=click.IntRange(1), default=min(8, os.cpu_count() or 1), show_default=True)
 @click.option("--seconds", type=click.FloatRange(1), default=120.0, show_default=True, help="Limit of one case.")
+@click.option("--deadline", default=math.inf, help="Seconds after which no further subject is begun.")
 @click.option("--verbose", is_flag=True, help="What was said of every mutant, in full.")
 @click.option("--write", type=click.Path(exists=True, dir_okay=False, path_type=Path),
               help="Document whose tables between the marks `score` are replaced.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output.")
-def score_command(folder: Path, only: tuple[str, ...], full: bool, record: Path | None, folder_of_copy: Path | None,
-                  device: str, lanes: int, seconds: float, verbose: bool, write: Path | None, as_json: bool) -> int:
+def score_command(folder: Path, only: tuple[str, ...], gpu_only: bool, full: bool, record: Path | None,
+                  folder_of_copy: Path | None, device: str, lanes: int, seconds: float, deadline: float, verbose: bool,
+                  write: Path | None, as_json: bool) -> int:
     """Seed every defect of the catalogue and count who is caught, missed, and wrongly accused.
 
     Exit codes: 0 all mutants caught by their check, silent off their trigger, no right variant accused; 1 otherwise; 2
-    wrong use; 3 a mutant could not be judged.
+    wrong use; 3 a mutant could not be judged; 4 cut short by the deadline.
     """
     from moe_ref.score.load import load_catalogue
     from moe_ref.score.run import ScorePlan, checked, new_score_header, run_score
     from moe_ref.score.seed import seed
 
-    plan = checked(ScorePlan(catalogue=load_catalogue(folder), only=only, full=full, lanes=lanes, seconds=seconds,
-                             device=device))
+    plan = checked(ScorePlan(catalogue=load_catalogue(folder), only=only, gpu_only=gpu_only, full=full, lanes=lanes,
+                             seconds=seconds, deadline=deadline, device=device))
     if folder_of_copy is not None:
-        chosen = [one for one in (*plan.catalogue.mutants, *plan.catalogue.right) if plan.chosen(one.id)]
+        chosen = [one for one in (*plan.catalogue.mutants, *plan.catalogue.right) if plan.chosen(one)]
         if len(chosen) != 1:
             raise UsageValueError(f"--seed wants one subject, but --only names {len(chosen)}")
         seed(chosen[0].patches, folder_of_copy)
@@ -64,8 +68,12 @@ def score_command(folder: Path, only: tuple[str, ...], full: bool, record: Path 
             append(outcome)
             tell(outcome)
 
-        run_score(plan, run, keep)
-    return _told(run, write, as_json, " ".join(f"--only '{one}'" for one in only))
+        num_left = run_score(plan, run, keep)
+    chosen = " ".join([*["--gpu-only"] * gpu_only, *(f"--only '{one}'" for one in only)])
+    code = _told(run, write, as_json, chosen)
+    if num_left:
+        click.echo(f"CUT SHORT: {num_left} subjects not begun within {deadline:g} s; the same --record goes on")
+    return code or (4 if num_left else 0)
 
 
 @contextmanager

@@ -84,11 +84,13 @@ def _shard(context: click.Context, parameter: click.Parameter, value: str | None
 @click.option("--minimum", type=int, default=None,
               help="Fewest cases that must execute; default: the tier's own, which `moe-ref list` prints, divided by "
                    "the n of --shard; with --tp or --case 1.")
+@click.option("--lane", envvar="MOE_LANE", show_envvar=True, default="",
+              help="Lane of ci/lanes.yaml that this run is of, for the record.")
 @_run_options
 def verify_command(implementation: str, tier_name: str | None, case_ids: tuple[str, ...], tp: tuple[int, ...],
                    ranks: str | None, shard: tuple[int, int], record: Path | None, resume: bool, lanes: int,
-                   deadline: float, minimum: int | None, device: str, runs: int, time_limit: float, memory_gib: float,
-                   as_json: bool) -> int:
+                   deadline: float, minimum: int | None, lane: str, device: str, runs: int, time_limit: float,
+                   memory_gib: float, as_json: bool) -> int:
     """Judge IMPLEMENTATION (a registered name, a module, or module:attr) on a matrix of cases."""
     plan = _plan_cases(tier_name, case_ids, tp)
     cases = plan.cases[shard[0] - 1::shard[1]]
@@ -102,7 +104,7 @@ def verify_command(implementation: str, tier_name: str | None, case_ids: tuple[s
     pairs = plan.pairs if whole and shard[1] == 1 else (0, 0)
     plan = replace(plan, implementation=implementation, cases=cases, pairs=pairs, minimum_executed=least, lanes=lanes,
                    device=default_device() if device == "auto" else device, runs=runs, time_limit=time_limit,
-                   memory_gib=memory_gib, deadline=deadline, record=record, resume=resume)
+                   memory_gib=memory_gib, deadline=deadline, record=record, resume=resume, lane=lane)
     return _on_ranks(ranks, plan, lambda run: _run(plan, as_json, run))
 
 
@@ -168,6 +170,8 @@ def _summary(plan: Plan, result: RunResult) -> str:
     if plan.record:
         lines.append(f"record: {plan.record / 'records.jsonl'}")
     counts = ", ".join(f"{count} {verdict}" for verdict, count in end.verdicts.items())
+    if plan.lane and end.executed < plan.minimum_executed:
+        lines.append(f"lane {plan.lane} executed {end.executed} of at least {plan.minimum_executed} cases")
     enough = "" if end.executed >= plan.minimum_executed else f" (FEWER than the {plan.minimum_executed} required)"
     name = result.header.implementation
     lines.append(f"{'PASS' if end.exit_code == 0 else 'FAIL'}  {name.name} {name.version} on {plan.device}: "

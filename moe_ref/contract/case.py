@@ -73,7 +73,7 @@ class Case:
         router, tokens = self.problem.spec.router, self.parallel.tokens
         if router is not None and router.capacity is not None and tokens is not Tokens.REPLICATED:
             raise_faults("Case", [f"tokens={tokens}, but the router's capacity counts all tokens of the batch"])
-        self.parallel.hosted(self.problem.spec.num_experts)  # refuses copies of experts that the layer lacks
+        self.parallel.check_redundant(self.problem.spec.num_experts)
         raise_faults("Case", self._share_faults())
 
     def _share_faults(self) -> list[str]:

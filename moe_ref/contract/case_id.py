@@ -20,6 +20,7 @@ what an id means never changes.
 
 import re
 from enum import StrEnum
+from functools import lru_cache
 
 from moe_ref.contract.case import Case, Problem
 from moe_ref.contract.errors import UsageValueError
@@ -40,6 +41,8 @@ from moe_ref.contract.vocabulary import (
 from moe_ref.models.registry import cut_experts, find_model
 
 PREFIX = "v1"
+_KEPT = 4096
+"""Words and specs that are read once: the cases of a tier share them."""
 _SIZES = re.compile(rf"T({COUNT})\.H({COUNT})\.I({COUNT})(?:\.E({COUNT})\.K({COUNT}))?")
 _MODEL = re.compile(rf"([a-z][a-z0-9.]*?)\.T({COUNT})(?:\.E({COUNT}))?")
 
@@ -115,8 +118,8 @@ def parse_case(text: str) -> Case:
     lists = {name: tuple(int(number) for number in options[name].split("."))
              for name in ("split", "share", "copy") if name in options}
     named = {name: words[options[name]] for name, words in _SPREAD_WORDS.items() if name in options}
-    parallel = Parallel(tp=int(options.get("tp", "1")), ep=int(options.get("ep", "1")), splits=lists.get("split"),
-                        redundant=lists.get("copy", ()), **named)  # pyrefly: ignore
+    parallel = _parallel(int(options.get("tp", "1")), int(options.get("ep", "1")), lists.get("split"),
+                         lists.get("copy", ()), tuple(named.items()))
     case = Case(problem=problem, parallel=parallel, token_shares=lists.get("share"),
                 storage=Storage(options.get("storage", Storage.OUT_IN)),
                 direction=Direction(options.get("direction", Direction.FORWARD)))
@@ -132,14 +135,19 @@ _VALUED = {"s": r"\d{1,10}", "tp": COUNT, "ep": COUNT,
 def _read_options(text: str, words: list[str]) -> dict[str, str]:
     options: dict[str, str] = {}
     for word in words:
-        name, value = _read_word(text, word)
+        found = _read_word(word)
+        if found is None:
+            raise UsageValueError(f"case id {text!r}: unknown word {word!r}")
+        name, value = found
         if name in options:
             raise UsageValueError(f"case id {text!r}: {word!r} says {name} a second time")
         options[name] = value
     return options
 
 
-def _read_word(text: str, word: str) -> tuple[str, str]:
+@lru_cache(_KEPT)
+def _read_word(word: str) -> tuple[str, str] | None:
+    """(name, value); None for an unknown word."""
     if word == "res":
         return word, ""
     if word == Direction.BACKWARD:
@@ -155,17 +163,28 @@ def _read_word(text: str, word: str) -> tuple[str, str]:
     for name, form in _VALUED.items():
         if word.startswith(name) and re.fullmatch(form, word[len(name):]):
             return name, word[len(name):]
-    raise UsageValueError(f"case id {text!r}: unknown word {word!r}")
+    return None
 
 
 def _read_sizes(text: str, word: str) -> tuple[MoESpec, int, str]:
     if match := _SIZES.fullmatch(word):
-        tokens, hidden, intermediate, experts, top_k = match.groups()
-        router = Router(num_experts=int(experts), top_k=int(top_k)) if experts else None
-        return MoESpec(hidden_size=int(hidden), intermediate_size=int(intermediate), router=router), int(tokens), ""
+        tokens, *sizes = match.groups()
+        return _plain_spec(*sizes), int(tokens), ""
     if match := _MODEL.fullmatch(word):
         name, tokens, experts = match.groups()
         spec = find_model(name).spec
         return (cut_experts(spec, int(experts)) if experts else spec), int(tokens), name
     raise UsageValueError(f"case id {text!r}: sizes {word!r}, but should be as T33.H96.I160.E8.K2, "
                           "T33.H96.I160 or mixtral.8x7b.T32")
+
+
+@lru_cache(_KEPT)
+def _parallel(tp: int, ep: int, splits: tuple[int, ...] | None, redundant: tuple[int, ...],
+              named: tuple[tuple[str, StrEnum], ...]) -> Parallel:
+    return Parallel(tp=tp, ep=ep, splits=splits, redundant=redundant, **dict(named))  # pyrefly: ignore
+
+
+@lru_cache(_KEPT)
+def _plain_spec(hidden: str, intermediate: str, experts: str | None, top_k: str | None) -> MoESpec:
+    router = Router(num_experts=int(experts), top_k=int(top_k)) if experts and top_k else None
+    return MoESpec(hidden_size=int(hidden), intermediate_size=int(intermediate), router=router)

@@ -105,13 +105,17 @@ class Parallel:
         shares = self.splits or (1,) * self.tp
         return cut(size, shares) * self.ep if self.tokens.over_ep else cut(size, shares * self.ep)
 
+    def check_redundant(self, num_experts: int) -> None:
+        """Raise UsageValueError for a redundant expert that is none of the num_experts."""
+        if self.redundant and max(self.redundant) >= num_experts:
+            raise_faults("Parallel", [f"redundant={self.redundant}, but the layer has experts 0 to {num_experts - 1}"])
+
     def hosted(self, num_experts: int) -> tuple[tuple[int, ...], ...]:
         """The experts of each ep rank in the order in which its weights hold them; a copy has its expert's number.
 
         Raises UsageValueError for a redundant expert that is none of the num_experts.
         """
-        if self.redundant and max(self.redundant) >= num_experts:
-            raise_faults("Parallel", [f"redundant={self.redundant}, but the layer has experts 0 to {num_experts - 1}"])
+        self.check_redundant(num_experts)
         experts = (*range(num_experts), *self.redundant)
         if self.hosting is Hosting.ROUND_ROBIN:
             return tuple(experts[rank::self.ep] for rank in range(self.ep))

@@ -12,6 +12,7 @@
 
 import re
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from moe_ref.contract.errors import UsageValueError
@@ -39,6 +40,11 @@ VALUED = (_ROUTER_VALUED | _MLP_VALUED | {"sh" + name: form for name, form in _M
           | {"sh": COUNT, "shrouter": COUNT})
 """Words with a value, and the regular expression of it."""
 
+_ROUTER_WORDS = frozenset({*_ROUTER_FLAGS, *_ROUTER_VALUED})
+_SPEC_OPTIONS = frozenset({*FLAGS, *VALUED})
+_KEPT = 4096
+"""Specs whose words are kept: the cases of a tier share them."""
+
 Options = dict[str, str]
 """name -> value of the words of an id; a flag's value is empty."""
 
@@ -55,6 +61,11 @@ def text_to_number(text: str) -> float:
 
 def spec_words(spec: MoESpec) -> list[str]:
     """Every option of a spec that is not its default, in canonical order."""
+    return list(_words_of(spec))
+
+
+@lru_cache(_KEPT)
+def _words_of(spec: MoESpec) -> tuple[str, ...]:
     words = _router_words(spec.router) if spec.router else []
     words += [*_activation_word(spec.experts), *_mlp_words(spec.experts)]
     if shared := spec.shared:
@@ -62,7 +73,7 @@ def spec_words(spec: MoESpec) -> list[str]:
         words += ["sh" + word for word in (*_activation_word(shared.mlp), *_mlp_words(shared.mlp))]
         words += [f"shrouter{shared.num_experts}"] * (shared.gate == "router")
         words += ["shmean"] * (shared.merge == "mean")
-    return words + ["weightinput"] * (spec.weight_on == "input") + ["outbias"] * spec.output_bias
+    return (*words, *["weightinput"] * (spec.weight_on == "input"), *["outbias"] * spec.output_bias)
 
 
 def _router_words(router: Router) -> list[str]:
@@ -106,9 +117,15 @@ def _mlp_words(mlp: MLP) -> list[str]:
 
 def apply_spec_options(text: str, spec: MoESpec, options: Options) -> MoESpec:
     """The spec with every option of the id `text`; raises UsageValueError when they need a missing router."""
-    router_words = sorted({*_ROUTER_FLAGS, *_ROUTER_VALUED} & options.keys())
+    router_words = sorted(_ROUTER_WORDS & options.keys())
     if spec.router is None and router_words:
         raise UsageValueError(f"case id {text!r}: {', '.join(router_words)} need a router, E and K")
+    return _with_options(spec, tuple((name, value) for name, value in options.items() if name in _SPEC_OPTIONS))
+
+
+@lru_cache(_KEPT)
+def _with_options(spec: MoESpec, pairs: tuple[tuple[str, str], ...]) -> MoESpec:
+    options = dict(pairs)
     router = _router(spec.router, options) if spec.router else None
     return replace(spec, router=router, experts=_mlp(options, ""), shared=_shared(options),
                    weight_on="input" if "weightinput" in options else "output", output_bias="outbias" in options)

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from moe_ref.records.runs import last_run
-from moe_ref.records.schema import SCHEMA, EndLine, Number
+from moe_ref.records.schema import SCHEMA, Count, EndLine, Number
 
 
 class BenchLine(msgspec.Struct, frozen=True, kw_only=True, tag="bench", tag_field="type"):
@@ -21,13 +21,13 @@ class BenchLine(msgspec.Struct, frozen=True, kw_only=True, tag="bench", tag_fiel
     started: str
     subjects: list[str]
     models: list[str]
-    tp: list[int]
-    tokens: list[int]
+    tp: list[Count]
+    tokens: list[Count]
     operations: list[str]
     dtype: str
     seed: int
     preset: str
-    labels: list[tuple[int, str]]
+    labels: list[tuple[Count, str]]
     device: str
     evidence: bool
     environment: dict[str, str]
@@ -45,7 +45,7 @@ class LimitLine(msgspec.Struct, frozen=True, kw_only=True, tag="limit", tag_fiel
     per_s: Number
     words: str
     seconds: tuple[Number, Number, Number]
-    repetitions: int
+    repetitions: Count
 
 
 class KernelResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,19 +79,19 @@ class TimingLine(msgspec.Struct, frozen=True, kw_only=True, tag="timing", tag_fi
     run: str
     subject: str
     model: str
-    tp: int
-    tokens: int
+    tp: Count
+    tokens: Count
     operation: str
     status: str
     reason: str = ""
-    rows: int = 0
-    visited: int = 0
+    rows: Count = 0
+    visited: Count = 0
     flop: Number = 0.0
     num_bytes: Number = 0.0
     mode: str = ""
     mode_reason: str = ""
     seconds: tuple[Number, Number, Number] = ("nan", "nan", "nan")
-    repetitions: int = 0
+    repetitions: Count = 0
     ratio: Number = "nan"
     parts: list[PartResult] = []
     kernels: list[KernelResult] = []

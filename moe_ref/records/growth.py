@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from moe_ref.records.runs import last_run
-from moe_ref.records.schema import SCHEMA, EndLine, Number
+from moe_ref.records.schema import SCHEMA, Count, EndLine, Number
 
 
 class DivergeLine(msgspec.Struct, frozen=True, kw_only=True, tag="diverge", tag_field="type"):
@@ -21,7 +21,7 @@ class DivergeLine(msgspec.Struct, frozen=True, kw_only=True, tag="diverge", tag_
     run: str
     started: str
     subjects: list[str]
-    lengths: list[int]
+    lengths: list[Count]
     sizes: dict[str, Number]
     dtype: str
     data: list[str]
@@ -34,14 +34,14 @@ class DivergeLine(msgspec.Struct, frozen=True, kw_only=True, tag="diverge", tag_
 class PointResult(msgspec.Struct, frozen=True, kw_only=True):
     """One length; the fields of moe_ref.diverge.measure.Point."""
 
-    terms: int
+    terms: Count
     relative: Number
     bits: Number
     resolved: bool
     ratio: Number
     z: Number
     share: Number
-    flips: int
+    flips: Count
     flips_expected: Number
     one_bit: Number
     predicted: Number
@@ -58,7 +58,7 @@ class BandResult(msgspec.Struct, frozen=True, kw_only=True):
 class FindingResult(msgspec.Struct, frozen=True, kw_only=True):
     """What the error at the longest sum is made of; causes: the largest first."""
 
-    terms: int
+    terms: Count
     causes: list[str]
     relative: Number
     words: str
@@ -102,7 +102,7 @@ class DifferenceLine(msgspec.Struct, frozen=True, kw_only=True, tag="difference"
     run: str
     first: str
     second: str
-    terms: int
+    terms: Count
     relative: Number
     answer: str
     verdict: str

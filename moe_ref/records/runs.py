@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from moe_ref.contract.errors import UsageValueError
+from moe_ref.records.lines import UNREADABLE
 from moe_ref.records.schema import SCHEMA
 from moe_ref.records.store import FILE_NAME
 
@@ -25,7 +26,7 @@ def last_run(path: Path, first: type[First], kind: Any, verb: str) -> tuple[Firs
     for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
             line = msgspec.json.decode(text, type=kind)
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise UsageValueError(f"{path}:{number}: {error}; is it a record of `moe-ref {verb}`?") from error
         if line.schema != SCHEMA:
             raise UsageValueError(f"{path}:{number}: schema {line.schema}, but this version reads {SCHEMA}")
@@ -40,3 +41,19 @@ def last_run(path: Path, first: type[First], kind: Any, verb: str) -> tuple[Firs
     if header is None:
         raise UsageValueError(f"{path}: holds no {verb} line")
     return header, lines
+
+
+def is_bench(path: Path) -> bool:
+    """Whether a record file, or the one in a folder, begins as that of `moe-ref bench` does."""
+    path = path / FILE_NAME if path.is_dir() else path
+    try:
+        with path.open("rb") as file:
+            return msgspec.json.decode(file.readline(), type=_Typed).type == "bench"
+    except (OSError, msgspec.DecodeError):
+        return False
+
+
+class _Typed(msgspec.Struct, frozen=True):
+    """What every line of a record has."""
+
+    type: str

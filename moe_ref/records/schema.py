@@ -1,17 +1,31 @@
 """One run as typed JSON lines: a `run` line, a `case` line per case, an `end` line. Imports no torch.
 
 The schema number changes when a field changes its meaning or goes; readers refuse other numbers.
-Numbers that JSON cannot hold (nan, inf, -inf) are written as those words.
+Numbers that JSON cannot hold (nan, inf, -inf) are written as those words. Lines hold no cycles, so the garbage
+collector need not look through a hundred thousand of them.
 """
 
 import math
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
+
+from moe_ref.records.error_map import ErrorMap
 
 SCHEMA = 2
 
-Number = float | str
+Number = float | Annotated[str, Meta(pattern=r"^(nan|-?inf)\Z")]
 """A float, or "nan", "inf", "-inf"."""
+
+Ratio = Annotated[float, Meta(ge=0)] | Annotated[str, Meta(pattern=r"^(nan|inf)\Z")]
+"""A number that is not negative."""
+
+Count = Annotated[int, Meta(ge=0, le=2 ** 53)]
+NumTiles = Annotated[int, Meta(ge=0, le=2 ** 16)]
+"""So many are drawn; 64 columns each."""
+
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 
 
 def to_number(value: float) -> Number:
@@ -26,7 +40,7 @@ def from_number(value: Number) -> float:
     return float(value)
 
 
-class Worst(msgspec.Struct, frozen=True, kw_only=True):
+class Worst(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The element with the largest error / allowed of one stage; an axis that a stage lacks is None.
 
     rank: of the grid. row: of a parameter, all axes but the last flattened. slot: the k of top-k. column: index along
@@ -45,7 +59,7 @@ class Worst(msgspec.Struct, frozen=True, kw_only=True):
     allowed: Number
 
 
-class Statistic(msgspec.Struct, frozen=True, kw_only=True):
+class Statistic(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A sum over many errors in predicted standard deviations, and what it may be; see measure/output_statistics.py.
 
     number: elements of rms, directions of the others. token, expert, rank: of the largest direction, where it is one's.
@@ -54,13 +68,13 @@ class Statistic(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     value: Number
     allowed: Number
-    number: int = 0
+    number: Count = 0
     token: int | None = None
     expert: int | None = None
     rank: int | None = None
 
 
-class StageResult(msgspec.Struct, frozen=True, kw_only=True):
+class StageResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """How one stage (group of fused stages, named by its last) compares with its own inputs' truth.
 
     ratio: largest error / allowed over all elements and ranks; above 1 fails. bound_ratio: of it, error / rigorous
@@ -68,27 +82,28 @@ class StageResult(msgspec.Struct, frozen=True, kw_only=True):
     exact: ids and the like, ratio is then 0 or inf. bad_*: which tokens, experts, ranks and 64-column tiles hold an
     element above 1 (tokens: at most 8 named). sigmas: largest distance in predicted standard deviations, beyond the
     cell of what is stored. statistics: of the output as a whole. bias: mean of error * sign(want) / allowed. scale:
-    best-fit factor got = scale * want.
+    best-fit factor got = scale * want. error_map: of the first failing stage of a mismatch.
     """
 
     stage: str
-    ratio: Number
-    bound_ratio: Number = 0.0
+    ratio: Ratio
+    bound_ratio: Ratio = 0.0
     exact: bool = False
-    num_checked: int
-    num_bad: int
+    num_checked: Count
+    num_bad: Count
     worst: Worst | None = None
-    num_bad_tokens: int = 0
+    num_bad_tokens: Count = 0
     bad_tokens: list[int] = []
     bad_experts: list[int] = []
     bad_ranks: list[int] = []
     bad_tiles: list[int] = []
-    num_tiles: int = 0
+    num_tiles: NumTiles = 0
     sigmas: Number = 0.0
     statistics: list[Statistic] = []
     bias: Number = 0.0
     scale: Number = 1.0
     note: str = ""
+    error_map: ErrorMap | None = None
 
     @property
     def is_probe(self) -> bool:
@@ -96,14 +111,14 @@ class StageResult(msgspec.Struct, frozen=True, kw_only=True):
         return self.exact and self.worst is not None and self.worst.column is not None
 
 
-class MutantLine(msgspec.Struct, frozen=True, kw_only=True):
+class MutantLine(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """By what factor a mistake would exceed what is allowed, and the stage or statistic that would see it."""
 
     factor: Number
     where: str
 
 
-class Implementation(msgspec.Struct, frozen=True, kw_only=True):
+class Implementation(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Who was judged: the name it was asked for by, its version, and the digest of its source files."""
 
     name: str
@@ -111,20 +126,22 @@ class Implementation(msgspec.Struct, frozen=True, kw_only=True):
     source_digest: str = ""
 
 
-class CollectiveCount(msgspec.Struct, frozen=True, kw_only=True):
+class CollectiveCount(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Calls, elements and bytes of one collective, per rank."""
 
     operation: str
-    calls: int
-    num_elements: int
-    num_bytes: int
+    calls: Count
+    num_elements: Count
+    num_bytes: Count
 
 
 class RunLine(msgspec.Struct, frozen=True, kw_only=True, tag="run", tag_field="type"):
     """First line: what is judged, on what, and which cases were chosen.
 
     environment: keys such as python, torch, triton, numpy, device, driver, cuda, nccl, cpu_count, commit.
-    axis_pairs: "axis=value x axis=value" pairs covered by the chosen cases, as [covered, possible].
+    axis_pairs: "axis=value x axis=value" pairs covered by the chosen cases, as [covered, possible]. lane: of
+    ci/lanes.yaml, "" outside of them. tolerances: every number of tolerances.yaml that was judged with, by its path in
+    the file with dots between, {} in records that are older.
     """
 
     schema: int = SCHEMA
@@ -133,14 +150,16 @@ class RunLine(msgspec.Struct, frozen=True, kw_only=True, tag="run", tag_field="t
     implementation: Implementation
     tier: str
     cases: list[str]
-    minimum_executed: int
-    axis_pairs: tuple[int, int]
+    minimum_executed: Count
+    axis_pairs: tuple[Count, Count]
     environment: dict[str, str]
     tolerances_digest: str
     oracle_version: str
+    lane: str = ""
+    tolerances: dict[str, Number] = {}
 
 
-class SemanticLine(msgspec.Struct, frozen=True, kw_only=True):
+class SemanticLine(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """How a stage differs from layers that round where the contract says: check B, which attributes and never decides.
 
     subject_share, sibling_share: elements in which the subject differs from such layers, and they from each other.
@@ -153,7 +172,7 @@ class SemanticLine(msgspec.Struct, frozen=True, kw_only=True):
     ratio: Number
 
 
-class DiagnosisLine(msgspec.Struct, frozen=True, kw_only=True):
+class DiagnosisLine(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The one fault that explains a mismatch: in words, the share of the error, and that of the next best fault."""
 
     fault: str
@@ -161,7 +180,7 @@ class DiagnosisLine(msgspec.Struct, frozen=True, kw_only=True):
     next_share: Number
 
 
-class CaseLine(msgspec.Struct, frozen=True, kw_only=True, tag="case", tag_field="type"):
+class CaseLine(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="case", tag_field="type"):
     """One judged case.
 
     reason: one line in words. first_stage: the first failing stage in data order. guard: what protected the run, e.g.
@@ -185,7 +204,7 @@ class CaseLine(msgspec.Struct, frozen=True, kw_only=True, tag="case", tag_field=
     stages: list[StageResult] = []
     collectives: list[CollectiveCount] = []
     guard: dict[str, str] = {}
-    runs: int = 0
+    runs: Count = 0
     same_bits: bool | None = None
     batches: dict[str, str] = {}
     numerics: dict[str, str] = {}
@@ -195,8 +214,8 @@ class CaseLine(msgspec.Struct, frozen=True, kw_only=True, tag="case", tag_field=
     semantic: list[SemanticLine] = []
     diagnosis: DiagnosisLine | None = None
     inputs_digest: str = ""
-    subject_seconds: float = 0.0
-    oracle_seconds: float = 0.0
+    subject_seconds: Seconds = 0.0
+    oracle_seconds: Seconds = 0.0
     message: str = ""
     replay: str = ""
 
@@ -207,9 +226,9 @@ class EndLine(msgspec.Struct, frozen=True, kw_only=True, tag="end", tag_field="t
     schema: int = SCHEMA
     run: str
     finished: str
-    seconds: float
-    verdicts: dict[str, int]
-    executed: int
+    seconds: Seconds
+    verdicts: dict[str, Count]
+    executed: Count
     exit_code: int
 
 

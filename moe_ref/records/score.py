@@ -7,6 +7,7 @@ from typing import Literal
 import msgspec
 
 from moe_ref.contract.errors import UsageValueError
+from moe_ref.records.lines import UNREADABLE
 from moe_ref.records.schema import SCHEMA
 
 SCORE_FILE = "score.jsonl"
@@ -93,7 +94,7 @@ def read_score(path: Path) -> ScoreRun | None:
     for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
             line = msgspec.json.decode(text, type=_LINE)
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise UsageValueError(f"{path}:{number}: {error}") from error
         if isinstance(line, ScoreLine):
             run = ScoreRun(line)

@@ -10,6 +10,8 @@ from types import TracebackType
 import msgspec
 
 from moe_ref.contract.errors import UsageValueError
+from moe_ref.records.lines import UNREADABLE
+from moe_ref.records.refused import Refused
 from moe_ref.records.schema import SCHEMA, CaseLine, EndLine, Line, RunLine
 
 FILE_NAME = "records.jsonl"
@@ -142,13 +144,33 @@ def holds_lines(path: Path) -> bool:
     return path.exists() and whole_lines(path) != b""
 
 
+@dataclass(frozen=True)
+class TierPart:
+    """One tier of a run that has several: how many cases of it executed, and what its run lines ask for."""
+
+    name: str
+    executed: int
+    minimum_executed: int
+    axis_pairs: tuple[int, int]
+
+
 @dataclass
 class Run:
-    """All lines of one run; a case judged twice (resume after a kill) keeps its last line."""
+    """All lines of one run; a case judged twice (resume after a kill) keeps its last line.
+
+    Of a report's tolerant reader: path: it was read from; refused: what could not be read of it; tiers: where several
+    were merged; suite_of: run -> its suite in junit.xml; has_header: False where the run line is among the refused and
+    `header` holds what case lines tell.
+    """
 
     header: RunLine
     cases: dict[str, CaseLine] = field(default_factory=dict)
     end: EndLine | None = None
+    path: Path | None = None
+    refused: list[Refused] = field(default_factory=list)
+    tiers: tuple[TierPart, ...] = ()
+    suite_of: dict[str, str] = field(default_factory=dict)
+    has_header: bool = True
 
 
 def read_run(path: Path) -> Run:
@@ -181,7 +203,7 @@ def read_run(path: Path) -> Run:
 def _decode(path: Path, number: int, text: bytes) -> Line:
     try:
         line = msgspec.json.decode(text, type=Line)
-    except msgspec.DecodeError as error:
+    except UNREADABLE as error:
         raise UsageValueError(f"{path}:{number}: {error}") from error
     if line.schema != SCHEMA:
         raise UsageValueError(f"{path}:{number}: schema {line.schema}, but this version reads {SCHEMA}")

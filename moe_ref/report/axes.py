@@ -1,9 +1,9 @@
 """The axes of a case, read off its id: what coverage tables count and what plots draw against."""
 
-from functools import cache
+from functools import cache, lru_cache
 
 from moe_ref.contract.case import Case
-from moe_ref.contract.case_id import format_problem, parse_case
+from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.features import Feature, features_of
 from moe_ref.contract.vocabulary import Stage
@@ -34,9 +34,11 @@ def case_axes(text: str) -> dict[str, str]:
         return UNREADABLE
     problem, spec, router = case.problem, case.problem.spec, case.problem.spec.router
     yes_no = {True: "yes", False: "no"}
-    axes = {"dtype": str(problem.dtype), "tp": str(case.parallel.tp),
-            "split": "uneven" if case.parallel.splits else "even", "storage": str(case.storage),
-            "pattern": str(problem.pattern),
+    parallel = case.parallel
+    axes = {"dtype": str(problem.dtype), "tp": str(parallel.tp), "ep": str(parallel.ep),
+            "split": "uneven" if parallel.splits else "even", "direction": str(case.direction),
+            "schedule": str(parallel.schedule), "tokens on": str(parallel.tokens), "hosting": str(parallel.hosting),
+            "storage": str(case.storage), "pattern": str(problem.pattern),
             "data": str(problem.data), "activation": spec.experts.activation,
             "score": router.score if router else "no router"}
     if router:
@@ -45,10 +47,16 @@ def case_axes(text: str) -> dict[str, str]:
     gates = {"none": "plain", "sigmoid": "gated", "router": "router-gated"}
     shared = "none" if spec.shared is None else gates[spec.shared.gate]
     axes |= {"shared expert": shared, "residual": yes_no[problem.residual], "model": problem.model or "none",
-             "tokens": str(problem.num_tokens), "hidden": str(spec.hidden_size),
-             "intermediate": str(spec.intermediate_size), "experts": str(spec.num_experts),
-             "top-k": str(spec.top_k)}
+             "tokens": _number(problem.num_tokens), "hidden": _number(spec.hidden_size),
+             "intermediate": _number(spec.intermediate_size), "experts": _number(spec.num_experts),
+             "top-k": _number(spec.top_k)}
     return axes | {str(feature): "yes" for feature in sorted(features_of(spec) - _OWN_AXIS)}
+
+
+@lru_cache(4096)
+def _number(value: int) -> str:
+    """The one text of a number: a hundred thousand cases have few."""
+    return str(value)
 
 
 def axis_sort_key(value: str) -> tuple[int, float, str]:
@@ -90,7 +98,21 @@ def reduction(stage: str, text: str) -> tuple[str, int] | None:
     return None
 
 
-def ladder_step(text: str) -> tuple[str, int] | None:
-    """(problem id, tp) of a case with even splits; cases with the same problem id form one tp ladder."""
+def ladder_step(text: str, axis: str) -> tuple[str, int] | None:
+    """(the id without its degree, the degree) of a case with even shares; one ladder is all degrees of one such id.
+
+    axis: tp or ep. None for uneven shares, which are of one degree, and for a foreign id.
+    """
     case = read_case(text)
-    return None if case is None or case.parallel.splits else (format_problem(case.problem), case.parallel.tp)
+    if case is None or case.parallel.splits or case.token_shares:
+        return None
+    degree = case.parallel.tp if axis == "tp" else case.parallel.ep
+    return "-".join(word for word in text.split("-") if word != f"{axis}{degree}"), degree
+
+
+def rows_per_expert(text: str) -> float | None:
+    """Mean routed rows of an expert, T K / E; None without a router, without tokens and for a foreign id."""
+    case = read_case(text)
+    if case is None or case.problem.spec.router is None or not case.problem.num_tokens:
+        return None
+    return case.problem.num_tokens * case.problem.spec.top_k / case.problem.spec.num_experts

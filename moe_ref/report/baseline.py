@@ -1,6 +1,5 @@
-"""The accepted result of an implementation on a device: a small file that people review in a diff."""
+"""The accepted result of an implementation on a device: what a run becomes when it is accepted."""
 
-import difflib
 import hashlib
 import json
 import re
@@ -10,18 +9,19 @@ import msgspec
 
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import EXECUTED_VERDICTS, Verdict
+from moe_ref.records.bench import BenchLine
 from moe_ref.records.schema import CaseLine, Number, RunLine, from_number, to_number
 from moe_ref.records.store import Run
-from moe_ref.report.facts import case_lines, count_executed
+from moe_ref.report.facts import case_lines, is_executed
 
-BASELINE_SCHEMA = 2
 BASELINE_FOLDER = Path("ci/baselines")
 
 
-class BaselineCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One case: digest of its numerics contract ('' if it was not judged), worst ratio per stage, verdict."""
+class BaselineCase(msgspec.Struct, frozen=True, kw_only=True):
+    """One case that ran: digest of its numerics contract ('' if it was not judged), ranks, worst ratio per stage."""
 
     numerics: str = ""
+    ranks: str = ""
     stages: dict[str, Number] = {}
     verdict: Verdict
 
@@ -31,14 +31,18 @@ class BaselineCase(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         return self.verdict in EXECUTED_VERDICTS
 
 
-class Baseline(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A baseline file. numerics: digest -> contract; accepted: which run it came from, when, which tier."""
+class Baseline(msgspec.Struct, frozen=True, kw_only=True):
+    """An accepted run.
 
-    schema: int = BASELINE_SCHEMA
+    numerics: digest -> contract. accepted: which run it came from, when, which tier, lanes and hardware class.
+    tolerances: the numbers it was judged with, {} where its record is older than they are in records.
+    """
+
     implementation: str
     device: str
     accepted: dict[str, str]
     numerics: dict[str, dict[str, str]]
+    tolerances: dict[str, Number] = {}
     cases: dict[str, BaselineCase]
 
     @property
@@ -54,7 +58,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9_.]+", "-", text.lower()).strip("-.")
 
 
-def device_class(header: RunLine) -> str:
+def device_class(header: RunLine | BenchLine) -> str:
     """'cpu', or the GPU model as a slug: without a count in front ("2x "), for any CPU the same word.
 
     Raises UsageValueError if the run line names no device.
@@ -80,79 +84,23 @@ def round_ratio(value: Number) -> Number:
 
 
 def baseline_of(run: Run) -> Baseline:
-    """The baseline that a run would become; reads records, writes nothing."""
-    header, lines = run.header, case_lines(run)
-    accepted = {"commit": header.environment.get("commit", ""), "oracle": header.oracle_version,
-                "run": header.run, "started": header.started, "tier": header.tier,
-                "tolerances": header.tolerances_digest, "version": header.implementation.version}
+    """The baseline that a run would become: of the cases that ran; reads records, writes nothing."""
+    header = run.header
+    lines = {case: line for case, line in case_lines(run).items() if is_executed(line)}
+    accepted = {"commit": header.environment.get("commit", ""), "hardware": header.environment.get("hardware", ""),
+                "lane": header.lane, "oracle": header.oracle_version, "run": header.run, "started": header.started,
+                "tier": header.tier, "tolerances": header.tolerances_digest, "version": header.implementation.version}
     numerics = {numerics_digest(line.numerics): line.numerics for line in lines.values() if line.numerics}
     return Baseline(implementation=header.implementation.name, device=device_class(header), accepted=accepted,
-                    numerics=numerics, cases={case: _baseline_case(line) for case, line in lines.items()})
+                    numerics=numerics, tolerances=header.tolerances,
+                    cases={case: _baseline_case(line) for case, line in lines.items()})
 
 
 def _baseline_case(line: CaseLine) -> BaselineCase:
-    return BaselineCase(numerics=numerics_digest(line.numerics), verdict=Verdict(line.verdict),
+    return BaselineCase(numerics=numerics_digest(line.numerics), verdict=Verdict(line.verdict), ranks=line.ranks,
                         stages={stage.stage: round_ratio(stage.ratio) for stage in line.stages})
 
 
 def baseline_path(run: Run, folder: Path = BASELINE_FOLDER) -> Path:
     """FOLDER/<implementation>-<device>.json."""
     return folder / f"{slug(run.header.implementation.name)}-{device_class(run.header)}.json"
-
-
-def format_baseline(baseline: Baseline) -> str:
-    """The file's text: head first, then one line per case (and per contract), keys sorted."""
-    def block(entries: dict[str, dict[str, object]]) -> str:
-        lines = [f"    {json.dumps(key)}: {json.dumps(entry, sort_keys=True)}"
-                 for key, entry in sorted(entries.items())]
-        return "{\n" + ",\n".join(lines) + "\n  }" if lines else "{}"
-
-    plain = msgspec.to_builtins(baseline)
-    cases = {case: {key: value for key, value in entry.items() if value}
-             for case, entry in plain["cases"].items()}
-    parts = [f'"schema": {baseline.schema}', f'"implementation": {json.dumps(baseline.implementation)}',
-             f'"device": {json.dumps(baseline.device)}',
-             '"accepted": ' + json.dumps(baseline.accepted, sort_keys=True, indent=2).replace("\n", "\n  "),
-             f'"numerics": {block(plain["numerics"])}', f'"cases": {block(cases)}']
-    return "{\n  " + ",\n  ".join(parts) + "\n}\n"
-
-
-def read_baseline(path: Path) -> Baseline:
-    """The baseline in a file; raises UsageValueError with the file and what is wrong in it."""
-    if not path.is_file():
-        raise UsageValueError(f"{path}: no such baseline; `moe-ref accept RUN` makes one")
-    try:
-        plain = json.loads(path.read_text())
-        schema = plain.get("schema") if isinstance(plain, dict) else None
-        if schema != BASELINE_SCHEMA:
-            raise UsageValueError(f"{path}: baseline schema {schema!r}, "
-                                  f"but this version reads {BASELINE_SCHEMA}")
-        return msgspec.convert(plain, Baseline)
-    except (json.JSONDecodeError, msgspec.ValidationError) as error:
-        raise UsageValueError(f"{path}: {error}") from error
-
-
-def write_baseline(run: Run, path: Path) -> str:
-    """Make a run the baseline and return the unified diff of the file, '' if nothing changed.
-
-    Raises UsageValueError for a run that was cut short or executed too few cases (its gaps would become
-    the norm), and where the file belongs to another implementation or device.
-    """
-    executed = count_executed(case_lines(run).values())
-    if run.end is None:
-        raise UsageValueError(f"run {run.header.run} was cut short: no end line after {executed} executed "
-                              "cases; only a finished run can become the baseline")
-    if executed < (minimum := max(run.header.minimum_executed, 1)):
-        raise UsageValueError(f"run {run.header.run} executed {executed} cases, but should have executed "
-                              f"at least {minimum} to become the baseline")
-    new, before = baseline_of(run), ""
-    if path.exists():
-        old, before = read_baseline(path), path.read_text()
-        if (old.implementation, old.device) != (new.implementation, new.device):
-            raise UsageValueError(f"{path} belongs to {old.implementation} on {old.device}, "
-                                  f"but the run is of {new.implementation} on {new.device}")
-    after = format_baseline(new)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(after)
-    return "".join(difflib.unified_diff(before.splitlines(keepends=True), after.splitlines(keepends=True),
-                                        f"{path.name} (before)", f"{path.name} (accepted)", n=1))

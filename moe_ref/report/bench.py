@@ -1,14 +1,14 @@
-"""A recorded run of `moe-ref bench` as terminal tables, words and one JSON document."""
+"""A recorded run of `moe-ref bench` as tables, words and one JSON document."""
 
 import json
 import math
 from collections.abc import Iterator
 
 import msgspec
-from rich.table import Table
 
 from moe_ref.records.bench import BenchRun, PartResult, TimingLine
 from moe_ref.records.schema import Number, from_number
+from moe_ref.report.tables import NamedTable
 
 NO_EVIDENCE = "NO EVIDENCE: times of a CPU"
 _SHOWN_KERNELS = 5
@@ -31,10 +31,15 @@ def _derived(run: BenchRun, line: TimingLine) -> dict[str, object]:
     if line.status != "TIMED":
         return {}
     first = first_seconds(run, line)
-    return {"tflop_per_s": from_number(line.flop) / median(line) / 1e12, "gb_per_s":
-            from_number(line.num_bytes) / median(line) / 1e9,
+    return {"tflop_per_s": _rate(line.flop, median(line)) / 1e12, "gb_per_s":
+            _rate(line.num_bytes, median(line)) / 1e9,
             "of_limit": of_limit(run, line.flop, line.num_bytes, median(line)),
-            "times_the_first": None if first is None else median(line) / first}
+            "times_the_first": None if first is None else _rate(median(line), first)}
+
+
+def _rate(amount: Number, seconds: float) -> float:
+    """Amount per second; NaN where the clock saw no time pass."""
+    return from_number(amount) / seconds if seconds else math.nan
 
 
 def median(line: TimingLine) -> float:
@@ -50,13 +55,18 @@ def of_limit(run: BenchRun, flop: Number, num_bytes: Number, seconds: float) -> 
     if not {"copy", "product"} <= run.limits.keys():
         return math.nan
     product, copy = (from_number(run.limits[name].per_s) for name in ("product", "copy"))
-    return max(from_number(flop) / product, from_number(num_bytes) / copy) / seconds
+    return _rate(max(_rate(flop, product), _rate(num_bytes, copy)), seconds)
+
+
+def first_subject(run: BenchRun) -> str:
+    """Whom the others are compared with."""
+    return next(iter(run.header.subjects), "nobody")
 
 
 def first_seconds(run: BenchRun, line: TimingLine) -> float | None:
     """The median of the run's first subject on the same shape, None where it was not timed."""
     for other in run.timings:
-        if (other.subject == run.header.subjects[0] and other.status == "TIMED" and _shape(other) == _shape(line)):
+        if (other.subject == first_subject(run) and other.status == "TIMED" and _shape(other) == _shape(line)):
             return median(other)
     return None
 
@@ -79,36 +89,33 @@ def _marked(run: BenchRun, title: str) -> str:
     return title if run.header.evidence else f"{NO_EVIDENCE}. {title}"
 
 
-def limit_table(run: BenchRun) -> Table:
+def limit_table(run: BenchRun) -> NamedTable:
     """What the device reached in this run."""
-    table = Table("limit", "per second", "median", "quartiles", "repetitions", "of",
-                  title=_marked(run, f"limits of {run.header.environment.get('device', run.header.device)}"),
-                  title_justify="left")
+    rows = []
     for line in run.limits.values():
         rate = from_number(line.per_s)
         words = f"{rate / 1e9:.4g} GB" if line.name == "copy" else f"{rate / 1e12:.4g} TFLOP"
         low, high = (_time(from_number(one)) for one in line.seconds[1:])
-        table.add_row(line.name, words, _time(from_number(line.seconds[0])), f"{low} .. {high}", str(line.repetitions),
-                      line.words)
-    return table
+        rows.append([line.name, words, _time(from_number(line.seconds[0])), f"{low} .. {high}", str(line.repetitions),
+                     line.words])
+    title = _marked(run, f"limits of {run.header.environment.get('device', run.header.device)}")
+    numbers = ("per second", "median", "quartiles", "repetitions")
+    return NamedTable(title, ["limit", *numbers, "of"], rows, right=numbers)
 
 
-def timing_tables(run: BenchRun) -> Iterator[Table]:
+def timing_tables(run: BenchRun) -> Iterator[NamedTable]:
     """A table per model, degree and operation: times, rates, share of the limit, ratio to the first subject."""
     labels = dict[int, list[str]]()
     for tokens, label in run.header.labels:
         labels.setdefault(tokens, []).append(label)
+    numbers = ("median", "quartiles", "TFLOP/s", "GB/s", "of limit", f"time / {first_subject(run)}'s",
+               "error / allowed")
+    columns = ("tokens", *["stands for"] * bool(labels), "subject", *numbers[:2], "as", *numbers[2:])
     for model, tp, operation, lines in groups(run):
-        table = Table(title=_marked(run, f"{model}, tp {tp}, {operation}, {run.header.dtype}, one rank"),
-                      title_justify="left")
-        for column in ("tokens", *["stands for"] * bool(labels), "subject", "median", "quartiles", "as", "TFLOP/s",
-                       "GB/s", "of limit", f"time / {run.header.subjects[0]}'s", "error / allowed"):
-            table.add_column(column, justify="left" if column in ("stands for", "subject", "as") else "right",
-                             no_wrap=column != "stands for")
-        for line in lines:
-            name = (str(line.tokens), *["; ".join(labels.get(line.tokens, []))] * bool(labels), line.subject)
-            table.add_row(*name, *_cells(run, line))
-        yield table
+        rows = [(str(line.tokens), *["; ".join(labels.get(line.tokens, []))] * bool(labels), line.subject,
+                 *_cells(run, line)) for line in lines]
+        yield NamedTable(_marked(run, f"{model}, tp {tp}, {operation}, {run.header.dtype}, one rank"), columns, rows,
+                         right=("tokens", *numbers))
 
 
 def _cells(run: BenchRun, line: TimingLine) -> tuple[str, ...]:
@@ -116,10 +123,10 @@ def _cells(run: BenchRun, line: TimingLine) -> tuple[str, ...]:
         return line.status, "", "", "", "", "", "", _short(line.ratio)
     seconds, first = median(line), first_seconds(run, line)
     low, high = (_time(from_number(one)) for one in line.seconds[1:])
-    return (_time(seconds), f"{low} .. {high}", line.mode, f"{from_number(line.flop) / seconds / 1e12:.3g}",
-            f"{from_number(line.num_bytes) / seconds / 1e9:.4g}",
+    return (_time(seconds), f"{low} .. {high}", line.mode, f"{_rate(line.flop, seconds) / 1e12:.3g}",
+            f"{_rate(line.num_bytes, seconds) / 1e9:.4g}",
             f"{of_limit(run, line.flop, line.num_bytes, seconds):.1%}",
-            "-" if first is None else f"{seconds / first:.2f}", _short(line.ratio))
+            "-" if first is None else f"{_rate(seconds, first):.2f}", _short(line.ratio))
 
 
 def _short(value: Number) -> str:
@@ -131,22 +138,19 @@ def _time(seconds: float) -> str:
     return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.3f} ms"
 
 
-def part_tables(run: BenchRun) -> Iterator[Table]:
+def part_tables(run: BenchRun) -> Iterator[NamedTable]:
     """Per model, degree and operation the parts of the forward pass beside each other, at the most tokens timed."""
     kind = "kernels" if run.header.device == "cuda" else "operators"
+    numbers = ("time", "TFLOP/s", "GB/s", "of limit")
     for model, tp, operation, lines in groups(run):
         tokens = max((line.tokens for line in lines if line.parts), default=0)
         shown = [(part, line.subject) for line in lines if line.tokens == tokens for part in line.parts]
         if not shown:
             continue
         title = f"{model}, tp {tp}, {operation}, {tokens} tokens: parts, the sum of their {kind}, started by the host"
-        table = Table("part", "subject", "time", "TFLOP/s", "GB/s", "of limit", title=_marked(run, title),
-                      title_justify="left")
-        for name in dict.fromkeys(part.name for part, _ in shown):
-            for part, subject in shown:
-                if part.name == name:
-                    table.add_row(name, subject, *_part_cells(run, part))
-        yield table
+        rows = [(name, subject, *_part_cells(run, part)) for name in dict.fromkeys(part.name for part, _ in shown)
+                for part, subject in shown if part.name == name]
+        yield NamedTable(_marked(run, title), ["part", "subject", *numbers], rows, right=numbers)
 
 
 def _part_cells(run: BenchRun, part: PartResult) -> tuple[str, ...]:
@@ -157,23 +161,22 @@ def _part_cells(run: BenchRun, part: PartResult) -> tuple[str, ...]:
             f"{of_limit(run, flop, num_bytes, seconds):.1%}")
 
 
-def kernel_tables(run: BenchRun) -> Iterator[Table]:
+def kernel_tables(run: BenchRun) -> Iterator[NamedTable]:
     """Per model, degree and operation the longest kernels of every timed subject, at its largest number of tokens."""
     kind = "kernel" if run.header.device == "cuda" else "operator"
     for model, tp, operation, lines in groups(run):
         last = {line.subject: line for line in lines if line.status == "TIMED" and line.kernels}
-        if not last:
-            continue
-        table = Table("tokens", "subject", "part", kind, "starts", "time", "share",
-                      title=_marked(run, f"{model}, tp {tp}, {operation}: the longest {kind}s, started by the host"),
-                      title_justify="left")
+        rows = []
         for line in last.values():
             total = sum(from_number(one.seconds) for one in line.kernels)
             for one in line.kernels[:_SHOWN_KERNELS]:
                 seconds = from_number(one.seconds)
-                table.add_row(str(line.tokens), line.subject, one.part, one.name[:60], f"{from_number(one.starts):g}",
-                              _time(seconds), f"{seconds / total:.0%}" if total else "-")
-        yield table
+                rows.append((str(line.tokens), line.subject, one.part, one.name[:60], f"{from_number(one.starts):g}",
+                             _time(seconds), f"{seconds / total:.0%}" if total else "-"))
+        if rows:
+            title = f"{model}, tp {tp}, {operation}: the longest {kind}s, started by the host"
+            yield NamedTable(_marked(run, title), ["tokens", "subject", "part", kind, "starts", "time", "share"], rows,
+                             right=("tokens", "starts", "time", "share"))
 
 
 def bench_words(run: BenchRun) -> list[str]:

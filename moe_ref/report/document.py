@@ -43,10 +43,19 @@ def document(run: Run, head: Sequence[str], code: int,
         "axis_pairs": header.axis_pairs, "verdicts": Counter(line.verdict for line in lines),
         "unsupported": dict(reasons(lines, Verdict.UNSUPPORTED)),
         "not_run": dict(reasons(lines, Verdict.NOT_RUN)),
+        "refused": [{"file": one.path, "line": one.line, "reason": one.reason, "case": one.case, "number": one.number}
+                    for one in run.refused],
+        "tiers": [{"name": part.name, "executed": part.executed, "minimum_executed": part.minimum_executed,
+                   "axis_pairs": part.axis_pairs} for part in run.tiers],
         "failures": [_failure(line, comparison) for line in failures(lines)],
         "closest": _closest(nearest) if nearest else None,
         "comparison": asdict(comparison) if comparison else None,
         "cases": {case: _case(line) for case, line in cases.items()}})
+
+
+def json_text(data: object) -> str:
+    """Data as JSON that people can read, a line for each entry."""
+    return msgspec.json.format(msgspec.json.encode(data), indent=1).decode() + "\n"
 
 
 def _failure(line: CaseLine, comparison: Comparison | None) -> dict[str, object]:

@@ -8,6 +8,7 @@ from moe_ref.contract.vocabulary import EXECUTED_VERDICTS, RED_VERDICTS, Stage, 
 from moe_ref.records.schema import CaseLine, Number, StageResult, from_number
 from moe_ref.records.store import Run
 
+_VERDICTS = frozenset(map(str, Verdict))
 _STAGE_ORDER = {str(stage): number for number, stage in enumerate(Stage)}
 
 
@@ -21,7 +22,7 @@ def case_lines(run: Run) -> dict[str, CaseLine]:
     lines = {case: run.cases.get(case) or _not_run(run, case, reason) for case in run.header.cases}
     lines |= run.cases
     for line in lines.values():
-        if line.verdict not in tuple(Verdict):
+        if line.verdict not in _VERDICTS:
             raise UsageValueError(f"case {line.case}: verdict {line.verdict!r}, but should be one of "
                                   + ", ".join(Verdict))
     return lines

@@ -1,13 +1,16 @@
 """The five head lines, the same words in terminal, Markdown, HTML and JSON; and the exit code."""
 
+import re
 from collections import Counter
+from collections.abc import Sequence
 
 from moe_ref.contract.vocabulary import RED_VERDICTS, Verdict
-from moe_ref.records.schema import CaseLine
+from moe_ref.records.schema import CaseLine, from_number
 from moe_ref.records.store import Run
-from moe_ref.report.axes import case_axes, size_of
+from moe_ref.report.axes import size_of
 from moe_ref.report.baseline import Baseline
-from moe_ref.report.compare import Comparison
+from moe_ref.report.bounds import looser_words
+from moe_ref.report.compare import Comparison, DriftGroup
 from moe_ref.report.facts import (
     case_lines,
     culprit,
@@ -16,9 +19,11 @@ from moe_ref.report.facts import (
     is_red,
     margin_stage,
     nearest_pass,
+    ratio_of,
     reasons,
 )
-from moe_ref.report.words import excess, format_ratio, one_line, plural, replay, where
+from moe_ref.report.traits import traits
+from moe_ref.report.words import excess, format_ratio, one_line, plural, refused_words, replay, where
 
 PASS, FAILED, HARNESS_ERROR, TOO_FEW = 0, 1, 3, 4
 _ENVIRONMENT = {"device": "", "cpu_count": "CPUs ", "kernels": "kernels: ",
@@ -28,19 +33,25 @@ _REASONS_SHOWN = 2
 
 
 def head_lines(run: Run, comparison: Comparison | None = None,
-               baseline: Baseline | None = None) -> tuple[str, ...]:
-    """Verdict and change; on what; how much really ran; where to look first; closest to its limit."""
+               baseline: Baseline | None = None, missing: str = "") -> tuple[str, ...]:
+    """Verdict and change; on what; how much really ran; where to look first; closest to its limit.
+
+    missing: the file that a folder of baselines does not hold.
+    """
     lines = case_lines(run)
-    return (_verdict_line(run, lines, comparison), _machine_line(run), _count_line(run, lines),
+    return (_verdict_line(run, lines, comparison, missing), _machine_line(run), _count_line(run, lines),
             _first_line(run, lines, comparison), _close_line(lines, baseline))
 
 
 def exit_code(run: Run, comparison: Comparison | None = None) -> int:
-    """0 ok; 1 failures or coverage lost; 3 harness errors only; 4 cut short or fewer run than the minimum."""
+    """0 ok; 1 failures, coverage lost, bounds looser or contracts other than accepted; 3 harness errors or refused
+    records; 4 cut short or fewer run than the minimum.
+    """
     lines = case_lines(run).values()
-    if any(map(is_red, lines)) or (comparison and comparison.coverage_lost):
+    if any(map(is_red, lines)) or (comparison and (comparison.coverage_lost or comparison.looser
+                                                   or comparison.other_contract)):
         return FAILED
-    if any(line.verdict == Verdict.HARNESS_ERROR for line in lines):
+    if run.refused or any(line.verdict == Verdict.HARNESS_ERROR for line in lines):
         return HARNESS_ERROR
     return TOO_FEW if shortfalls(run) else PASS
 
@@ -50,27 +61,44 @@ def shortfalls(run: Run) -> list[str]:
     executed = sum(map(is_executed, case_lines(run).values()))
     minimum = max(run.header.minimum_executed, 1)
     return ["run was cut short"] * (run.end is None) + [
-        f"executed {executed} of at least {minimum}"] * (executed < minimum)
+        f"executed {executed} of at least {minimum}"] * (executed < minimum) + [
+        f"executed {part.executed} of at least {part.minimum_executed} of {one_line(part.name, 40)}"
+        for part in run.tiers if part.executed < part.minimum_executed]
 
 
-def _verdict_line(run: Run, lines: dict[str, CaseLine], comparison: Comparison | None) -> str:
+def _verdict_line(run: Run, lines: dict[str, CaseLine], comparison: Comparison | None, missing: str) -> str:
     implementation = run.header.implementation
     digest = f"+{implementation.source_digest[:7]}" if implementation.source_digest else ""
     name = one_line(f"{implementation.name} {implementation.version}{digest}", 80)
     errors = sum(line.verdict == Verdict.HARNESS_ERROR for line in lines.values())
-    parts = shortfalls(run) + [plural(errors, "harness error")] * bool(errors)
+    parts = shortfalls(run) + [refused_words(run.refused)] * bool(run.refused)
+    parts += [plural(errors, "harness error")] * bool(errors)
     if comparison is None:
         parts.append(plural(sum(map(is_red, lines.values())), "failure"))
-        change = "no baseline given"
+        change = f"nothing accepted yet as {missing}" if missing else "no baseline given"
     else:
-        parts.append(plural(len(comparison.new_failures), "new failure"))
-        parts += [plural(len(comparison.old_failures), "old failure")] * bool(comparison.old_failures)
-        parts += [f"{len(comparison.fixed)} fixed",
-                  f"coverage -{len(comparison.coverage_lost)} +{len(comparison.coverage_gained)}",
-                  f"drift +{len(comparison.drift)}"]
-        parts += [f"{len(comparison.excused)} newly excused"] * bool(comparison.excused)
+        parts += _changes(comparison)
         change = f"vs {one_line(comparison.baseline, 80)}"
     return f"{'FAIL' if exit_code(run, comparison) else 'PASS'}  {name}: {', '.join(parts)}; {change}"
+
+
+def _changes(comparison: Comparison) -> list[str]:
+    """What differs from the baseline, the worst first."""
+    parts = [f"bounds looser: {looser_words(comparison.bounds)}"] * bool(comparison.looser)
+    if number := len(comparison.other_contract):
+        parts.append(f"{plural(number, 'case')} of another numerics contract")
+    parts.append(plural(len(comparison.new_failures), "new failure"))
+    parts += [plural(len(comparison.old_failures), "old failure")] * bool(comparison.old_failures)
+    lost = comparison.losses[0] if comparison.losses else None
+    explained = f" ({lost.name})" if lost and lost.what else ""
+    parts += [f"{len(comparison.fixed)} fixed",
+              f"coverage -{len(comparison.coverage_lost)}{explained} +{len(comparison.coverage_gained)}",
+              f"drift +{len(comparison.drift)}"]
+    parts += [f"{len(comparison.excused)} newly excused"] * bool(comparison.excused)
+    for speed in comparison.speed:
+        faster = f", {len(speed.faster)} faster" * bool(speed.faster)
+        parts.append(f"{len(speed.slower)} slower{faster}{speed.mark}")
+    return parts
 
 
 def _machine_line(run: Run) -> str:
@@ -121,19 +149,61 @@ def _first_line(run: Run, lines: dict[str, CaseLine], comparison: Comparison | N
     if errors:
         return ("first harness error, not a verdict on the implementation: "
                 f"{one_line(errors[0].reason, 120)}; repro: {one_line(replay(errors[0]))}")
-    if comparison and comparison.coverage_lost:
-        case, reason = comparison.coverage_lost[0]
-        note = f" ({one_line(comparison.notes[0])})" if comparison.notes else ""
-        number = plural(len(comparison.coverage_lost), "case")
-        return (f"first nothing failed, but {number} of the baseline did not run{note}, such as "
-                f"{one_line(case)}: {one_line(reason, 120)}")
+    if run.refused:
+        one = run.refused[0]
+        return f"first nothing failed in what was read; refused: {one_line(one.place)}: {one_line(one.reason, 160)}"
+    if comparison and (worse := _nothing_failed_but(comparison)):
+        return f"first nothing failed, but {worse}"
     if shortfalls(run):
         return "first nothing failed in what ran, which is too little to say more"
-    if comparison and comparison.drift:
-        drift = comparison.drift[0]
-        return (f"first nothing failed; largest drift: {one_line(drift.stage)} of {one_line(drift.case)} "
-                f"{format_ratio(drift.before)} -> {format_ratio(drift.now)} of its bound")
-    return "first nothing failed"
+    return "first nothing failed" + (_moved(comparison) if comparison else "")
+
+
+def _nothing_failed_but(comparison: Comparison) -> str:
+    """Bounds that are looser, other contracts and cases that are gone, or ''."""
+    parts = []
+    if number := len(comparison.other_contract):
+        parts.append(f"{plural(number, 'case')}, as {one_line(comparison.other_contract[0])}, declare other roundings "
+                     "than were accepted; `moe-ref accept` where that is on purpose")
+    if comparison.looser:
+        assert comparison.effect is not None
+        parts.append(f"bounds are looser than accepted: {looser_words(comparison.bounds)} ({comparison.effect.words}); "
+                     "`moe-ref accept` where that is on purpose")
+    if comparison.losses:
+        tier = next((one_line(note) for note in comparison.notes if note.startswith("tier ")), "")
+        note = f" ({tier})" if tier else ""
+        number = plural(len(comparison.coverage_lost), "case")
+        first = comparison.losses[0]
+        words = first.words if first.is_lane else (
+            f"{number} of the baseline did not run{note}"
+            + ", ".join([f": {first.words}" if first.what else f", {first.example}",
+                         *(loss.words for loss in comparison.losses[1:3])]))
+        parts.append(words)
+    return "; and ".join(parts)
+
+
+def _moved(comparison: Comparison) -> str:
+    """What is slower, then what drifts: times that are no evidence come last."""
+    def slower(evidence: bool) -> list[str]:
+        return [f"{speed.slower[0].words}{speed.mark}" for speed in comparison.speed
+                if speed.slower and speed.evidence is evidence]
+    drift = [_drift_words(comparison.drift_groups)] if comparison.drift_groups else []
+    told = [*slower(True), *drift, *slower(False)]
+    return "; " + "; ".join(told) if told else ""
+
+
+def _drift_words(groups: Sequence[DriftGroup]) -> str:
+    """'drift in 40 stages: 38 act, all with ...; largest: act of CASE 0.3 -> 0.6 of its bound'."""
+    largest = max((group.largest for group in groups), key=lambda drift: ratio_of(drift.now))
+    words = (f"{one_line(largest.stage)} of {one_line(largest.case)} {format_ratio(largest.before)} -> "
+             f"{format_ratio(largest.now)} of its bound")
+    number = sum(group.number for group in groups)
+    if number == 1:
+        return f"drift: {words}"
+    shown = [f"{group.number} in {one_line(group.stage, 40)}" + f", {group.traits}" * bool(group.traits)
+             for group in groups[:2]]
+    more = f" and {sum(group.number for group in groups[2:])} elsewhere" if len(groups) > 2 else ""
+    return f"drift of {number}: {'; '.join(shown)}{more}; largest: {words}"
 
 
 def _where_failures_are(red: list[CaseLine], lines: list[CaseLine], new: bool) -> str:
@@ -143,15 +213,18 @@ def _where_failures_are(red: list[CaseLine], lines: list[CaseLine], new: bool) -
         groups.setdefault(_ending(line, len(red)), []).append(line)
     ranked = sorted(groups.items(), key=lambda group: -len(group[1]))
     words = [f"{len(members) if len(groups) > 1 else ''} {name}".strip() for name, members in ranked[:3]]
-    words[0] += _traits(ranked[0][1], lines)
+    shared = traits([line.case for line in ranked[0][1]], [line.case for line in lines if is_executed(line)])
+    words[0] += f", {shared}" if shared else ""
     if rest := sum(len(members) for _, members in ranked[3:]):
         words.append(f"{rest} elsewhere")
-    simplest = min(ranked[0][1], key=lambda line: (size_of(line.case), line.case))
+    alike = _alike(ranked[0][1])
+    simplest = min(alike or ranked[0][1], key=lambda line: (size_of(line.case), line.case))
     stage = culprit(simplest)
     size = f"{excess(stage)}, " if stage and stage.num_bad else ""
     count = plural(len(red), "new failure" if new else "failure") + ":" * (len(groups) > 1)
-    return (f"{count} {', '.join(words)}; {'smallest: ' if len(ranked[0][1]) > 1 else ''}"
-            f"{size}{one_line(where(simplest), 160)}; repro: {one_line(replay(simplest))}")
+    return (f"{count} {', '.join(words)}; {_likely(alike, simplest, len(ranked[0][1]))}"
+            f"{'smallest case: ' if len(ranked[0][1]) > 1 else ''}{size}{one_line(where(simplest), 160)}; "
+            f"repro: {one_line(replay(simplest))}")
 
 
 def _ending(line: CaseLine, number: int) -> str:
@@ -161,22 +234,27 @@ def _ending(line: CaseLine, number: int) -> str:
     return f"end{verb} in {line.verdict}"
 
 
-def _traits(red: list[CaseLine], lines: list[CaseLine]) -> str:
-    """What all failures share and others rarely have: ', all with tp 4 and ... (2 of the 2 such ...)'."""
-    if len(red) < 2:
+def _alike(red: list[CaseLine]) -> list[CaseLine]:
+    """Those that most likely have the same fault; one that differs in its numbers alone is the same."""
+    kinds: dict[str, list[CaseLine]] = {}
+    for line in red:
+        if line.diagnosis:
+            kinds.setdefault(_kind(line.diagnosis.fault), []).append(line)
+    return max(kinds.values(), key=len, default=[])
+
+
+def _likely(alike: list[CaseLine], simplest: CaseLine, number: int) -> str:
+    """'2 of 2 look like `last 32 columns of K left out of the down product` (explains 99 %); ', or ''."""
+    if not alike or simplest.diagnosis is None:
         return ""
-    ran = [case_axes(line.case) for line in lines if is_executed(line)]
-    axes = [case_axes(line.case) for line in red]
-    shared = {name: value for name, value in axes[0].items()
-              if all(other.get(name) == value for other in axes)}
-    frequency = {name: sum(other.get(name) == value for other in ran) for name, value in shared.items()}
-    telling = [name for name in shared if frequency[name] < len(ran)]
-    traits = {name: shared[name] for name in sorted(telling, key=lambda name: frequency[name])[:2]}
-    if not traits:
-        return ""
-    such = sum(traits.items() <= other.items() for other in ran)
-    words = " and ".join(f"{name} {value}" for name, value in traits.items())
-    return f", all with {words} ({len(red)} of the {such} such that ran)"
+    look = f"{len(alike)} of {number} look" if number > 1 else "looks"
+    share = min(from_number(line.diagnosis.share) for line in alike if line.diagnosis)
+    return f"{look} like `{one_line(simplest.diagnosis.fault, 160)}` (explains {100 * share:.0f} %); "
+
+
+def _kind(fault: str) -> str:
+    """A fault without its numbers, which are those of one case's sizes."""
+    return re.sub(r"\b\d+\b", "#", fault)
 
 
 def _close_line(lines: dict[str, CaseLine], baseline: Baseline | None) -> str:
@@ -184,6 +262,8 @@ def _close_line(lines: dict[str, CaseLine], baseline: Baseline | None) -> str:
     stage = margin_stage(nearest) if nearest else None
     if nearest is None or stage is None:
         return "close no passing case with a measured ratio"
+    if ratio_of(stage.ratio) == 0:
+        return "close no passing case has an error: there is nothing to tell how much room is left"
     before = baseline.cases[nearest.case].stages.get(stage.stage) if (
         baseline and nearest.case in baseline.cases) else None
     was = f" (was {format_ratio(before)})" if before is not None else ""

@@ -1,4 +1,4 @@
-"""tp ladders: one problem at growing tp, where the ratio must not climb."""
+"""Ladders: one case at growing tp, or at growing ep, where the ratio must not climb."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,21 +10,31 @@ from moe_ref.report.facts import margin_ratio
 
 @dataclass(frozen=True)
 class Ladder:
-    """tp -> case line of one problem, smallest tp first; climb: largest later ratio / the first ratio."""
+    """Degree -> case line, the smallest degree first; climb: largest later ratio / the first ratio.
 
+    axis: tp or ep. problem: the case id without that degree.
+    """
+
+    axis: str
     problem: str
     steps: dict[int, CaseLine]
     climb: float
 
 
-def ladders(lines: Iterable[CaseLine]) -> list[Ladder]:
-    """Problems that were measured at two or more tp sizes with even splits, steepest first."""
+AXES = ("tp", "ep")
+
+
+def ladders(lines: Iterable[CaseLine], axis: str) -> list[Ladder]:
+    """Cases that were measured at two or more degrees of an axis with even shares, steepest first.
+
+    What is right to the bit at every degree has no ratio that could climb, and is left out.
+    """
     steps: dict[str, dict[int, CaseLine]] = {}
     for line in lines:
-        if (step := ladder_step(line.case)) and line.stages:
+        if (step := ladder_step(line.case, axis)) and line.stages:
             steps.setdefault(step[0], {})[step[1]] = line
-    found = [Ladder(problem, dict(sorted(measured.items())), _climb(measured))
-             for problem, measured in steps.items() if len(measured) > 1]
+    found = [Ladder(axis, problem, dict(sorted(measured.items())), _climb(measured))
+             for problem, measured in steps.items() if len(measured) > 1 and any(map(margin_ratio, measured.values()))]
     return sorted(found, key=lambda ladder: (-ladder.climb, ladder.problem))
 
 

@@ -4,10 +4,10 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from moe_ref.records.schema import CaseLine, Number
+from moe_ref.records.schema import CaseLine, Number, StageResult
 from moe_ref.report.axes import axis_sort_key, case_axes
 from moe_ref.report.facts import is_executed, is_red, ratio_of, stage_number
-from moe_ref.report.words import format_ratio
+from moe_ref.report.words import stage_ratio
 
 LEVELS = 8
 """Colour steps below 1.0, four to a decade: from 0.01 of the bound (and less) to the bound."""
@@ -62,14 +62,15 @@ def matrix(lines: Iterable[CaseLine]) -> tuple[list[str], list[MatrixRow]]:
 def _row(label: tuple[str, ...], members: list[CaseLine], stages: list[str]) -> MatrixRow:
     stageless = tuple(line.case for line in members
                       if is_red(line) and not any(ratio_of(stage.ratio) > 1 for stage in line.stages))
-    return MatrixRow(label, len(members), sum(map(is_red, members)),
-                     tuple(_cell(stage, members) for stage in stages), stageless)
+    worst: dict[str, tuple[float, StageResult, str]] = {}
+    for line in members:
+        for stage in line.stages:
+            ratio, known = ratio_of(stage.ratio), worst.get(stage.stage)
+            if known is None or ratio > known[0]:
+                worst[stage.stage] = ratio, stage, line.case
+    cells = tuple(_cell(*worst[stage][1:]) if stage in worst else None for stage in stages)
+    return MatrixRow(label, len(members), sum(map(is_red, members)), cells, stageless)
 
 
-def _cell(name: str, members: list[CaseLine]) -> Cell | None:
-    found = [(stage, line.case) for line in members for stage in line.stages if stage.stage == name]
-    if not found:
-        return None
-    stage, case = max(found, key=lambda entry: ratio_of(entry[0].ratio))
-    text = ("differ" if ratio_of(stage.ratio) > 0 else "=") if stage.exact else format_ratio(stage.ratio)
-    return Cell(text, colour_of(stage.ratio), case)
+def _cell(stage: StageResult, case: str) -> Cell:
+    return Cell(stage_ratio(stage), colour_of(stage.ratio), case)

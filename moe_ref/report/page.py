@@ -1,111 +1,66 @@
-"""The HTML page: one file, no scripts, no outer resources, light and dark; jinja2 is imported late."""
+"""The HTML page: one file, no outer resources, light and dark, readable without scripts."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.resources import files
+import base64
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from moe_ref.contract.vocabulary import Verdict
-from moe_ref.records.schema import CaseLine, StageResult, from_number
-from moe_ref.records.store import Run
-from moe_ref.report.axes import case_axes
 from moe_ref.report.compare import Comparison
-from moe_ref.report.coverage import Coverage, axis_pairs_covered, coverage
-from moe_ref.report.facts import (
-    case_lines,
-    culprit,
-    failures,
-    margin_stage,
-    ratio_of,
-    reasons,
-    stage_number,
-    worst_ratio,
-    worst_stage,
-)
-from moe_ref.report.ladders import ladders
-from moe_ref.report.matrix import LEVELS, colour_of, matrix
-from moe_ref.report.plots import LADDERS_DRAWN, plot_against_length, plot_bias_and_scale, plot_ladders
-from moe_ref.report.words import excess, first_line, format_ratio, replay, where, worst_element
+from moe_ref.report.evidence import Evidence
+from moe_ref.report.facts import case_lines
+from moe_ref.report.failure_groups import failure_groups
+from moe_ref.report.sections.absent import absent_section
+from moe_ref.report.sections.baseline import baseline_section
+from moe_ref.report.sections.bench import bench_section
+from moe_ref.report.sections.cases import case_section, environment_section
+from moe_ref.report.sections.compiled import compiled_section
+from moe_ref.report.sections.coverage import coverage_section
+from moe_ref.report.sections.curves import bias_section, ladder_section, length_section
+from moe_ref.report.sections.failures import failure_section
+from moe_ref.report.sections.growth import growth_section
+from moe_ref.report.sections.history import history_section
+from moe_ref.report.sections.lanes import lane_section
+from moe_ref.report.sections.matrix import matrix_section
+from moe_ref.report.sections.pairs import pair_section
+from moe_ref.report.sections.places import VERDICT_ORDER, anchors
+from moe_ref.report.sections.refused import refused_section
+from moe_ref.report.sections.score import score_section
+from moe_ref.report.sections.view import View, fill, script
 
-_LADDERS_LISTED = 12
-_VERDICT_ORDER = (Verdict.MISMATCH, Verdict.STRUCT, Verdict.CRASH, Verdict.HANG, Verdict.NONDETERMINISTIC,
-                  Verdict.UNEXPECTED_PASS, Verdict.HARNESS_ERROR, Verdict.KNOWN_FAILURE, Verdict.PASS,
-                  Verdict.UNSUPPORTED, Verdict.NOT_RUN)
-_REASONED = (Verdict.UNSUPPORTED, Verdict.NOT_RUN, Verdict.HARNESS_ERROR, Verdict.KNOWN_FAILURE)
-
-
-@dataclass(frozen=True)
-class StageSpread:
-    """Bias and scale of one stage and dtype over all cases: extremes, with the case of the largest bias."""
-
-    stage: str
-    dtype: str
-    num_cases: int
-    mean_bias: float
-    worst_bias: float
-    worst_case: str
-    least_scale: float
-    most_scale: float
-
-
-def page(run: Run, head: Sequence[str], comparison: Comparison | None = None) -> str:
-    """The page as HTML; everything from records is escaped, a missing part says that it is missing."""
-    from jinja2 import Environment, StrictUndefined
+if TYPE_CHECKING:
     from markupsafe import Markup
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-                              lstrip_blocks=True)
-    source = files("moe_ref.report").joinpath("templates/page.html.j2").read_text(encoding="utf-8")
-    cases = case_lines(run)
-    lines = list(cases.values())
-    anchors = {case: f"case-{number}" for number, case in enumerate(cases)}
-    stages, rows = matrix(lines)
-    plots = {"length": plot_against_length(lines), "ladder": plot_ladders(lines),
-             "bias": plot_bias_and_scale(lines)}
-    new = set(comparison.new_failures) if comparison else set()
-    idle = [(verdict, reasons(lines, verdict)) for verdict in _REASONED]
-    return environment.from_string(source).render(
-        head=head, run=run, comparison=comparison, anchors=anchors, stages=stages, rows=rows, new=new,
-        levels=range(LEVELS), pairs=axis_pairs_covered(run), failures=failures(lines), groups=_groups(lines),
-        ladders=ladders(lines), shown=(_LADDERS_LISTED, LADDERS_DRAWN), spreads=_spreads(lines),
-        coverage=_by_axis(lines), reasons=idle, plots={name: Markup(svg) for name, svg in plots.items()},
-        culprit=culprit, worst_stage=worst_stage, margin_stage=margin_stage, excess=excess, where=where,
-        worst_element=worst_element, replay=replay, first_line=first_line, format_ratio=format_ratio,
-        colour_of=colour_of, tiles=tiles)
+_SECTIONS: tuple[tuple[str, str, Callable[[View], "Markup | str"]], ...] = (
+    ("lanes", "Lanes", lane_section),
+    ("failures", "Failures", failure_section),
+    ("refused", "Refused", refused_section),
+    ("baseline", "Baseline", baseline_section),
+    ("matrix", "Matrix", matrix_section),
+    ("history", "History", history_section),
+    ("length", "Against K and load", length_section),
+    ("ladder", "TP/EP ladder", ladder_section),
+    ("bias", "Bias and scale", bias_section),
+    ("growth", "Divergence", growth_section),
+    ("score", "Mutation score", score_section),
+    ("compiled", "Cross-compile", compiled_section),
+    ("bench", "Speed", bench_section),
+    ("coverage", "Coverage", coverage_section),
+    ("pairs", "Pairs", pair_section),
+    ("cases", "All cases", case_section),
+    ("environment", "Environment", environment_section),
+    ("absent", "Not in this report", absent_section))
+"""(id of its heading, words in the navigation, what makes it); one that is empty is left out of both."""
 
 
-def tiles(stage: StageResult) -> list[bool]:
-    """True per 64-column tile that holds an element above its bound; [] if the record names none."""
-    bad = set(stage.bad_tiles)
-    return [tile in bad for tile in range(stage.num_tiles)] if bad else []
-
-
-def _by_axis(lines: list[CaseLine]) -> dict[str, list[Coverage]]:
-    found: dict[str, list[Coverage]] = {}
-    for entry in coverage(lines):
-        found.setdefault(entry.axis, []).append(entry)
-    return found
-
-
-def _groups(lines: list[CaseLine]) -> list[tuple[Verdict, list[CaseLine]]]:
-    """The full table: red verdicts first, inside a verdict the largest ratio first."""
-    found = [(verdict, sorted((line for line in lines if line.verdict == verdict), key=lambda line:
-                              (-worst_ratio(line), line.case))) for verdict in _VERDICT_ORDER]
-    return [(verdict, members) for verdict, members in found if members]
-
-
-def _spreads(lines: list[CaseLine]) -> list[StageSpread]:
-    """One entry per stage and dtype, in data order; exact stages have neither bias nor scale."""
-    found: dict[tuple[str, str], list[tuple[float, float, str]]] = {}
-    for line in lines:
-        for stage in line.stages:
-            if not stage.exact and stage.num_checked:
-                key = (stage.stage, case_axes(line.case).get("dtype", "?"))
-                numbers = from_number(stage.bias), from_number(stage.scale)
-                found.setdefault(key, []).append((*numbers, line.case))
-    spreads = []
-    for (stage, dtype), values in sorted(found.items(), key=lambda item: (stage_number(item[0][0]), item[0])):
-        worst = max(values, key=lambda value: ratio_of(abs(value[0])))
-        spreads.append(StageSpread(stage, dtype, len(values), sum(value[0] for value in values) / len(values),
-                                   worst[0], worst[2], min(value[1] for value in values),
-                                   max(value[1] for value in values)))
-    return spreads
+def page(evidence: Evidence, head: Sequence[str], comparison: Comparison | None = None) -> str:
+    """The page as HTML; everything from records is escaped, a missing part says that it is missing."""
+    lines = tuple(case_lines(evidence.run).values())
+    groups = failure_groups(lines, frozenset(comparison.new_failures) if comparison else ())
+    view = View(evidence, lines, anchors(lines, groups), comparison, groups)
+    made = [(anchor, title, section(view)) for anchor, title, section in _SECTIONS]
+    code = script("page.js")
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    found = {line.verdict for line in lines}
+    return fill("page.html.j2", head=head, run=evidence.run, sections=[one for one in made if one[2].strip()],
+                verdicts=[verdict for verdict in VERDICT_ORDER if verdict in found],
+                script=code, script_digest=digest)

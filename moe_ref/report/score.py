@@ -48,27 +48,29 @@ def tables(run: ScoreRun) -> list[NamedTable]:
     return [_by_class(run), _by_check(run), _by_criterion(run)]
 
 
+_CLASS_COLUMNS = ("class", "entries", "mutants", "caught", "by the owner", "missed", "equivalent", "GPU alone")
+
+
 def _by_class(run: ScoreRun) -> NamedTable:
     rows = []
     for letter, title in run.header.classes.items():
-        of_class = [one for one in run.mutants.values() if one.id[0] == letter]
+        of_class = [one for one in run.mutants.values() if one.id[:1] == letter]
         if not of_class:
             continue
         found = Counter(one.outcome for one in of_class)
-        entries = sum(name[0] == letter for name in run.header.entries)
+        entries = sum(name[:1] == letter for name in run.header.entries)
         rows.append([f"{letter} {title}", str(entries), str(len(of_class)), str(found["caught"]),
                      str(sum(one.owned for one in of_class)), str(found["missed"] + found["broken"]),
                      str(found["equivalent"]), str(found["not_runnable"])])
     if rows:
         rows.append(["all", *(str(sum(int(row[place]) for row in rows)) for place in range(1, len(rows[0])))])
-    return NamedTable("Mutants by class of defect", ["class", "entries", "mutants", "caught", "by the owner", "missed",
-                                                     "equivalent", "GPU alone"], rows)
+    return NamedTable("Mutants by class of defect", _CLASS_COLUMNS, rows, _CLASS_COLUMNS[1:])
 
 
 def _by_check(run: ScoreRun) -> NamedTable:
     found = Counter(one.said for one in run.mutants.values() if one.outcome == "caught")
     return NamedTable("What was said of those caught", ["verdict and stage", "mutants"],
-                      [[said, str(count)] for said, count in found.most_common()])
+                      [[said, str(count)] for said, count in found.most_common()], right=("mutants",))
 
 
 def _by_criterion(run: ScoreRun) -> NamedTable:
@@ -77,7 +79,7 @@ def _by_criterion(run: ScoreRun) -> NamedTable:
     projects = list(dict.fromkeys(name for one in (*judged, *run.right.values()) for name in one.refused))
     rows = []
     for letter, title in run.header.classes.items():
-        of_class = [one for one in judged if one.id[0] == letter]
+        of_class = [one for one in judged if one.id[:1] == letter]
         if of_class:
             rows.append([f"{letter} {title}", f"{len(of_class)} of {len(of_class)}",
                          *(_share(of_class, project) for project in projects)])
@@ -86,7 +88,7 @@ def _by_criterion(run: ScoreRun) -> NamedTable:
     rows.append(["right variants", f"{accused} of {sum(one.executed for one in run.right.values())}",
                  *(_share_of_right(run, project) for project in projects)])
     return NamedTable("Layers that are refused, by criterion, each with data of its project's scale",
-                      ["class", "moe-ref", *projects], rows)
+                      ["class", "moe-ref", *projects], rows, right=("moe-ref", *projects))
 
 
 def _share_of_right(run: ScoreRun, project: str) -> str:
@@ -110,3 +112,14 @@ def complaints(run: ScoreRun) -> list[str]:
     words += [f"accused {one.id}: {text}" for one in run.right.values()
               for text in (*one.red, *filter(None, [one.reason]))]
     return sorted(words)
+
+
+def wrong(run: ScoreRun) -> list[str]:
+    """Of the complaints those that say that the suite is wrong: mutants missed or broken, right variants accused."""
+    return [words for words in complaints(run) if words.startswith(("missed", "broken", "accused"))]
+
+
+def unjudged(run: ScoreRun) -> list[str]:
+    """Entries of the catalogue of which this record judges no mutant: not chosen, cut short, or not to be seeded."""
+    judged = {name.partition(".")[0] for name in run.mutants}
+    return [name for name in run.header.entries if name not in judged]

@@ -1,6 +1,6 @@
-"""Tables that are printed and stand, word for word, between two marks of a document."""
+"""Tables that are printed, stand on the page, and stand between two marks of a document, word for word."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,15 +11,20 @@ from moe_ref.contract.errors import UsageValueError
 
 @dataclass(frozen=True)
 class NamedTable:
-    """A title, the names of the columns, and rows of words."""
+    """A title, the names of the columns, rows of words; right: columns of numbers, which are aligned on the right."""
 
     title: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
+    right: Collection[str] = ()
 
     def on_screen(self) -> Table:
         """As it is printed."""
-        table = Table(*self.columns, title=self.title)
+        table = Table(title=self.title, title_justify="left")
+        for name in self.columns:
+            is_number = name in self.right
+            # Names without spaces are broken where they do not fit: half a name is none.
+            table.add_column(name, justify="right" if is_number else "left", no_wrap=is_number, overflow="fold")
         for row in self.rows:
             table.add_row(*row)
         return table

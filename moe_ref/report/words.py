@@ -2,14 +2,18 @@
 
 import math
 import shlex
+from collections.abc import Sequence
 
+from moe_ref.records.refused import Refused
 from moe_ref.records.schema import CaseLine, Number, StageResult, from_number
-from moe_ref.report.facts import culprit
+from moe_ref.report.facts import culprit, ratio_of
 
 
 def format_ratio(value: Number) -> str:
-    """A ratio in words: two digits, more beside 1.0; one above its bound never reads as 1."""
+    """A ratio in words: two digits, more beside 1.0 and from 100 on; one above its bound never reads as 1."""
     number = from_number(value)
+    if 99.5 <= number < 99_950:
+        return f"{float(f'{number:.3g}'):.0f}"
     if not 0.95 <= number < 1.05:
         return f"{number:.2g}"
     text = f"{number:.4g}"
@@ -17,11 +21,21 @@ def format_ratio(value: Number) -> str:
 
 
 def excess(stage: StageResult) -> str:
-    """How far a failing stage is off: '41x its bound'; exact stages differ, nan and inf stay words."""
-    ratio = from_number(stage.ratio)
+    """How far a failing stage is off: '41x its bound', or '7x what is likely' of one whose elements are all inside it;
+    exact stages differ, nan and inf stay words.
+    """
+    ratio, bound_ratio = from_number(stage.ratio), from_number(stage.bound_ratio)
     if stage.exact:
         return f"{stage.num_bad} of {stage.num_checked} differ"
-    return f"{format_ratio(ratio)}x its bound" if math.isfinite(ratio) else f"error / allowed is {ratio}"
+    ratio, of_what = (bound_ratio, "its bound") if bound_ratio > 1 else (ratio, "what is likely")
+    return f"{format_ratio(ratio)}x {of_what}" if math.isfinite(ratio) else f"error / allowed is {ratio}"
+
+
+def stage_ratio(stage: StageResult) -> str:
+    """Error / allowed of a stage; exact ones are equal or differ."""
+    if stage.exact:
+        return "differ" if ratio_of(stage.ratio) > 0 else "="
+    return format_ratio(stage.ratio)
 
 
 def where(line: CaseLine) -> str:
@@ -82,6 +96,14 @@ def one_line(text: str, limit: int = 300) -> str:
     """Text of a record on one line, cut at `limit`, without control characters (a terminal obeys them)."""
     plain = " ".join(printable(text).split())
     return plain if len(plain) <= limit else plain[:limit - 3] + "..."
+
+
+def refused_words(refused: Sequence[Refused]) -> str:
+    """'2 lines and 1 file refused', '' for none."""
+    lines = sum(one.number for one in refused if one.line is not None or one.number > 1)
+    files = sum(one.line is None and one.number == 1 for one in refused)
+    found = [plural(number, noun) for number, noun in ((lines, "line"), (files, "file")) if number]
+    return f"{' and '.join(found)} refused" if found else ""
 
 
 def plural(number: int, noun: str) -> str:

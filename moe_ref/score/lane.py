@@ -20,6 +20,7 @@ from moe_ref.contract.vocabulary import Verdict
 from moe_ref.score.messages import CaseToTry, Done, Job, Trial
 from moe_ref.score.trial import try_cases
 from moe_ref.verify.child.messages import read_frame, write_frame
+from moe_ref.verify.child.rank_process import end_with
 from moe_ref.verify.run.last_words import describe_exit
 
 _PRELOADED = ("triton", "triton.language", "triton.runtime.interpreter", "torch._dynamo", "torch.distributed")
@@ -45,8 +46,10 @@ def main() -> None:
 def _serve(job: Job, frames_out: BinaryIO) -> None:
     """Fork for the job and pass on what comes; a fork that dies or hangs is a verdict on the case it was at."""
     read_end, write_end = os.pipe()
+    lane = os.getpid()
     process = os.fork()
     if process == 0:
+        end_with(lane)
         os.setsid()
         os.close(read_end)
         code = 1

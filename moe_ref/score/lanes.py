@@ -23,7 +23,10 @@ class Lane:
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "moe_ref.score.lane"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, env={"THP_MEM_ALLOC_ENABLE": "1", **os.environ, **threads, "PYTHONPATH": path})
+            stderr=subprocess.DEVNULL,
+            # By NVML: torch's other way to look for devices begins CUDA, after which a lane could not fork.
+            env={"THP_MEM_ALLOC_ENABLE": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", **os.environ, **threads,
+                 "PYTHONPATH": path})
 
     def run(self, job: Job) -> tuple[list[Trial], str]:
         """Trials in order, and why the job could not begin, "" where it could."""

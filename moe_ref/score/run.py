@@ -1,6 +1,7 @@
 """A scoring run: every mutant against the cases that should kill it, every right variant against the pinned ones."""
 
 import hashlib
+import math
 import queue
 import tempfile
 import threading
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -28,24 +30,31 @@ from moe_ref.score.seed import package_root, seed
 from moe_ref.tiers.tiers import PlannedCase
 
 _ASKED_OF_RIGHT = 5
-"""Outputs of each right variant that other projects' criteria judge."""
+"""Outputs of each right variant that other projects' criteria judge: of a CPU, where no case is too large for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScorePlan:
-    """What to score and how; only: patterns of ids, all where there are none; full: every case of the tiers."""
+    """What to score and how; only: patterns of ids, all where there are none; full: every case of the tiers.
+
+    gpu_only: of the mutants those that no CPU can run. deadline: seconds after which no further subject is begun.
+    """
 
     catalogue: Catalogue
     only: tuple[str, ...] = ()
+    gpu_only: bool = False
+    deadline: float = math.inf
     full: bool = False
     device: str = "cpu"
     lanes: int = 2
     seconds: float = 120.0
     tiers: tuple[str, ...] = DEFAULT_TIERS
 
-    def chosen(self, name: str) -> bool:
-        """Whether a subject of that id is asked for."""
-        return not self.only or any(fnmatchcase(name, pattern) for pattern in self.only)
+    def chosen(self, one: Mutant | Right) -> bool:
+        """Whether a subject is asked for."""
+        if self.gpu_only and isinstance(one, Mutant) and one.runs_on != "gpu":
+            return False
+        return not self.only or any(fnmatchcase(one.id, pattern) for pattern in self.only)
 
     @cached_property
     def cases(self) -> dict[str, PlannedCase]:
@@ -55,7 +64,7 @@ class ScorePlan:
     @property
     def size(self) -> int:
         """How many subjects are asked for."""
-        return sum(self.chosen(one.id) for one in (*self.catalogue.mutants, *self.catalogue.right))
+        return sum(self.chosen(one) for one in (*self.catalogue.mutants, *self.catalogue.right))
 
     def first_carrier(self, one: Mutant | Right) -> str:
         """The case that a subject meets first."""
@@ -93,14 +102,19 @@ def _digest(plan: ScorePlan) -> str:
     return hasher.hexdigest()[:16]
 
 
-def run_score(plan: ScorePlan, done: ScoreRun, keep: Callable[[Outcome], None]) -> None:
-    """Try all subjects that `done` lacks; each outcome goes to `keep` before the next is begun on its lane."""
-    mutants = [one for one in plan.catalogue.mutants if plan.chosen(one.id) and one.id not in done.mutants]
-    rights = [one for one in plan.catalogue.right if plan.chosen(one.id) and one.id not in done.right]
-    waiting: queue.SimpleQueue[Lane] = queue.SimpleQueue()
-    references = References(plan)
+def run_score(plan: ScorePlan, done: ScoreRun, keep: Callable[[Outcome], None]) -> int:
+    """Try all subjects that `done` lacks; each outcome goes to `keep` before the next is begun on its lane.
 
-    def work(one: Mutant | Right) -> Outcome:
+    Returns how many the deadline left out.
+    """
+    mutants = [one for one in plan.catalogue.mutants if plan.chosen(one) and one.id not in done.mutants]
+    rights = [one for one in plan.catalogue.right if plan.chosen(one) and one.id not in done.right]
+    waiting: queue.SimpleQueue[Lane] = queue.SimpleQueue()
+    references, began, num_left = References(plan), time.monotonic(), 0
+
+    def work(one: Mutant | Right) -> Outcome | None:
+        if time.monotonic() - began > plan.deadline:
+            return None
         lane = waiting.get()
         try:
             return _mutant(one, plan, lane, references) if isinstance(one, Mutant) else _right(one, plan, lane)
@@ -111,15 +125,22 @@ def run_score(plan: ScorePlan, done: ScoreRun, keep: Callable[[Outcome], None]) 
         for lane in started:
             waiting.put(lane)
         with ThreadPoolExecutor(plan.lanes) as threads:
-            futures = [threads.submit(work, one) for one in (*rights, *mutants)]
+            # Right variants meet the most cases, so that no lane is left with one; beside a deadline they come last.
+            order = (*mutants, *rights) if plan.gpu_only else (*rights, *mutants)
+            futures = [threads.submit(work, one) for one in order]
             try:
                 for future in as_completed(futures):
-                    keep(future.result())
+                    outcome = future.result()
+                    if outcome is None:
+                        num_left += 1
+                    else:
+                        keep(outcome)
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 for lane in started:
                     lane.close()
                 raise
+    return num_left
 
 
 class References:
@@ -156,9 +177,13 @@ def _mutant(mutant: Mutant, plan: ScorePlan, lane: Lane, references: References)
         if mutant.runs_on == "gpu" and plan.device == "cpu":
             return MutantOutcome(id=mutant.id, outcome="not_runnable", reason="needs a GPU; its patches apply")
         leading = [silent] if silent else []
-        job = Job(subject=mutant.subject, folder=folder, cases=[*leading, *cases], stop=True, unstopped=len(leading),
-                  seconds=plan.seconds, device=plan.device, criteria=1)
-        trials, failed = lane.run(job)
+        trials, failed, left = list[Trial](), "", [*leading, *cases]
+        while left and not failed and not any(one.verdict in RED_VERDICTS for one in trials[len(leading):]):
+            job = Job(subject=mutant.subject, folder=folder, cases=alike(left, plan.device), stop=True,
+                      unstopped=max(0, len(leading) - len(trials)), seconds=plan.seconds, device=plan.device,
+                      criteria=int(plan.device == "cpu"))
+            found, failed = lane.run(job)
+            trials, left = trials + found, left[len(found):]
     if failed:
         return MutantOutcome(id=mutant.id, outcome="broken", reason=failed)
     same = None
@@ -169,6 +194,13 @@ def _mutant(mutant: Mutant, plan: ScorePlan, lane: Lane, references: References)
                                  reason=f"the right subject says {right.verdict} on {silent.case}: {right.message}")
         same = bool(trials) and trials[0].bits == right.bits
     return _judged(mutant, trials[len(leading):], same, round(time.monotonic() - began, 1))
+
+
+def alike(cases: list[CaseToTry], device: str) -> list[CaseToTry]:
+    """The first ones for one process: on CUDA, which is not forked, process ranks and virtual ranks want two."""
+    if device == "cpu":
+        return cases
+    return list(takewhile(lambda one: (one.ranks == Ranks.LOCAL) == (cases[0].ranks == Ranks.LOCAL), cases))
 
 
 def _judged(mutant: Mutant, tried: list[Trial], same: bool | None, seconds: float) -> MutantOutcome:
@@ -200,8 +232,9 @@ def _right(right: Right, plan: ScorePlan, lane: Lane) -> RightOutcome:
             return RightOutcome(id=right.id, executed=0, passed=0, not_run=0, unsupported=0, reason=str(error))
         left = right_cases(right, plan.cases)
         while left and not why:
-            job = Job(subject=right.subject, folder=folder if right.patches else "", cases=left, stop=False,
-                      seconds=plan.seconds, device=plan.device, criteria=0 if trials else _ASKED_OF_RIGHT)
+            job = Job(subject=right.subject, folder=folder if right.patches else "", cases=alike(left, plan.device),
+                      stop=False, seconds=plan.seconds, device=plan.device,
+                      criteria=0 if trials or plan.device != "cpu" else _ASKED_OF_RIGHT)
             found, why = lane.run(job)
             trials, left = trials + found, left[len(found):]
     counts = {verdict: sum(one.verdict == verdict for one in trials) for verdict in Verdict}

@@ -4,8 +4,9 @@ import torch
 
 
 def blocks(size: int) -> tuple[int, ...]:
-    """How many terms a kernel may lose at the end of a sum: a whole block, or what is left for the last one."""
+    """How many terms a kernel may lose at the end of a sum: a block, what is left for the last one, or for a limit."""
     sizes = {block for width in (16, 32, 64, 128) for block in (width, size % width)}
+    sizes |= {size - 2**power for power in range(8, size.bit_length())}
     return tuple(sorted(block for block in sizes if 0 < block < size))
 
 

@@ -38,6 +38,9 @@ MOST_MATCHED_ROWS = 1024
 """Rows of which each is compared with every other."""
 
 _ROW_STAGES = (Stage.GATE_UP, Stage.ACT, Stage.DOWN)
+_COLUMNS = 16
+"""Columns of the narrowest tile that has a fault of its own."""
+
 _NAMES = 2
 """Faults that predict the same and are named together."""
 
@@ -133,6 +136,8 @@ class Comparison:
         yield Candidate(words, everywhere, self.share(everywhere))
         if fault.local and self.stage in _ROW_STAGES:
             yield self.in_rows(words, everywhere, fault.local)
+            if fault.in_tiles:
+                yield from self.in_columns(words, everywhere)
         elif fault.local and Stage.DOWN not in self.known.given and ORDER.index(self.stage) > ORDER.index(Stage.DOWN):
             yield from self.in_one_expert(words, layer)
         if fault.local == "row" and self.stage in (Stage.MERGED, Stage.REDUCED):
@@ -158,10 +163,36 @@ class Comparison:
             if squares_R[row_R].sum() < right_R[row_R].sum():
                 fits_R[row_R] = True
                 experts.append(e)
+        return fits_R, self.named_experts(experts)
+
+    def named_experts(self, experts: list[int]) -> str:
+        """Where a fault is, unless it is in all."""
         if len(experts) == len(self.right.rows_of):
-            return fits_R, ""
-        return fits_R, f", in expert{'s' * (len(experts) > 1)} {', '.join(map(str, experts[:4]))}" + (
+            return ""
+        return f", in expert{'s' * (len(experts) > 1)} {', '.join(map(str, experts[:4]))}" + (
             f" and {len(experts) - 4} more" if len(experts) > 4 else "")
+
+    def in_columns(self, words: str, everywhere: torch.Tensor) -> Iterator[Candidate]:
+        """The fault in some tiles of columns, the same of some experts, that are nearer to it than to what is right."""
+        axis = 1 if self.stage is Stage.DOWN else 0
+        rows, width = everywhere.shape[axis], everywhere.shape[-1]
+        squares_RN, right_RN = (_by_tile(self.error(one).square().transpose(0, axis).reshape(rows, -1, width).sum(1))
+                                for one in (everywhere, self.wanted))
+        fits_EN = torch.stack([squares_RN[row_R].sum(0) < right_RN[row_R].sum(0) for _, row_R in self.right.rows_of])
+        fits_E, fits_N = fits_EN.any(1), fits_EN.any(0)
+        if bool(fits_N.all()) or not torch.equal(fits_EN, fits_E[:, None] & fits_N) or not bool(fits_N.any()):
+            return
+        at_RC = torch.zeros(rows, width, dtype=torch.bool)
+        column_C = fits_N.repeat_interleave(_COLUMNS)[:width]
+        for fits, (_, row_R) in zip(fits_E.tolist(), self.right.rows_of, strict=True):
+            at_RC[row_R] = column_C & fits
+        at = at_RC if everywhere.dim() == 2 else at_RC[:, None].transpose(0, axis)
+        predicted = torch.where(at, everywhere, self.wanted)
+        experts = [e for fits, (e, _) in zip(fits_E.tolist(), self.right.rows_of, strict=True) if fits]
+        first, last = column_C.nonzero()[[0, -1], 0].tolist()
+        whole = int(column_C.sum()) == last - first + 1
+        where = f", in columns {first} to {last}" if whole else f", in {int(column_C.sum())} of {width} columns"
+        yield Candidate(words + self.named_experts(experts) + where, predicted, self.share(predicted))
 
     def in_one_expert(self, words: str, layer: Layer) -> Iterator[Candidate]:
         """The fault in each expert alone, where its rows are not shown and their sums are."""
@@ -173,6 +204,11 @@ class Comparison:
                      Stage.WEIGHTS: self.right.stage(Stage.WEIGHTS), Stage.SHARED: self.right.stage(Stage.SHARED)}
             predicted = Layer(replace(self.known, given=given)).shown(self.stage)
             yield Candidate(f"{words}, in expert {e}", predicted, self.share(predicted))
+
+
+def _by_tile(squares_RC: torch.Tensor) -> torch.Tensor:
+    """Sums over tiles of columns, the last of which may be narrower."""
+    return torch.stack([part.sum(1) for part in squares_RC.split(_COLUMNS, 1)], 1)
 
 
 def named(comparison: Comparison, candidates: list[Candidate]) -> Diagnosis | None:

@@ -55,6 +55,7 @@ class LastBlockOfH(Layer):
     words = "last {} columns of K left out of gate and up"
     first = Stage.GATE_UP
     local = "expert"
+    in_tiles = True
 
     @classmethod
     def variants(cls, known: Known) -> Iterable[Any]:
@@ -68,6 +69,7 @@ class LastBlockOfI(Layer):
     words = "last {} columns of K left out of the down product"
     first = Stage.DOWN
     local = "expert"
+    in_tiles = True
 
     @classmethod
     def variants(cls, known: Known) -> Iterable[Any]:

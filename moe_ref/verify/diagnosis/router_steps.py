@@ -18,13 +18,14 @@ class RouterSteps:
 
     What the subject showed before the failing stage stands for the stage itself; what comes before `first`, the first
     stage that a fault changes, is the right layer's. words: the fault as a message names it, behind its number in the
-    catalogue of defects where it has one. local: it may hold for some experts, or some rows, only. variant: one of
-    several forms of the same fault.
+    catalogue of defects where it has one. local: it may hold for some experts, or some rows, only. in_tiles: also for
+    some columns of them only. variant: one of several forms of the same fault.
     """
 
     words: ClassVar[str] = ""
     first: ClassVar[Stage] = Stage.LOGITS
     local: ClassVar[Literal["", "expert", "row"]] = ""
+    in_tiles: ClassVar[bool] = False
 
     def __init__(self, known: Known, right: "RouterSteps | None" = None, variant: Any = None) -> None:
         self.known, self.right, self.variant = known, right, variant

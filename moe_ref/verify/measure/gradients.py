@@ -7,6 +7,7 @@ each parameter, for the rows that its copies of experts serve, and for its own t
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 
@@ -30,7 +31,7 @@ from moe_ref.verify.measure.gradient_routing import GradientRouting, gradient_ro
 from moe_ref.verify.measure.measurement import Measurement
 from moe_ref.verify.measure.placing import RankTensors, over_all_tokens, serving_places
 from moe_ref.verify.measure.routing import measure_routing
-from moe_ref.verify.measure.stage_meter import Place, StageMeter
+from moe_ref.verify.measure.stage_meter import Place, StageMeter, Watched
 from moe_ref.verify.measure.stages import measure
 
 
@@ -38,7 +39,7 @@ class GradientComparison:
     """State of one pass; `measure_case` below is the way in."""
 
     def __init__(self, case: Case, inputs: Inputs, ranks: list[RankTensors], numerics: Numerics, model: RoundingModel,
-                 routing: GradientRouting, judged_T: torch.Tensor) -> None:
+                 routing: GradientRouting, judged_T: torch.Tensor, watched: Watched) -> None:
         self.case, self.inputs, self.ranks, self.routing, self.judged_T = case, inputs, ranks, routing, judged_T
         self.spec, self.parallel, self.shares = case.problem.spec, case.parallel, rank_shares(case)
         self.back = BackwardSteps(Steps(self.spec, numerics, model), Format(case.problem.dtype.value))
@@ -53,6 +54,7 @@ class GradientComparison:
             RankSums(self.parallel.size, len(self.x_TH), width)
             for width in (self.spec.hidden_size, self.spec.top_k, gates))
         self.shapes, self.meters = parameter_shapes(self.spec), dict[Stage, StageMeter]()
+        self.watched = watched
         self.all_judged, self.sigmas_allowed = bool(judged_T.all()), likely_limits(model.tolerances, case).gradient
 
     def run(self, tell: Callable[[str], None]) -> None:
@@ -200,7 +202,8 @@ class GradientComparison:
     def _meter(self, name: str, num_columns: int) -> StageMeter:
         stage, largest = gradient_stage(name), self.back.steps.model.largest(self.back.leaf)
         return self.meters.setdefault(stage, StageMeter(stage, num_columns, largest, whole_layer=True,
-                                                        sigmas_allowed=self.sigmas_allowed))
+                                                        sigmas_allowed=self.sigmas_allowed,
+                                                        watch=self.watched.get(stage)))
 
     def _compare_whole(self, name: str, found: Rows, leaf: Format | None = None) -> None:
         """A parameter that is no routed expert's, on every rank."""
@@ -239,11 +242,17 @@ def _matrices(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return tensor.unbind() if tensor.dim() == 3 else (torch.atleast_2d(tensor),)
 
 
+def forward_part(ranks: list[RankTensors]) -> list[RankTensors]:
+    """What ranks showed besides gradients."""
+    return [{stage: one for stage, one in tensors.items() if not stage.is_gradient} for tensors in ranks]
+
+
 def measure_case(case: Case, inputs: Inputs, ranks: list[RankTensors], capabilities: Capabilities,
-                 model: RoundingModel, tell: Callable[[str], None] = lambda text: None) -> Measurement:
+                 model: RoundingModel, tell: Callable[[str], None] = lambda text: None,
+                 watched: Watched = MappingProxyType({})) -> Measurement:
     """Compare what every rank showed: the forward pass as `measure` does, then gradients where the case has them."""
-    shown = [{stage: one for stage, one in tensors.items() if not stage.is_gradient} for tensors in ranks]
-    forward = measure(case, inputs, shown, capabilities, model, tell)
+    shown = forward_part(ranks)
+    forward = measure(case, inputs, shown, capabilities, model, tell, watched)
     if case.direction is Direction.FORWARD or forward.struct_faults:
         return forward
     if faults := gradient_faults(case, inputs, ranks):
@@ -253,7 +262,7 @@ def measure_case(case: Case, inputs: Inputs, ranks: list[RankTensors], capabilit
     followed = measure_routing(inputs, expanded, [one.tokens for one in shares], numerics, capabilities, model,
                                math.inf).followed
     routing = gradient_routing(inputs, expanded, followed, Steps(case.problem.spec, numerics, model))
-    comparison = GradientComparison(case, inputs, ranks, numerics, model, routing, followed.judged_T)
+    comparison = GradientComparison(case, inputs, ranks, numerics, model, routing, followed.judged_T, watched)
     comparison.run(tell)
     weakest = min(forward.power, power(comparison.meters))
     stages = [meter.result() for meter in comparison.meters.values() if meter.num_checked]

@@ -1,6 +1,7 @@
 """Logits, ids and weights of every rank against the oracle; and the choice the rest of the oracle follows."""
 
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -16,7 +17,7 @@ from moe_ref.verify.bounds.scores import Scores
 from moe_ref.verify.bounds.selection import broken_ties
 from moe_ref.verify.bounds.steps import Steps
 from moe_ref.verify.measure.placing import RankTensors
-from moe_ref.verify.measure.stage_meter import Place, StageMeter
+from moe_ref.verify.measure.stage_meter import Place, StageMeter, Watched
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Router:
     truth: Scores
     tainted_T: torch.Tensor
     tainted_weights_T: torch.Tensor
+    watched: Watched
 
     def own_scores(self, tensors: RankTensors) -> Scores:
         """From the subject's own logits, which carry no error of their own; the oracle's where it shows none."""
@@ -71,20 +73,22 @@ class Router:
 
 
 def measure_routing(inputs: Inputs, ranks: list[RankTensors], own: list[Range], numerics: Numerics,
-                    capabilities: Capabilities, model: RoundingModel, sigmas_allowed: float) -> RoutingMeasure:
+                    capabilities: Capabilities, model: RoundingModel, sigmas_allowed: float,
+                    watched: Watched = MappingProxyType({})) -> RoutingMeasure:
     """Every rank is compared in the tokens that it holds; ranks and own as in Router."""
     spec, num_tokens = inputs.problem.spec, len(inputs.x_TH)
     if spec.router is None or inputs.routing is not None:
-        return _given(inputs, ranks, own)
+        return _given(inputs, ranks, own, watched)
     steps = Steps(spec, numerics, model)
     truth, shared_logits = true_scores(inputs, steps)
     logits, tainted_T = truth.logits, tainted_tokens(inputs)
     own_logits_T = tainted_T & (inputs.logits_TE is None)
     router = Router(inputs, ranks, own, steps, truth, own_logits_T,
-                    tainted_T if shared_logits is not None else own_logits_T)
+                    tainted_T if shared_logits is not None else own_logits_T, watched)
     stages = []
     if Stage.LOGITS in ranks[0]:
-        meter = StageMeter(Stage.LOGITS, spec.num_choices, tainted_T=own_logits_T, sigmas_allowed=sigmas_allowed)
+        meter = StageMeter(Stage.LOGITS, spec.num_choices, tainted_T=own_logits_T, sigmas_allowed=sigmas_allowed,
+                           watch=watched.get(Stage.LOGITS))
         for rank, tensors in enumerate(ranks):
             _add_own(meter, tensors[Stage.LOGITS], logits, rank, own[rank])
         stages.append(meter.result())
@@ -107,14 +111,15 @@ def _add_own(meter: StageMeter, got: torch.Tensor, want: Rows, rank: int, tokens
     meter.add(got[at], want.rows(at), Place(rank, torch.arange(*tokens)))
 
 
-def _given(inputs: Inputs, ranks: list[RankTensors], own: list[Range]) -> RoutingMeasure:
+def _given(inputs: Inputs, ranks: list[RankTensors], own: list[Range], watched: Watched) -> RoutingMeasure:
     """The injected routing; without a router the only one is expert 0 with weight 1."""
     stages, num_tokens, routing = [], len(inputs.x_TH), inputs.routing
     if routing is None:
         routing = Routing(torch.zeros(num_tokens, 1, dtype=torch.int64), torch.ones(num_tokens, 1))
     for stage, want in ((Stage.IDS, exact(routing.ids_TK)), (Stage.WEIGHTS, exact(routing.weights_TK))):
         if stage in ranks[0]:
-            meter = StageMeter(stage, inputs.problem.spec.top_k, exact=inputs.routing is not None)
+            meter = StageMeter(stage, inputs.problem.spec.top_k, exact=inputs.routing is not None,
+                               watch=watched.get(stage))
             for rank, tensors in enumerate(ranks):
                 _add_own(meter, tensors[stage], want, rank, own[rank])
             stages.append(meter.result())
@@ -200,7 +205,7 @@ def _ids_result(router: Router, bad: dict[int, torch.Tensor], notes: set[str]) -
 def _measure_weights(router: Router, sigmas_allowed: float) -> tuple[StageResult, Rows]:
     """Every rank's weights, and what those of the first are compared with."""
     meter = StageMeter(Stage.WEIGHTS, router.truth.router.top_k, tainted_T=router.tainted_weights_T,
-                       sigmas_allowed=sigmas_allowed)
+                       sigmas_allowed=sigmas_allowed, watch=router.watched.get(Stage.WEIGHTS))
     wanted = [router.steps.stored(router.own_scores(tensors).weights(tensors[Stage.IDS]).routed, Stage.WEIGHTS)
               for tensors in router.ranks]
     for rank, (tensors, want) in enumerate(zip(router.ranks, wanted, strict=True)):

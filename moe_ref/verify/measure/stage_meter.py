@@ -1,6 +1,7 @@
 """Collects the comparison of one stage, block by block, into plain numbers."""
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +31,12 @@ class Place:
     row: int = 0
 
 
+Watch = Callable[[torch.Tensor, Place], None]
+"""Called with the ratios of a block, R x C, and its place."""
+
+Watched = Mapping[Stage, Watch]
+
+
 @dataclass
 class StageMeter:
     """Collects one stage block by block; holds tensors only while a block is added.
@@ -46,6 +53,7 @@ class StageMeter:
     sigmas_allowed: float = math.inf
     whole_layer: bool = False
     exact: bool = False
+    watch: Watch | None = None
     sigmas: float = 0.0
     ratio: float = 0.0
     bound_ratio: float = 0.0
@@ -85,6 +93,8 @@ class StageMeter:
             lost = torch.where(torch.isfinite(got) & ~torch.isfinite(value), math.inf, 0.0)
             ratio, bounded = (torch.where(self.tainted_T[place.token_R][:, None], lost, one)
                               for one in (ratio, bounded))
+        if self.watch is not None:
+            self.watch(ratio, place)
         self.bound_ratio = max(self.bound_ratio, float(bounded.max()))
         self.num_checked += ratio.numel()
         self._add_sums(got, value, allowed, regular)

@@ -8,6 +8,7 @@ Routing choices are the subject's own in both, once they are accepted.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
@@ -30,7 +31,7 @@ from moe_ref.verify.measure.output_statistics import Beside, OutputStatistics
 from moe_ref.verify.measure.placing import RankTensors, over_all_tokens, row_positions, servers, whole_output
 from moe_ref.verify.measure.power import Mutants, zeros
 from moe_ref.verify.measure.routing import FollowedRouting, measure_routing, tainted_tokens
-from moe_ref.verify.measure.stage_meter import Place, StageMeter
+from moe_ref.verify.measure.stage_meter import Place, StageMeter, Watched
 from moe_ref.verify.measure.structure import struct_faults
 
 
@@ -58,7 +59,7 @@ class Comparison:
     """State of one pass; `measure` below is the way in."""
 
     def __init__(self, case: Case, inputs: Inputs, ranks: list[RankTensors], numerics: Numerics,
-                 model: RoundingModel, followed: FollowedRouting, limits: Limits) -> None:
+                 model: RoundingModel, followed: FollowedRouting, limits: Limits, watched: Watched) -> None:
         self.case, self.inputs, self.ranks, self.followed = case, inputs, ranks, followed
         self.spec, self.shares = case.problem.spec, rank_shares(case)
         self.routing = over_all_tokens(ranks, self.shares, case.problem.num_tokens)
@@ -80,7 +81,8 @@ class Comparison:
                                          model.largest(stored.get(stage)), self.tainted_T,
                                          limits.output if stage is Stage.OUTPUT else limits.stage,
                                          whole_layer=stage is Stage.OUTPUT,
-                                         exact=inputs.problem.data is Data.EXACT) for stage in Stage}
+                                         exact=inputs.problem.data is Data.EXACT, watch=watched.get(stage))
+                       for stage in Stage}
         self.mutants = Mutants(inputs, self.steps, self.shares, followed, self.meters, ranks[0])
 
     @property
@@ -317,16 +319,20 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def measure(case: Case, inputs: Inputs, ranks: list[RankTensors], capabilities: Capabilities,
-            model: RoundingModel, tell: Callable[[str], None] = lambda text: None) -> Measurement:
-    """Compare what every rank showed; ranks[r][REDUCED] is the output of rank r, the rest is optional."""
+            model: RoundingModel, tell: Callable[[str], None] = lambda text: None,
+            watched: Watched = MappingProxyType({})) -> Measurement:
+    """Compare what every rank showed; ranks[r][REDUCED] is the output of rank r, the rest is optional.
+
+    watched: what is told the ratios of every block of a stage.
+    """
     numerics = capabilities.numerics[case.problem.dtype]
     if faults := struct_faults(case, ranks, capabilities):
         return Measurement((), tuple(faults))
     shares, limits = rank_shares(case), likely_limits(model.tolerances, case)
     expanded = over_all_tokens(ranks, shares, case.problem.num_tokens)
     routing = measure_routing(inputs, expanded, [share.tokens for share in shares], numerics, capabilities, model,
-                              limits.stage)
-    comparison = Comparison(case, inputs, ranks, numerics, model, routing.followed, limits)
+                              limits.stage, watched)
+    comparison = Comparison(case, inputs, ranks, numerics, model, routing.followed, limits, watched)
     comparison.run(tell)
     unjudged = int((~routing.followed.judged_T).sum())
     if unjudged:

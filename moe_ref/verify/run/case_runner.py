@@ -19,6 +19,7 @@ from moe_ref.contract.shares import rank_shares
 from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Stage, Verdict
 from moe_ref.contract.volume import transfers
 from moe_ref.inputs.build import Inputs, build_inputs
+from moe_ref.records.error_map import ErrorMap
 from moe_ref.records.schema import (
     CaseLine,
     CollectiveCount,
@@ -38,6 +39,7 @@ from moe_ref.verify.child.messages import RankReport, Reply, Request
 from moe_ref.verify.diagnosis.diagnose import diagnosable, diagnose
 from moe_ref.verify.explain import explain
 from moe_ref.verify.judge import Guard, Judgement, RunFacts, WantedCalls, judge
+from moe_ref.verify.measure.error_map import mappable, measure_map
 from moe_ref.verify.measure.gradients import measure_case
 from moe_ref.verify.measure.measurement import Measurement
 from moe_ref.verify.measure.placing import RankTensors, in_every_slot
@@ -193,7 +195,19 @@ def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> Case
         numerics = capabilities.numerics[case.problem.dtype]
         compared = _semantic_lines(semantic(case, inputs, runs[index], numerics))
     found = _diagnosed(case, inputs, runs[index], capabilities, judgement)
-    return _line(planned, settings, judgement, answer, measured[index], time.monotonic() - started, compared, found)
+    measurement = measured[index]
+    if judgement.verdict is Verdict.MISMATCH and judgement.first_stage is not None and mappable(case):
+        shown = replace(capabilities, stages=()) if answer.reply.untraced and index == len(runs) - 1 else capabilities
+        found_map = measure_map(case, inputs, runs[index], shown, model, judgement.first_stage)
+        measurement = _with_map(measurement, judgement.first_stage, found_map)
+    return _line(planned, settings, judgement, answer, measurement, time.monotonic() - started, compared, found)
+
+
+def _with_map(measurement: Measurement, first: Stage, found: ErrorMap | None) -> Measurement:
+    """The measurement with a map at its first failing stage."""
+    return replace(measurement, stages=tuple(
+        msgspec.structs.replace(stage, error_map=found) if stage.stage == first else stage
+        for stage in measurement.stages))
 
 
 def _diagnosed(case: Case, inputs: Inputs, ranks: list[RankTensors], capabilities: Capabilities,

@@ -84,7 +84,9 @@ class Child:
         # Huge pages: fp64 copies of whole experts otherwise spend most of their time in page faults.
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
         self._log, self._mark = LogTail(), uuid.uuid4().hex
-        environment = {"THP_MEM_ALLOC_ENABLE": "1", **os.environ, **threads, MARKER: self._mark,
+        # By NVML: torch's other way to look for devices begins CUDA, and process ranks could not be forked after it.
+        environment = {"THP_MEM_ALLOC_ENABLE": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", **os.environ, **threads,
+                       MARKER: self._mark,
                        "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "moe_ref.verify.child.worker", self.subject, str(self.memory_gib)],

@@ -6,6 +6,7 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from torch.distributed import is_nccl_available
 
 from moe_ref.verify.hardware import hardware_class
 
@@ -40,6 +41,16 @@ def environment(device: str) -> dict[str, str]:
     if device == "cuda":
         facts |= {"device": torch.cuda.get_device_name(0), "device_count": str(torch.cuda.device_count()),
                   "capability": "sm_" + "".join(map(str, torch.cuda.get_device_capability(0))),
-                  "cuda": str(torch.version.cuda), "kernels": "compiled",
-                  "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+                  "cuda": str(torch.version.cuda), "driver": _driver(), "kernels": "compiled",
+                  "nccl": ".".join(map(str, torch.cuda.nccl.version())) if is_nccl_available() else "not built in"}
     return facts | hardware_class(device).words()
+
+
+def _driver() -> str:
+    """Of the first device, as nvidia-smi calls it; torch knows the API's version alone."""
+    try:
+        done = subprocess.run(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"],
+                              capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() if done.returncode == 0 else "unknown"

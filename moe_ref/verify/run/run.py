@@ -19,10 +19,11 @@ import moe_ref
 from moe_ref.contract.capabilities import Capabilities
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import EXECUTED_VERDICTS, RED_VERDICTS, Verdict
-from moe_ref.records.schema import CaseLine, EndLine, Implementation, RunLine
+from moe_ref.records.schema import CaseLine, EndLine, Implementation, RunLine, to_number
 from moe_ref.records.store import FILE_NAME, RecordWriter, holds_lines, read_run
 from moe_ref.tiers.tiers import PlannedCase
 from moe_ref.tolerances.load import load_tolerances
+from moe_ref.tolerances.numbers import numbers_of
 from moe_ref.verify.run.batches import batch_words
 from moe_ref.verify.run.case_runner import USAGE_PREFIX, Pool, RunSettings, run_case, unrun_line
 from moe_ref.verify.run.children import Child, ChildPool
@@ -37,7 +38,7 @@ class Plan:
     """What to run and how; pairs: axis pairs covered and possible, (0, 0) for hand-picked cases.
 
     deadline: seconds after which no further case is started; those left are recorded as not run. num_started, hosts:
-    ranks that torchrun started, and where.
+    ranks that torchrun started, and where. lane: of ci/lanes.yaml, "" outside of them.
     """
 
     implementation: str
@@ -55,6 +56,7 @@ class Plan:
     resume: bool = False
     num_started: int = 0
     hosts: str = ""
+    lane: str = ""
 
 
 DEADLINE_PREFIX = "the run's deadline"
@@ -124,10 +126,12 @@ def new_header(plan: Plan, capabilities: Capabilities, source_digest: str) -> Ru
     """The run line of a new run."""
     implementation = Implementation(name=plan.implementation, version=capabilities.version,
                                     source_digest=source_digest)
+    tolerances = load_tolerances(today=_today())
     return RunLine(run=uuid.uuid4().hex[:12], started=_now(), implementation=implementation, tier=plan.tier,
-                   cases=[one.case_id for one in plan.cases], minimum_executed=plan.minimum_executed,
+                   lane=plan.lane, cases=[one.case_id for one in plan.cases], minimum_executed=plan.minimum_executed,
                    axis_pairs=plan.pairs, environment=environment(plan.device) | _hosts(plan),
-                   tolerances_digest=load_tolerances(today=_today()).digest, oracle_version=moe_ref.__version__)
+                   tolerances_digest=tolerances.digest, oracle_version=moe_ref.__version__,
+                   tolerances={path: to_number(value) for path, value in numbers_of(tolerances.file).items()})
 
 
 def _hosts(plan: Plan) -> dict[str, str]:
@@ -169,7 +173,8 @@ def _resumed(plan: Plan, fresh: RunLine) -> tuple[RunLine, dict[str, CaseLine]]:
     differing += [f"environment.{name}" for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     if differing:
         raise UsageValueError(f"{path}: {', '.join(differing)} of the recorded run differ from this one; cannot resume")
-    return run.header, run.cases
+    # What a deadline left out is what there is to go on with.
+    return run.header, {name: line for name, line in run.cases.items() if not line.reason.startswith(DEADLINE_PREFIX)}
 
 
 def _now() -> str:

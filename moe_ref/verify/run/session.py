@@ -1,5 +1,6 @@
 """A run whose cases come one at a time, as a test runner hands them over."""
 
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,8 @@ class Session:
         """Load the implementation in a child; raises UsageValueError when that fails."""
         torch.set_num_threads(1)
         device = default_device() if device == "auto" else device
-        plan = Plan(implementation=implementation, cases=[], tier="", minimum_executed=0, device=device, record=record)
+        plan = Plan(implementation=implementation, cases=[], tier="", minimum_executed=0, device=device, record=record,
+                    lane=os.environ.get("MOE_LANE", ""))
         pool, first = ChildPool(implementation), Child(implementation)
         capabilities = first.capabilities()
         pool.adopt(first)
