@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import msgspec
 
 from moe_ref.records.bench import BenchRun, PartResult, TimingLine
-from moe_ref.records.schema import Number, from_number
+from moe_ref.records.schema import Number, from_number, to_number
 from moe_ref.report.tables import NamedTable
 
 NO_EVIDENCE = "NO EVIDENCE: times of a CPU"
@@ -16,7 +16,7 @@ _SHOWN_KERNELS = 5
 
 def bench_document(run: BenchRun) -> dict[str, object]:
     """Keys: evidence, run, limits, timings (as recorded, with tflop_per_s, gb_per_s, of_limit, ratio to the first
-    subject), end.
+    subject), end. Numbers as in records: "nan" where a limit is missing.
     """
     timings = [json.loads(msgspec.json.encode(line)) | _derived(run, line) for line in run.timings]
     return {"evidence": run.header.evidence, "run": _plain(run.header),
@@ -31,10 +31,10 @@ def _derived(run: BenchRun, line: TimingLine) -> dict[str, object]:
     if line.status != "TIMED":
         return {}
     first = first_seconds(run, line)
-    return {"tflop_per_s": _rate(line.flop, median(line)) / 1e12, "gb_per_s":
-            _rate(line.num_bytes, median(line)) / 1e9,
-            "of_limit": of_limit(run, line.flop, line.num_bytes, median(line)),
-            "times_the_first": None if first is None else _rate(median(line), first)}
+    return {"tflop_per_s": to_number(_rate(line.flop, median(line)) / 1e12),
+            "gb_per_s": to_number(_rate(line.num_bytes, median(line)) / 1e9),
+            "of_limit": to_number(of_limit(run, line.flop, line.num_bytes, median(line))),
+            "times_the_first": None if first is None else to_number(_rate(median(line), first))}
 
 
 def _rate(amount: Number, seconds: float) -> float:
