@@ -186,6 +186,14 @@ def test_even_a_reason_of_many_lines_beside_stages_keeps_to_ten() -> None:
     assert len(message(judgement, (culprit,)).splitlines()) <= 10
 
 
+def test_a_broken_promise_names_no_bound() -> None:
+    """A reduction that was never called is no question of rounding: all numbers are within their bounds."""
+    judgement = judge(Measurement(GOOD, power=5.0), facts(calls=(REDUCE, ())), 1.0, 2.0)
+    assert (judgement.verdict, judgement.first_stage) == (Verdict.STRUCT, Stage.REDUCED)
+    assert Stage.REDUCED in [one.stage for one in GOOD]
+    assert "bound" not in message(judgement, GOOD)
+
+
 def test_a_pass_is_one_line() -> None:
     """And so is a case that was not run, with its reason."""
     assert message(Judgement(Verdict.PASS), GOOD) == "pass"

@@ -4,7 +4,7 @@ from moe_ref.contract.case import Case
 from moe_ref.contract.vocabulary import Schedule, Stage, Verdict
 from moe_ref.contract.volume import additions_between_ranks
 from moe_ref.records.schema import CaseLine, DiagnosisLine, StageResult, from_number
-from moe_ref.verify.judge import place
+from moe_ref.verify.judge import excessive, place
 from moe_ref.verify.likely import likely
 
 _DETAIL_LINES = 3
@@ -26,8 +26,9 @@ def explain(line: CaseLine, case: Case) -> str:
     if culprit is not None:
         output = next((stage for stage in line.stages if stage.stage == Stage.OUTPUT), None)
         lines += _where(culprit, case, _said(line, culprit, likely(culprit, case, output)))
-    elif failed := next((stage for stage in line.stages if stage.stage == line.first_stage), None):
-        # Only the sum of many errors is too large: no element says where, but how they round does.
+    elif failed := next((stage for stage in line.stages if stage.stage == line.first_stage and excessive(stage)), None):
+        # Only the sum of many errors is too large: no element says where, but how they round does. Where not even that
+        # is, as in a wrong number of calls, no bound was broken.
         lines += _said(line, failed, "") or [f"  rounds  {words}" for words in [_differs_last(line)] if words]
         lines.append(f"  bound   tolerances.yaml checks, predicted variance of {_model(failed.stage, case)}")
     if line.same_bits is not None:
