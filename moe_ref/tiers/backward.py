@@ -1,6 +1,7 @@
 """Pinned backward cases: gradients under every way to spread a layer, and through every option of the mathematics.
 
-Small layers, since a bound on gradients grows with each sum that they pass; large enough that three ranks differ.
+Small layers, since a bound on gradients grows with each sum that they pass; large enough that three ranks differ. A few
+are as large as the others of their tiers.
 """
 
 from moe_ref.contract.vocabulary import Dtype
@@ -44,6 +45,19 @@ _WHOLE = (
     (".E6.K3-fp32-sigmoid-norm-learnscale-sh24-shgatecap2-shupcap2.5-shrouter2-shmean-tp2", "shared router columns"),
     (".E6.K3-bf16-sigmoid-norm-sh19-weightinput-tp2", "weights on the input"),
 )
+
+_LARGER = (
+    ("v1-T33.H96.I160.E8.K2-bf16-norm-sh83-shgate-res-tp4-bwd", "four ranks, three tiles of tokens"),
+    ("v1-T33.H96.I160.E8.K2-fp32-norm-sh83-shgate-res-tp8-bwd", "eight ranks"),
+    ("v1-T150.H64.I96.E4.K2-fp16-norm-tp4-ep2-bwd", "experts of several tiles of rows"),
+    ("v1-T32.H48.I64.E8.K2-bf16-sigmoid-norm-tp8-reducescatter-tokenstp-bwd", "tokens of eight ranks"),
+    ("v1-T33.H96.I160.E8.K2-bf16-norm-large-tp2-bwd", "saturated activations"),
+)
+
+
+def larger_backward_ids() -> list[tuple[str, str]]:
+    """(case id, purpose), for tier quick and what holds it."""
+    return [(name, f"gradients: {purpose}") for name, purpose in _LARGER]
 
 
 def backward_ids(whole_spec: bool = False) -> list[tuple[str, str]]:

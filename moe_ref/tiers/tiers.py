@@ -12,7 +12,7 @@ from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import Dtype, Pattern, Ranks
 from moe_ref.models.registry import models
 from moe_ref.tiers.axes import AXES, COMBINATIONS, PATTERNS, PLAIN, SHAPES, SHARED, SPREADS, Row, row_case
-from moe_ref.tiers.backward import backward_ids
+from moe_ref.tiers.backward import backward_ids, larger_backward_ids
 from moe_ref.tiers.cover import pairwise_rows, possible_pairs, row_pairs
 from moe_ref.tiers.exact import exact_ids
 from moe_ref.tiers.families import family_ids
@@ -185,7 +185,7 @@ def tier(name: str) -> Tier:
         planned += _gloo_cases()[:2] + [one for one in gradients if one.case_id in SMOKE_GRADIENTS]
     else:
         planned += _combination_cases(Ranks.LOCAL) + _gloo_cases() + gradients + _model_cases(name)
-        planned += _pinned(trigger_ids())
+        planned += _pinned([*trigger_ids(), *larger_backward_ids()])
     if name == "nightly":
         planned += [one for seed in (2, 3) for one in _seeds(planned, seed)]
     unique = {one.case_id: one for one in reversed(planned)}
