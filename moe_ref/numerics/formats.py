@@ -11,8 +11,9 @@ from moe_ref.tolerances.schema import FormatEntry
 Mode = Literal["nearest", "truncate"]
 """To nearest with ties to even, or towards zero."""
 
-_FRACTION = 2**52 - 1
-"""The bits of an fp64 number below its exponent."""
+_FRACTION_BITS, _EXPONENT, _BIAS = 52, 2**11 - 1, 1023
+_FRACTION = 2**_FRACTION_BITS - 1
+"""Of an fp64 number: the bits below its exponent, and its exponent, which is stored with a bias."""
 
 
 def entry(stored: Format) -> FormatEntry:
@@ -26,9 +27,16 @@ def exponent(value: torch.Tensor) -> torch.Tensor:
 
 
 def unit_in_last_place(value: torch.Tensor, stored: Format) -> torch.Tensor:
-    """Distance of the format's numbers in the binade of each fp64 value; that of subnormals below the smallest."""
+    """Distance of the format's numbers in the binade of each fp64 value; that of subnormals below the smallest, that of
+    infinity and NaN in the binade of 1/2.
+    """
     one = entry(stored)
-    return power_of_two(_exponent(value, one) - (one.significand_bits - 1))
+    # Of the bits, as biased exponents: a function of its own would pass over each tensor twice as often.
+    biased = (value.view(torch.int64) >> _FRACTION_BITS).bitwise_and_(_EXPONENT)
+    # What is not finite is judged as such; with the unit of 1/2 it leaves sums over its neighbours finite.
+    biased.masked_fill_(biased == _EXPONENT, _BIAS - 1)
+    biased.clamp_(min=one.min_exponent + _BIAS).sub_(one.significand_bits - 1).clamp_(min=1)
+    return biased.bitwise_left_shift_(_FRACTION_BITS).view(torch.float64)
 
 
 def round_to(value: torch.Tensor, stored: Format, mode: Mode = "nearest") -> torch.Tensor:
@@ -41,7 +49,7 @@ def round_to(value: torch.Tensor, stored: Format, mode: Mode = "nearest") -> tor
     if stored is Format.FP32 and mode == "nearest":
         return value.float().double()  # the same bits; narrower formats are reached through fp32, with two roundings
     one = entry(stored)
-    unit = power_of_two(_exponent(value, one) - (one.significand_bits - 1))
+    unit = unit_in_last_place(value, stored)
     scaled = value / unit
     whole = torch.round(scaled) if mode == "nearest" else torch.trunc(scaled)
     rounded = whole * unit
@@ -82,10 +90,6 @@ def cell_distance(target: torch.Tensor, stored_value: torch.Tensor, stored: Form
 
 def _smallest(stored: Format) -> int:
     return entry(stored).min_exponent - (entry(stored).significand_bits - 1)
-
-
-def _exponent(value: torch.Tensor, one: FormatEntry) -> torch.Tensor:
-    return torch.where(value == 0, one.min_exponent, exponent(value)).clamp(min=one.min_exponent)
 
 
 def power_of_two(exponent_of_two: torch.Tensor) -> torch.Tensor:
