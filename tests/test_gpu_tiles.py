@@ -13,7 +13,9 @@ import torch
 import moe_fast
 from moe_fast.architecture import assuming
 from moe_fast.kernels.act_gradient import three_product_tile
+from moe_fast.kernels.gate_up import gate_up_tile
 from moe_fast.kernels.route import Cut, route_cut
+from moe_fast.kernels.row_gradient import row_gradient_tile
 from moe_fast.operators.route import route_by
 from moe_fast.operators.select import select_by
 from moe_fast.tiles import Tile, choose, gemm_tile
@@ -45,7 +47,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, **table: object) -> set[Tile]:
             return found
         return chosen
 
-    replacements = {function: replaced(function) for function in (gemm_tile, three_product_tile, route_cut)}
+    choosers = (gemm_tile, gate_up_tile, three_product_tile, row_gradient_tile, route_cut)
+    replacements = {function: replaced(function) for function in choosers}
     for name, module in list(sys.modules.items()):
         for function, replacement in replacements.items() if name.startswith("moe_fast.") else ():
             if vars(module).get(function.__name__) is function:
@@ -67,6 +70,16 @@ def test_every_tile_of_a_gpu_computes_the_layer(rows: int, layer: str, dtype: st
     assert next(size for size in (16, 32, 64, wide) if rows <= size or size == wide) in {tile.block_m for tile in used}
     if (layer, dtype, direction) == ("aligned", "bf16", ""):
         assert {1: 128, 16: 128, 30: 128, 64: 128, 100: 256}[rows] in {tile.block_n for tile in used}
+
+
+@pytest.mark.parametrize(("words", "columns"), [("limit1", 32), ("weightinput", 32), ("gatecap2-upcap2.5", 16)])
+def test_forms_that_take_registers_have_narrower_tiles(words: str, columns: int,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the compiler would spill on some architecture at 128 rows; the layer is the same, forward and backward."""
+    used = on_gpu(monkeypatch, multiprocessors=1)
+    found = judged(moe_fast, f"v1-T200.{LAYERS['aligned']}-bf16-norm-{words}-bwd", runs=1)
+    assert found.verdict == Verdict.PASS, found.reason
+    assert (128, columns) in {(tile.block_m, tile.block_n) for tile in used}
 
 
 @pytest.mark.parametrize(("rows", "direction"), [(1, ""), (100, ""), (30, "-bwd")])

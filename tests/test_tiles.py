@@ -202,7 +202,8 @@ def judge_tile(tile: Tile, monkeypatch: pytest.MonkeyPatch) -> Verdict:
     """A small layer, past the tile's borders, with this tile in both products."""
     def fixed(*arguments: object, **options: object) -> Tile:
         return tile
-    monkeypatch.setattr("moe_fast.operators.experts.gemm_tile", fixed)
+    for chooser in ("moe_fast.kernels.gate_up.gemm_tile", "moe_fast.operators.experts.gemm_tile"):
+        monkeypatch.setattr(chooser, fixed)
     return judged(moe_fast, f"v1-T{3 * tile.block_m}.H208.I160.E4.K2-bf16-norm", runs=1).verdict
 
 

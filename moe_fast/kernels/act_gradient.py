@@ -14,6 +14,9 @@ from moe_fast.kernels.gate_up import gate_up_arguments
 from moe_fast.kernels.grouped import block_rows, grouped_tile, launch_grouped
 from moe_fast.tiles import Load, Tile, gemm_tile
 
+TALL = 128
+"""Rows of a tile whose accumulators leave few registers."""
+
 
 @triton.jit
 def three_products(x, grad, w13, w2, token, expert, column, in_rows, hidden_size, intermediate_size, stride_x_T,
@@ -114,14 +117,20 @@ def three_product_tile(device: torch.device, dtype: torch.dtype, load: Load, out
                        form: Form) -> Tile:
     """The tile for three accumulators and five operand tiles: more columns or stages would not fit on a GPU.
 
-    The slopes of softcaps take registers besides. Persistent programs, which hold a tile's end beside the next one's
-    start, would spill.
+    Slopes of softcaps and clamps and a weight on the input take registers besides (a clamp where there are descriptors,
+    by the compiler's word, on gfx942 fewer columns are what spills), and eight warps more than 16 rows keep busy.
+    Persistent programs, which hold a tile's end beside the next one's start, would spill.
     """
     tile = gemm_tile(device, dtype, load, out_features, in_features, accumulators=4, kernel="act_gradient")
     if device.type == "cpu":
         return tile
-    columns = 32 if form.gate_softcap or form.up_softcap else 64
-    return replace(tile, block_n=min(tile.block_n, columns), num_stages=2, persistent=False)
+    columns, is_tall = 64, tile.block_m >= TALL
+    if form.gate_softcap or form.up_softcap:
+        columns = 16 if is_tall else 32
+    elif form.weight_on_input or (form.limit is not None and is_tall and tile.descriptors):
+        columns = 32
+    num_warps = min(tile.num_warps, 4) if tile.block_m == 16 else tile.num_warps
+    return replace(tile, block_n=min(tile.block_n, columns), num_warps=num_warps, num_stages=2, persistent=False)
 
 
 def act_gradient(x_TH: torch.Tensor, grad_TH: torch.Tensor, w13_EGIH: torch.Tensor, w13_bias_EGI: torch.Tensor | None,

@@ -1,5 +1,7 @@
 """Gate and up products of the routed rows, gathered inside the kernel; bias, weight and activation are fused."""
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -9,7 +11,7 @@ from moe_fast.kernels.activation import act_of, from_products
 from moe_fast.kernels.align import Alignment
 from moe_fast.kernels.described import weight_operand, weight_tile, weights_at
 from moe_fast.kernels.grouped import block_rows, grouped_tile, launch_grouped
-from moe_fast.tiles import Tile
+from moe_fast.tiles import Load, Tile, gemm_tile
 
 
 @triton.jit
@@ -72,6 +74,23 @@ def gate_up_kernel(x, w13, w13_bias, row_weights, act, products, sorted_rows, bl
         gate, up = from_products(gate, up, weight, bias_at, stride_bias_G, in_columns, HAS_BIAS, FORM)
         act_at = act + position.to(tl.int64)[:, None] * intermediate_size + i[None, :]
         tl.store(act_at, act_of(gate, up, FORM).to(act.dtype.element_ty), mask=inside)
+
+
+def gate_up_tile(device: torch.device, dtype: torch.dtype, load: Load, w13_EGIH: torch.Tensor, form: Form,
+                 has_bias: bool) -> Tile:
+    """The tile for as many accumulators as there are projections.
+
+    Clamps and a weight on the input take registers at a tile's end, of which sm_100 has none to spare at the widest
+    tile. Where that spills is no matter of reasoning: `moe-ref compile --models` says that a persistent program spills
+    with a clamp alone, and one for each tile with a clamp and biases.
+    """
+    (_, num_parts, intermediate, hidden) = w13_EGIH.shape
+    tile = gemm_tile(device, dtype, load, intermediate, hidden, accumulators=num_parts, kernel="gate_up")
+    if device.type == "cpu":
+        return tile
+    columns = min(tile.block_n, 64) if form.weight_on_input else tile.block_n
+    is_long = form.weight_on_input or (form.limit is not None and not has_bias)
+    return replace(tile, block_n=columns, persistent=tile.persistent and not is_long)
 
 
 def gate_up(x_TH: torch.Tensor, w13_EGIH: torch.Tensor, w13_bias_EGI: torch.Tensor | None,

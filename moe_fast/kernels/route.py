@@ -72,7 +72,11 @@ def route_cut(device: torch.device, dtype: torch.dtype, num_tokens: int, num_exp
     token_tiles = triton.cdiv(num_tokens, tile.block_m)
     most_experts = FEW_EXPERTS if dtype == torch.float32 or hidden % ALIGNED else MOST_EXPERTS
     if token_tiles >= (ENOUGH_TILES_INTERPRETED if interpreted else ENOUGH_TILES) and experts <= most_experts:
-        tile = replace(tile, block_n=experts, num_warps=tile.num_warps if experts <= FEW_EXPERTS else 8)
+        # ptxas spills on sm_100, far from the limit of registers: with steps of 128 and up to 32 experts, with steps of
+        # 64 and 64 experts.
+        short = experts <= 32 and not interpreted
+        tile = replace(tile, block_n=experts, block_k=min(tile.block_k, 64) if short else tile.block_k,
+                       num_warps=tile.num_warps if experts <= FEW_EXPERTS else 8)
         return Cut(tile, 1, hidden, fused=True)
     programs = PROGRAMS_INTERPRETED if interpreted else PROGRAMS
     block_n = next((width for width in (128, 64) if token_tiles * triton.cdiv(num_experts, width) * PARTS_FOR_WIDTH

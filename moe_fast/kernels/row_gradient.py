@@ -1,5 +1,7 @@
 """Gradients of the routed rows of x: back through w13, row by row."""
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -7,7 +9,7 @@ import triton.language as tl
 from moe_fast.kernels.align import Alignment
 from moe_fast.kernels.described import row_operand, row_tile, rows_at, weight_operand, weight_tile, weights_at
 from moe_fast.kernels.grouped import block_rows, grouped_tile, launch_grouped
-from moe_fast.tiles import Tile
+from moe_fast.tiles import Load, Tile, gemm_tile
 
 
 @triton.jit
@@ -41,6 +43,14 @@ def row_gradient_kernel(grad_gate_up, w13, grad_rows, sorted_rows, block_expert,
                 w_at += BLOCK_I * stride_w_I
         rows_at_row = grad_rows + row.to(tl.int64)[:, None] * hidden_size + h[None, :]
         tl.store(rows_at_row, total.to(grad_rows.dtype.element_ty), mask=in_rows[:, None] & in_columns[None, :])
+
+
+def row_gradient_tile(device: torch.device, dtype: torch.dtype, load: Load, w13_EGIH: torch.Tensor,
+                      block_m: int | None = None) -> Tile:
+    """The tile of the product back to H; two loops, one for gate and one for up, spill with steps of more than 64."""
+    (_, _, intermediate, hidden) = w13_EGIH.shape
+    tile = gemm_tile(device, dtype, load, hidden, intermediate, kernel="row_gradient", block_m=block_m)
+    return tile if device.type == "cpu" else replace(tile, block_k=min(tile.block_k, 64))
 
 
 def row_gradient(grad_gate_up_RGI: torch.Tensor, w13_EGIH: torch.Tensor, alignment: Alignment,

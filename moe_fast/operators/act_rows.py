@@ -6,10 +6,10 @@ from moe_fast.form import parse_form
 from moe_fast.kernels.align import align
 from moe_fast.kernels.bias_gradient import bias_gradient
 from moe_fast.kernels.combine import combine
-from moe_fast.kernels.gate_up import gate_up
+from moe_fast.kernels.gate_up import gate_up, gate_up_tile
 from moe_fast.kernels.order import order
 from moe_fast.kernels.projection_gradient import projection_gradient
-from moe_fast.kernels.row_gradient import row_gradient
+from moe_fast.kernels.row_gradient import row_gradient, row_gradient_tile
 from moe_fast.kernels.take import take
 from moe_fast.kernels.weight_gradient import weight_gradient
 from moe_fast.operators.checks import check_dtypes, check_shapes
@@ -28,9 +28,9 @@ def act_rows(x_TH: torch.Tensor, ids_TK: torch.Tensor, hosted_E: torch.Tensor, w
     accumulate in fp32, rows are rounded once. Raises UsageValueError / UsageTypeError on wrong shapes, dtypes or words.
     """
     _check("moe_fast::act_rows", x_TH, ids_TK, hosted_E, w13_EGIH, form, weights_TK, w13_bias_EGI)
-    (num_experts, num_parts, intermediate, hidden), top_k = w13_EGIH.shape, ids_TK.shape[1]
-    tile = gemm_tile(x_TH.device, x_TH.dtype, load_of(ids_TK, num_experts), intermediate, hidden,
-                     accumulators=num_parts, kernel="gate_up")
+    top_k = ids_TK.shape[1]
+    tile = gate_up_tile(x_TH.device, x_TH.dtype, load_of(ids_TK, len(w13_EGIH)), w13_EGIH, parse_form(form),
+                        w13_bias_EGI is not None)
     alignment = align(ids_TK, hosted_E, tile.block_m)
     row_weights_R = None if weights_TK is None else weights_TK.reshape(-1)
     sorted_act_RI = gate_up(x_TH, w13_EGIH, w13_bias_EGI, row_weights_R, alignment, top_k, parse_form(form), tile)
@@ -59,7 +59,7 @@ def act_rows_backward(grad_RI: torch.Tensor, x_TH: torch.Tensor, ids_TK: torch.T
     (num_experts, _, intermediate, hidden), top_k = w13_EGIH.shape, ids_TK.shape[1]
     load, device, dtype = load_of(ids_TK, num_experts), x_TH.device, x_TH.dtype
     first = gemm_tile(device, dtype, load, intermediate, hidden, accumulators=4, kernel="projection_gradient")
-    second = gemm_tile(device, dtype, load, hidden, intermediate, kernel="row_gradient", block_m=first.block_m)
+    second = row_gradient_tile(device, dtype, load, w13_EGIH, first.block_m)
     alignment = align(ids_TK, hosted_E, first.block_m)
     row_weights_R = None if weights_TK is None else weights_TK.reshape(-1)
     grad_gate_up_RGI, grad_weights_R = projection_gradient(grad_RI, x_TH, w13_EGIH, w13_bias_EGI, row_weights_R,

@@ -7,7 +7,7 @@ import torch
 from moe_fast.kernels.align import Alignment, align
 from moe_fast.kernels.combine import combine
 from moe_fast.kernels.down import down
-from moe_fast.kernels.gate_up import gate_up
+from moe_fast.kernels.gate_up import gate_up, gate_up_tile
 from moe_fast.memory import chunk_tokens
 from moe_fast.observe import record_routed_rows
 from moe_fast.operators.arguments import ExpertsArguments, GroupedMLP
@@ -110,9 +110,9 @@ def _merge(given: ExpertsArguments, merged_TH: torch.Tensor, trace: Trace | None
 
 def mlp_rows(mlp: GroupedMLP, products_RGI: torch.Tensor | None) -> tuple[Alignment, torch.Tensor, torch.Tensor]:
     """The alignment, act_RI in expert order and weighted down_RH in (token, slot) order; products_RGI is filled."""
-    (num_experts, num_parts, intermediate, hidden), top_k = mlp.w13_EGIH.shape, mlp.ids_TK.shape[1]
+    (num_experts, _, intermediate, hidden), top_k = mlp.w13_EGIH.shape, mlp.ids_TK.shape[1]
     load, device, dtype = load_of(mlp.ids_TK, num_experts), mlp.x_TH.device, mlp.x_TH.dtype
-    first = gemm_tile(device, dtype, load, intermediate, hidden, accumulators=num_parts, kernel="gate_up")
+    first = gate_up_tile(device, dtype, load, mlp.w13_EGIH, mlp.form, mlp.w13_bias_EGI is not None)
     second = gemm_tile(device, dtype, load, hidden, intermediate, kernel="down", block_m=first.block_m)
     alignment = align(mlp.ids_TK, mlp.hosted_E, first.block_m)
     act_RI = gate_up(mlp.x_TH, mlp.w13_EGIH, mlp.w13_bias_EGI, mlp.weights_TK.reshape(-1), alignment, top_k, mlp.form,

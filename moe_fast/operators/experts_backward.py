@@ -9,12 +9,11 @@ from moe_fast.kernels.align import Alignment, align
 from moe_fast.kernels.bias_gradient import bias_gradient, weighted_bias_gradient
 from moe_fast.kernels.bias_product import bias_product
 from moe_fast.kernels.combine import combine
-from moe_fast.kernels.row_gradient import row_gradient
+from moe_fast.kernels.row_gradient import row_gradient, row_gradient_tile
 from moe_fast.kernels.weight_gradient import weight_gradient
 from moe_fast.operators.arguments import NAMES, ExpertsArguments, GroupedMLP
 from moe_fast.operators.once import refuse_second_gradients
 from moe_fast.operators.rows import load_of, sum_of_tokens
-from moe_fast.tiles import gemm_tile
 from moe_ref.contract.errors import raise_faults
 
 Tensor = torch.Tensor
@@ -70,9 +69,9 @@ class _Gradients(NamedTuple):
 
 
 def _mlp_gradients(grad_TH: torch.Tensor, mlp: GroupedMLP, products_RGI: torch.Tensor | None) -> _Gradients:
-    (num_experts, _, intermediate, hidden), top_k, x_TH = mlp.w13_EGIH.shape, mlp.ids_TK.shape[1], mlp.x_TH
+    num_experts, top_k, x_TH = len(mlp.w13_EGIH), mlp.ids_TK.shape[1], mlp.x_TH
     load = load_of(mlp.ids_TK, num_experts)
-    tile = gemm_tile(x_TH.device, x_TH.dtype, load, hidden, intermediate, kernel="row_gradient")
+    tile = row_gradient_tile(x_TH.device, x_TH.dtype, load, mlp.w13_EGIH)
     alignment = align(mlp.ids_TK, mlp.hosted_E, tile.block_m)
     grad_gate_up_RGI, weighted_act_RI, grad_weights_R = act_gradient(
         x_TH, grad_TH, mlp.w13_EGIH, mlp.w13_bias_EGI, mlp.w2_EHI, mlp.weights_TK.reshape(-1), alignment, top_k,
