@@ -117,9 +117,9 @@ def three_product_tile(device: torch.device, dtype: torch.dtype, load: Load, out
                        form: Form) -> Tile:
     """The tile for three accumulators and five operand tiles: more columns or stages would not fit on a GPU.
 
-    Slopes of softcaps and clamps and a weight on the input take registers besides (a clamp where there are descriptors,
-    by the compiler's word, on gfx942 fewer columns are what spills), and eight warps more than 16 rows keep busy.
-    Persistent programs, which hold a tile's end beside the next one's start, would spill.
+    Slopes of softcaps and clamps and a weight on the input take registers besides, and eight warps are more than 16
+    rows keep busy. Persistent programs, which hold a tile's end beside the next one's start, would spill. Of a clamp
+    `moe-ref compile --models` says that 64 columns spill where there are descriptors, and that 32 do on gfx942.
     """
     tile = gemm_tile(device, dtype, load, out_features, in_features, accumulators=4, kernel="act_gradient")
     if device.type == "cpu":

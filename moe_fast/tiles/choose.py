@@ -40,8 +40,8 @@ def gemm_tile(device: torch.device, dtype: torch.dtype, load: Load, out_features
         return tile
     if dtype == torch.float32:
         # IEEE fp32 products run on the plain FMA units: registers, not shared memory, are the limit. A deeper tile
-        # spills in gate and up on sm_80, and in down on sm_100; with two stages the shared expert's, whose rows are
-        # the tokens, does there.
+        # spills in gate and up on sm_80, and in down on sm_100; with two stages gate and up of a shared expert,
+        # whose rows are the tokens, do there.
         num_stages = 3 if accumulators == 2 and load.experts == 1 else 2
         return Tile(block_of_rows, 64, 16, num_warps=8, num_stages=num_stages)
     if _is_odd(out_features) or _is_odd(in_features):

@@ -21,11 +21,6 @@ def entry(stored: Format) -> FormatEntry:
     return load_tolerances().file.formats[stored]
 
 
-def exponent(value: torch.Tensor) -> torch.Tensor:
-    """floor(log2 |value|), int32; that of 0 is -1."""
-    return torch.frexp(value).exponent - 1
-
-
 def unit_in_last_place(value: torch.Tensor, stored: Format) -> torch.Tensor:
     """Distance of the format's numbers in the binade of each fp64 value; that of subnormals below the smallest, that of
     infinity and NaN in the binade of 1/2.

@@ -6,13 +6,11 @@ from datetime import date
 from functools import cache
 from pathlib import Path
 
-import msgspec
-from ruamel.yaml import YAML
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml import MappingNode
 
-from moe_ref.contract.errors import UsageValueError
-from moe_ref.tolerances.nodes import Fault, structure_faults, type_faults
+from moe_ref.tolerances.nodes import Fault
 from moe_ref.tolerances.schema import TolerancesFile
+from moe_ref.tolerances.strict import read_strictly
 
 
 @dataclass(frozen=True)
@@ -36,37 +34,13 @@ def load_tolerances(path: Path | None = None, today: date | None = None) -> Tole
 
     today: waivers that expired before it are wrong too; None: whenever they expire.
     """
-    path = path or default_path()
-    try:
-        content = path.read_bytes()
-        file = _checked(path, content, today)
-    except (OSError, RecursionError) as error:
-        raise UsageValueError(f"{path}: {error}") from error
-    except YAMLError as error:
-        mark = error.problem_mark or error.context_mark if isinstance(error, MarkedYAMLError) else None
-        where = f"{path}:{mark.line + 1}" if mark else f"{path}"
-        raise UsageValueError(f"{where}: {' '.join(str(error).split())}") from error
+    def faults(root: MappingNode, file: TolerancesFile) -> list[Fault]:
+        lines = {key.value: key.start_mark.line + 1 for key, _ in root.value}
+        found = [Fault(lines[section], text) for section, texts in file.faults().items() for text in texts]
+        waivers = next(node for key, node in root.value if key.value == "waivers")
+        return found + [
+            Fault(node.start_mark.line + 1, f"waivers: {one.cases} expired on {one.expiry}, and it is {today}")
+            for node, one in zip(waivers.value, file.waivers, strict=True) if today and one.expiry < today]
+
+    file, content = read_strictly(path or default_path(), TolerancesFile, faults)
     return Tolerances(file, hashlib.sha256(content).hexdigest()[:16])
-
-
-def _checked(path: Path, content: bytes, today: date | None) -> TolerancesFile:
-    reader = YAML(typ="safe", pure=True)
-    root = reader.compose(content)
-    # Keys given twice have no value, so nothing is read where there are some.
-    _raise(path, structure_faults(root))
-    value = reader.constructor.construct_document(root)
-    _raise(path, type_faults(root, value, TolerancesFile))
-    file = msgspec.convert(value, TolerancesFile)
-    lines = {key.value: key.start_mark.line + 1 for key, _ in root.value}
-    faults = [Fault(lines[section], text) for section, texts in file.faults().items() for text in texts]
-    waivers = next(node for key, node in root.value if key.value == "waivers")
-    faults += [Fault(node.start_mark.line + 1, f"waivers: {one.cases} expired on {one.expiry}, and it is {today}")
-               for node, one in zip(waivers.value, file.waivers, strict=True) if today and one.expiry < today]
-    _raise(path, faults)
-    return file
-
-
-def _raise(path: Path, faults: list[Fault]) -> None:
-    if faults:
-        in_order = sorted(faults, key=lambda one: one.line)
-        raise UsageValueError("\n".join(f"{path}:{one.line}: {one.text}" for one in in_order))
