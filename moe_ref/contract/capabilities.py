@@ -13,6 +13,7 @@ from moe_ref.contract.vocabulary import (
     Dtype,
     Format,
     Hosting,
+    Pattern,
     Ranks,
     Schedule,
     SharedPlacement,
@@ -65,6 +66,9 @@ class Capabilities:
     injected_routing:            takes a whole routing in place of its router's, which exact data need
     batch_invariant:             a token's row has the same bits whatever else is in the batch, and in whatever order
     collectives_through_groups:  it communicates through `groups` only, so calls can be counted
+    injected_logits:             takes logits in place of those of its router, which all patterns but uniform need
+    hidden_multiple:             hidden_size must be a multiple of it
+    intermediate_multiple:       so must every tp rank's share of intermediate_size; above 1, none may be empty
     """
 
     name: str
@@ -91,6 +95,9 @@ class Capabilities:
     injected_routing: bool = False
     batch_invariant: bool = False
     collectives_through_groups: bool = False
+    injected_logits: bool = True
+    hidden_multiple: int = 1
+    intermediate_multiple: int = 1
 
     def refusal(self, case: Case, ranks: Ranks, device: str) -> str | None:
         """Why `case` is not supported, or None when it is."""
@@ -108,7 +115,7 @@ class Capabilities:
             (ranks not in self.ranks, f"{ranks} ranks"),
             (device not in self.devices, f"device {device}"),
             (case.problem.residual and Feature.RESIDUAL not in self.features, str(Feature.RESIDUAL)),
-            *self._refused_exact(case),
+            *self._refused_exact(case), *self._refused_sizes(case),
         ]
         reasons = [reason for refuses, reason in refused if refuses] + self.refused_mathematics(case.problem.spec)
         return "not declared: " + ", ".join(reasons) if reasons else None
@@ -122,6 +129,18 @@ class Capabilities:
         return [(case.problem.spec.router is not None and not self.injected_routing, "an injected routing"),
                 (numerics.accumulate not in LONG_SUMS, f"exact data with sums in {numerics.accumulate}"),
                 *((one in stored, f"exact data with rows in {one}") for one in NARROW)]
+
+    def _refused_sizes(self, case: Case) -> list[tuple[bool, str]]:
+        """Logits that cannot be handed over, and sizes that are no multiple."""
+        problem, spec = case.problem, case.problem.spec
+        injects = spec.router is not None and problem.pattern is not Pattern.UNIFORM and problem.data is not Data.EXACT
+        multiple = self.intermediate_multiple
+        widths = {stop - start for start, stop in case.parallel.ranges(spec.intermediate_size)}
+        return [(injects and not self.injected_logits, "injected logits"),
+                (spec.hidden_size % self.hidden_multiple != 0,
+                 f"hidden size {spec.hidden_size}, no multiple of {self.hidden_multiple}"),
+                *((width % multiple != 0 or width < multiple - 1, f"a rank's intermediate size {width}, no multiple of "
+                   f"{multiple}") for width in sorted(widths))]
 
     def refused_mathematics(self, spec: MoESpec) -> list[str]:
         """What of a spec is not declared, in words."""

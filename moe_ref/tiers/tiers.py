@@ -1,5 +1,6 @@
 """The tiers: smoke, quick, full, nightly, each of pinned cases plus covers, each holding the one before it;
-families, pinned layers of released families; ranks, every way to spread a layer on real processes."""
+families, pinned layers of released families; ranks, every way to spread a layer on real processes; conformance, what
+other people's implementations are asked for."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from moe_ref.contract.vocabulary import Dtype, Pattern, Ranks
 from moe_ref.models.registry import models
 from moe_ref.tiers.axes import AXES, COMBINATIONS, PATTERNS, PLAIN, SHAPES, SHARED, SPREADS, Row, row_case
 from moe_ref.tiers.backward import backward_ids, larger_backward_ids
+from moe_ref.tiers.conformance import conformance_ids
 from moe_ref.tiers.cover import pairwise_rows, possible_pairs, row_pairs
 from moe_ref.tiers.exact import exact_ids
 from moe_ref.tiers.families import family_ids
@@ -47,7 +49,8 @@ class Tier:
     pairs_possible: int
 
 
-MINIMUM_EXECUTED = {"smoke": 24, "quick": 250, "full": 280, "nightly": 500, "families": 60, "ranks": 100}
+MINIMUM_EXECUTED = {"smoke": 24, "quick": 250, "full": 280, "nightly": 500, "families": 60, "ranks": 100,
+                    "conformance": 20}
 """families: what an implementation of softmax routers, expert groups and shared experts can run at least; ranks:
 what one of tensor parallelism alone can."""
 
@@ -174,6 +177,10 @@ def tier(name: str) -> Tier:
         raise UsageValueError(f"unknown tier {name!r}; known: {', '.join(MINIMUM_EXECUTED)}")
     if name == "families":
         return _families()
+    if name == "conformance":
+        planned = [replace(one, ranks=Ranks.GLOO if one.case.parallel.size > 1 else Ranks.LOCAL)
+                   for one in _pinned(conformance_ids())]
+        return Tier(name, tuple(planned), MINIMUM_EXECUTED[name], 0, 0)
     if name == "ranks":
         return Tier(name, tuple({one.case_id: one for one in _rank_cases()}.values()), MINIMUM_EXECUTED[name], 0, 0)
     rows = _smoke_rows() if name == "smoke" else _quick_rows()

@@ -1,4 +1,5 @@
-"""Finding implementations: by entry point, by `module` or `module:attr`; none is imported unless asked for."""
+"""Finding implementations: by entry point, as an adapter, by `module` or `module:attr`; none is imported unless asked
+for."""
 
 import hashlib
 import importlib
@@ -8,6 +9,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
+from moe_ref.adapters.catalogue import ADAPTERS, find
 from moe_ref.contract.capabilities import Capabilities
 from moe_ref.contract.errors import UsageValueError
 
@@ -16,9 +18,9 @@ BUILT_IN = ("moe_fast", "moe_ref")
 
 
 def known_names() -> list[str]:
-    """Registered names; the two packages of this project are always among them."""
+    """Registered names, the two packages of this project and the adapters."""
     registered = [point.name for point in entry_points(group=ENTRY_POINT_GROUP)]
-    return sorted({*BUILT_IN, *registered})
+    return sorted({*BUILT_IN, *registered, *(adapter.name for adapter in ADAPTERS)})
 
 
 def _is_module(dotted: str) -> bool:
@@ -31,7 +33,10 @@ def _is_module(dotted: str) -> bool:
 def load_subject(name: str) -> ModuleType:
     """The object that holds `moe` and `CAPABILITIES`; raises UsageValueError that names what is known or missing."""
     points = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
-    target = points[name].value if name in points else name
+    adapter = None if name in points else find(name)
+    if adapter is not None and (lacking := adapter.lacking()):
+        raise UsageValueError(f"implementation {name!r}: {lacking}")
+    target = adapter.target if adapter else points[name].value if name in points else name
     module_name, _, attribute = target.partition(":")
     try:
         subject = importlib.import_module(module_name)

@@ -1,0 +1,45 @@
+"""Every adapter: name, where it is, what it needs. Imports no library and no torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_ref.adapters.library import Library
+
+Kernels = Literal["own", "torch"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """One implementation of somebody else.
+
+    name: what `moe-ref verify` calls it. target: module:attribute with `moe` and `CAPABILITIES`. libraries: what it
+    needs, the one that it is an adapter of first. what: a few words. kernels: "own" where the library brings kernels
+    of its own that run, "torch" where it calls those of torch. lineage: implementations that descend from one source
+    share it, and count as one. devices: where it runs; one for "cuda" alone is declared and runs in the GPU lane.
+    """
+
+    name: str
+    target: str
+    libraries: tuple[Library, ...]
+    what: str
+    kernels: Kernels
+    lineage: str
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    def lacking(self) -> str | None:
+        """What is missing to load it, in words; None where everything is here."""
+        return "; ".join(filter(None, (library.lacking() for library in self.libraries))) or None
+
+
+TORCH = Library(distribution="torch", module="torch", least="2.11", below="2.14")
+TRITON = Library(distribution="triton", module="triton", least="3.6", below="3.9")
+
+ADAPTERS: tuple[Adapter, ...] = (
+    Adapter(name="torch.grouped_mm", target="moe_ref.adapters.torch_grouped:GROUPED_MM", libraries=(TORCH,),
+            what="torch.nn.functional.grouped_mm, twice, with torch's silu between", kernels="own", lineage="torch"),
+)
+
+
+def find(name: str) -> Adapter | None:
+    """The adapter of that name."""
+    return next((one for one in ADAPTERS if one.name == name), None)
