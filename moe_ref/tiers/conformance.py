@@ -32,7 +32,8 @@ FAMILIES = (
                       "biases, clamped and scaled SwiGLU, values beyond the clamp"),
     ConformanceFamily("llama4", f"{_SIZES}.K1", "sigmoid-sh256-weightinput", "the weight on the input, top-1"),
     ConformanceFamily("nemotron_h", f"{_SIZES}.K3",
-                      "sigmoid-norm-eps1em20-bias-scale2.5-relu2-nogate-sh256-shrelu2-shnogate", "squared relu without a gate"),
+                      "sigmoid-norm-eps1em20-bias-scale2.5-relu2-nogate-sh256-shrelu2-shnogate",
+                      "squared relu without a gate"),
     ConformanceFamily("gelu_tanh", f"{_SIZES}.K2", "norm-gelutanh", "gelu in tanh form; Grok, Gemma 4's experts"),
 )
 """What an implementation is asked for in every dtype, on one rank and two, forward and backward."""
