@@ -1,13 +1,20 @@
 """`adapters`: implementations that no one here wrote: what is installed, a run of all, the conformance table."""
 
 import json
+import math
 import os
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from moe_ref.adapters.catalogue import ADAPTERS, Adapter
 from moe_ref.contract.errors import UsageValueError
+
+if TYPE_CHECKING:
+    from moe_ref.tiers.tiers import PlannedCase
 
 LEFT_OUT = "left_out.json"
 
@@ -42,19 +49,28 @@ def list_command(as_json: bool) -> int:
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--lanes", type=click.IntRange(1), default=min(2, os.cpu_count() or 1), show_default=True,
               help="Processes that run cases side by side.")
+@click.option("--case", "case_ids", multiple=True, help="A case of the tier; may be given several times.")
+@click.option("--deadline", type=float, default=math.inf,
+              help="Seconds after which no further case is started, those of all adapters together.")
 @click.option("--minimum", type=click.IntRange(0), default=1, show_default=True,
               help="Adapters that must run at least.")
-def run_command(record: Path, only: tuple[str, ...], device: str, lanes: int, minimum: int) -> int:
+def run_command(record: Path, only: tuple[str, ...], device: str, lanes: int, case_ids: tuple[str, ...],
+                deadline: float, minimum: int) -> int:
     """Judge every adapter that has what it needs on the tier conformance; the others are counted, with the reason."""
+    from moe_ref.cli.verify_commands import run_and_tell
     from moe_ref.verify.run.environment import default_device
+    from moe_ref.verify.run.run import Plan
     chosen, device = _chosen(only), default_device() if device == "auto" else device
-    left_out, codes = {}, {}
+    left_out, codes, end = {}, {}, time.monotonic() + deadline
+    shared = Plan(implementation="", cases=_cases(case_ids), tier="conformance", minimum_executed=1, device=device,
+                  lanes=lanes, resume=True, lane=os.environ.get("MOE_LANE", ""))
     for one in chosen:
         reason = one.lacking() or ("" if device in one.devices else f"runs on {'+'.join(one.devices)} only")
         if reason:
             left_out[one.name] = reason
             continue
-        codes[one.name] = _judge(one, record / one.name, device, lanes)
+        codes[one.name] = run_and_tell(replace(shared, implementation=one.name, record=record / one.name,
+                                               deadline=max(0.0, end - time.monotonic())))
     record.mkdir(parents=True, exist_ok=True)
     (record / LEFT_OUT).write_text(json.dumps(left_out, indent=1) + "\n")
     for name, reason in left_out.items():
@@ -75,14 +91,12 @@ def _chosen(only: tuple[str, ...]) -> list[Adapter]:
     return [known[name] for name in only] if only else list(ADAPTERS)
 
 
-def _judge(adapter: Adapter, folder: Path, device: str, lanes: int) -> int:
-    from moe_ref.cli.verify_commands import run_and_tell
+def _cases(case_ids: tuple[str, ...]) -> "list[PlannedCase]":
     from moe_ref.tiers.tiers import tier
-    from moe_ref.verify.run.run import Plan
-    chosen = tier("conformance")
-    return run_and_tell(Plan(implementation=adapter.name, cases=list(chosen.cases), tier=chosen.name,
-                             minimum_executed=1, device=device, lanes=lanes, record=folder, resume=True,
-                             lane=os.environ.get("MOE_LANE", "")))
+    known = {one.case_id: one for one in tier("conformance").cases}
+    if unknown := [name for name in case_ids if name not in known]:
+        raise UsageValueError(f"{', '.join(unknown)}: not in the tier conformance; `moe-ref verify` takes any case")
+    return [known[name] for name in case_ids] if case_ids else list(known.values())
 
 
 @adapters_command.command("table")
