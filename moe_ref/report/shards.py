@@ -7,7 +7,7 @@ import msgspec
 
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import RED_VERDICTS, Verdict
-from moe_ref.records.schema import CaseLine, EndLine, RunLine
+from moe_ref.records.schema import CaseLine, EndLine, ExpectationsLine, RunLine
 from moe_ref.records.store import Run, TierPart
 from moe_ref.report.baseline import device_class
 from moe_ref.report.facts import is_executed
@@ -128,7 +128,14 @@ def _header(runs: Sequence[Run], num_twice: int, tier: str) -> RunLine:
         started=min(header.started for header in headers),
         cases=list(dict.fromkeys(case for header in headers for case in header.cases)),
         minimum_executed=max(0, sum(header.minimum_executed for header in headers) - num_twice),
-        axis_pairs=max(header.axis_pairs for header in headers))
+        axis_pairs=max(header.axis_pairs for header in headers), expectations=_expectations(headers))
+
+
+def _expectations(headers: Sequence[RunLine]) -> ExpectationsLine | None:
+    """Of all files that runs were held against."""
+    files = {one.expectations.digest: one.expectations for one in headers if one.expectations}
+    entries = [entry for file in files.values() for entry in file.entries]
+    return ExpectationsLine(digest="+".join(files), entries=entries) if files else None
 
 
 def _end(run: str, cases: dict[str, CaseLine], ends: list[EndLine | None]) -> EndLine | None:
@@ -138,4 +145,5 @@ def _end(run: str, cases: dict[str, CaseLine], ends: list[EndLine | None]) -> En
         return None
     return EndLine(run=run, finished=max(end.finished for end in found), seconds=sum(end.seconds for end in found),
                    verdicts=dict(Counter(line.verdict for line in cases.values())),
-                   executed=sum(map(is_executed, cases.values())), exit_code=max(end.exit_code for end in found))
+                   executed=sum(map(is_executed, cases.values())), exit_code=max(end.exit_code for end in found),
+                   stale=list(dict.fromkeys(sentence for end in found for sentence in end.stale)))
