@@ -55,7 +55,7 @@ class _Expected:
         if hasattr(self.config, "workerinput") or self.config.getoption("moe_case") or not self.found:
             return
         if all(one.case_id in self.found for one in _planned(self.config)):
-            self.stale = stale_entries(self.expectations.entries, self.found)
+            self.stale = stale_entries([one.cases for one in self.expectations.entries], self.found)
         if self.stale and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 

@@ -4,6 +4,7 @@ import json
 from datetime import date
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import msgspec
 import pytest
@@ -15,12 +16,24 @@ from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import Stage, Verdict
 from moe_ref.expectations.load import Expectations, load_expectations
 from moe_ref.expectations.schema import KnownFailure
-from moe_ref.records.schema import CaseLine, EndLine, Implementation, RunLine, StageResult
+from moe_ref.records.schema import (
+    CaseLine,
+    EndLine,
+    ExpectationsLine,
+    Implementation,
+    KnownFailureLine,
+    RunLine,
+    StageResult,
+)
 from moe_ref.records.store import read_run
+from moe_ref.report import shards
+from moe_ref.report.head import exit_code, stale
+from moe_ref.report.junit import junit
 from moe_ref.tiers.tiers import PlannedCase, Tier
 from moe_ref.verify.paste import entries_to_paste
 from tests.command_line import command
 from tests.in_process import judged
+from tests.made_records import PLAIN, TP2, idle, make_run, passing
 from tests.subjects.base import TorchMoE
 
 ROOT = Path(__file__).parents[1]
@@ -266,6 +279,27 @@ def test_a_record_from_before_expectations_is_read() -> None:
     end = b'{"type":"end","schema":2,"run":"r","finished":"","seconds":1,"verdicts":{},"executed":0,"exit_code":0}'
     assert msgspec.json.decode(old, type=RunLine).expectations is None
     assert msgspec.json.decode(end, type=EndLine).stale == []
+
+
+def test_shards_are_looked_at_when_they_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of them can call an entry stale, all of a tier together can; junit.xml has a test of it."""
+    whole = Tier("smoke", tuple(PlannedCase(case=parse_case(text), purpose="test") for text in (PLAIN, TP2)), 1, 1, 1)
+    monkeypatch.setattr(shards, "tier", lambda name: whole)
+    listed = [KnownFailureLine(cases=cases, verdict="mismatch", stage="act", contains="", reason="known", link="1",
+                               expires=FAR, owner="") for cases in (TP2, "v1-*-tp99*")]
+    runs = [make_run(passing(PLAIN)), make_run(idle(TP2, "known_failure", "issue 1"))]
+    given = ExpectationsLine(digest="77", entries=listed)
+    for name, run in zip("ab", runs, strict=True):
+        run.header = msgspec.structs.replace(run.header, run=name, expectations=given)
+    merged = shards.merge_runs(runs)
+    assert stale(merged) == [
+        "stale: entry 2 (cases v1-*-tp99*) covers no case that ran; remove it, or mend its cases"]
+    assert merged.header.expectations == given
+    assert exit_code(merged) == 1
+    document = ElementTree.fromstring("".join(junit(merged)))
+    [failure] = document.iter("failure")
+    assert failure.get("message") == "1 stale in the expectations"
+    assert stale(shards.merge_runs([runs[1], runs[1]])) == [], "a part of the tier says nothing"
 
 
 # --- under pytest ---------------------------------------------------------------------------------

@@ -16,6 +16,11 @@ TO_FILL_IN = "..."
 """What stands for a reason in an entry that was printed to be pasted."""
 
 
+def covers(cases: str, case_id: str) -> bool:
+    """Whether the case is one of `cases`, an id or a pattern in which * and ? alone have a meaning."""
+    return fnmatchcase(case_id, cases.replace("[", "[[]"))
+
+
 class KnownFailure(Struct, frozen=True, kw_only=True):
     """One entry.
 
@@ -55,8 +60,7 @@ class KnownFailure(Struct, frozen=True, kw_only=True):
 
     def covers(self, case_id: str) -> bool:
         """Whether the case is one of `cases`."""
-        # Only * and ? have a meaning.
-        return fnmatchcase(case_id, self.cases.replace("[", "[[]"))
+        return covers(self.cases, case_id)
 
     def excuses(self, verdict: Verdict, stage: Stage | None, reason: str) -> bool:
         """Whether a covered case may end so; stage: of a mismatch."""

@@ -235,7 +235,7 @@ def end_line(plan: Plan, run: str, lines: list[CaseLine], seconds: float) -> End
     verdicts = {verdict.value: count for verdict in Verdict
                 if (count := sum(line.verdict == verdict for line in lines))}
     executed = sum(line.verdict in EXECUTED_VERDICTS for line in lines)
-    entries = plan.expectations.entries if plan.expectations and plan.whole else ()
+    entries = [one.cases for one in plan.expectations.entries] if plan.expectations and plan.whole else []
     stale = stale_entries(entries, {line.case: (str(line.verdict), line.runs) for line in lines})
     code = exit_code(lines, executed, plan.minimum_executed) or (EXIT_MISMATCH if stale else EXIT_OK)
     return EndLine(run=run, finished=_now(), seconds=round(seconds, 2), verdicts=verdicts, executed=executed,
