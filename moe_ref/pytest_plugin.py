@@ -10,8 +10,12 @@ A test that takes the fixture `moe_case` is run once per case of the chosen tier
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from moe_ref.expectations.load import Expectations
 
 
 class Mismatch(AssertionError):
@@ -28,7 +32,51 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--moe-case", action="append", default=[], help="a case id instead of a tier; repeatable")
     group.addoption("--moe-ranks", default=None, help="local, gloo or nccl for all cases; torchrun: moe-ref verify")
     group.addoption("--moe-device", default="auto", help="auto, cpu or cuda")
+    group.addoption("--moe-expect", default=None, help="expectations file: known failures, each until a day")
     group.addoption("--moe-record", default=None, help="folder for records.jsonl (one per xdist worker)")
+
+
+class _Expected:
+    """Looks for entries that cover no case that ran, once all cases of a tier are through, and fails the session."""
+
+    def __init__(self, config: pytest.Config, expectations: "Expectations") -> None:
+        self.config, self.expectations = config, expectations
+        self.found: dict[str, tuple[str, int]] = {}
+        self.stale: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        told: dict[str, Any] = dict(report.user_properties)
+        if report.when == "call" and "moe_case" in told:
+            self.found[told["moe_case"]] = (told["moe_verdict"], told["moe_runs"])
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        from moe_ref.expectations.stale import stale_entries
+        # Under xdist a worker has a part of the cases; so has a session of named or deselected ones.
+        if hasattr(self.config, "workerinput") or self.config.getoption("moe_case") or not self.found:
+            return
+        if all(one.case_id in self.found for one in _planned(self.config)):
+            self.stale = stale_entries([one.cases for one in self.expectations.entries], self.found)
+        if self.stale and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        for sentence in self.stale:
+            terminalreporter.write_line(f"moe-ref {sentence}", red=True)
+
+
+_EXPECTED = pytest.StashKey[_Expected]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if path := config.getoption("moe_expect"):
+        from moe_ref.contract.errors import UsageError
+        from moe_ref.expectations.load import load_expectations
+        try:
+            expected = _Expected(config, load_expectations(Path(path), config.getoption("moe_impl")))
+        except UsageError as error:
+            raise pytest.UsageError(str(error)) from None
+        config.stash[_EXPECTED] = expected
+        config.pluginmanager.register(expected, "moe_expected")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -70,9 +118,10 @@ def moe_session(request: pytest.FixtureRequest) -> Iterator:
     config = request.config
     record = config.getoption("moe_record")
     worker = getattr(config, "workerinput", {}).get("workerid", "")
+    expected = config.stash.get(_EXPECTED, None)
     try:
         session = Session.start(config.getoption("moe_impl"), config.getoption("moe_device"),
-                                Path(record, worker) if record else None)
+                                Path(record, worker) if record else None, expected.expectations if expected else None)
     except UsageError as error:
         raise pytest.UsageError(str(error)) from None
     yield session
@@ -81,14 +130,20 @@ def moe_session(request: pytest.FixtureRequest) -> Iterator:
 
 @pytest.fixture
 def moe_verify(moe_session, request: pytest.FixtureRequest) -> Callable:
-    """Run a planned case and raise Mismatch unless it passes; unsupported and not-run cases are skips with a reason."""
+    """Run a planned case and raise Mismatch unless it passes; what is unsupported or not run is a skip with its reason,
+    and a known failure an xfail.
+    """
 
     def verify(planned: object) -> None:
         __tracebackhide__ = True
         line = moe_session.run(planned)
-        request.node.user_properties += [("moe_case", line.case), ("moe_verdict", str(line.verdict))]
+        request.node.user_properties += [("moe_case", line.case), ("moe_verdict", str(line.verdict)),
+                                         ("moe_runs", line.runs)]
         if line.verdict in ("unsupported", "not_run"):
             pytest.skip(f"{line.verdict}: {line.reason}")
+        if line.verdict == "known_failure":
+            # Under --runxfail this does nothing, and the failure is one.
+            pytest.xfail(line.reason.partition("\n")[0])
         if line.verdict != "pass":
             raise Mismatch(line.message)
     return verify

@@ -82,7 +82,13 @@ COMMANDS: dict[str, Run | Elsewhere | NotHere] = {
     "moe-ref verify mypkg.varies --case v1-T17.H80.I72.E5.K3-bf16-tp2": Run(exit_code=1),
     f"moe-ref verify mypkg.layer --case {CASE}-gather": Run(exit_code=4),
     f"moe-ref verify moe_fast --case {CASE} --ranks nccl": Run(exit_code=4),
+    # docs/expectations.md
+    f"moe-ref verify mypkg.swaps --case {CASE} --expect expectations.yaml": Run(),
+    f"moe-ref verify mypkg.crashes --case {CASE} --expect crashes.yaml": Run(exit_code=1),
+    "pytest test_matrix.py --moe-impl mypkg.swaps --moe-tier smoke --moe-expect expectations.yaml":
+        Elsewhere("tests/test_expected_runs.py", '"--moe-impl", WRONG, "--moe-expect", path'),
     # docs/commands.md
+    "moe-ref verify mypkg.swaps --expect expectations.yaml": Run(ONE_CASE),
     "moe-ref list --tier quick": Run(),
     "moe-ref list --models": Run(),
     "moe-ref show deepseek.v3 --tp 8": Run(),

@@ -108,9 +108,10 @@ def layer() -> str:
 def written_files() -> dict[str, str]:
     """Every file that the documents tell a reader to write: whole ones, and the layer with the changes of a diff."""
     files = {}
-    for block in blocks("python"):
-        if named := re.match(r"# ((?:\w+/)*\w+\.py)\n", block.text):
-            files[named[1]] = block.text
+    for block in blocks("python", "yaml"):
+        if named := re.match(r"# ((?:\w+/)*\w+\.(?:py|yaml))\n", block.text):
+            # A day that a reader may copy is over one day.
+            files[named[1]] = re.sub(r"expires: [-\d]+", "expires: 2999-12-31", block.text)
     for block in blocks("diff"):
         old, new = re.findall(r"^(?:---|\+\+\+) (\S+)$", block.text, re.MULTILINE)
         files[new] = _changed(files[old], block)

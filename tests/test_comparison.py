@@ -68,7 +68,7 @@ def test_without_numbers_the_digest_has_to_do() -> None:
         "tolerances 77aa -> 88bb: ratios stand against different bounds, so drift may be the bound's",)
     same = baseline_of(judged_with(make_run(passing(PLAIN)), {SIGMAS: 6.0}))
     assert compare(run, same).notes == (
-        "tolerances 77aa -> 88bb: no number changed, but a reason, a contract or a waiver",)
+        "tolerances 77aa -> 88bb: no number changed, but a reason or a contract",)
 
 
 def test_what_is_looser_comes_first_and_what_is_absent_is_said() -> None:

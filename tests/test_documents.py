@@ -1,16 +1,17 @@
 """What the documents say of this repository is so: links, numbers of cases and models, one message in three places."""
 
 import re
+from datetime import date
 from pathlib import Path
 
 import pytest
 
 from moe_ref.contract.capabilities import Capabilities
+from moe_ref.expectations.load import load_expectations
 from moe_ref.models.registry import models
 from moe_ref.report.tables import write_between
 from moe_ref.score.load import load_catalogue
 from moe_ref.tiers.tiers import MINIMUM_EXECUTED, tier
-from moe_ref.tolerances.load import load_tolerances
 from tests.documents import DOCUMENTS, ROOT, blocks, commands, layer
 
 TEXT = {file.relative_to(ROOT).as_posix(): file.read_text() for file in DOCUMENTS}
@@ -87,10 +88,12 @@ def test_the_message_of_the_front_page_is_the_tutorials() -> None:
     assert texts == [message, message]
 
 
-def test_the_documented_waiver_is_one(tmp_path: Path) -> None:
-    """In the place of the empty list of tolerances.yaml it is read."""
-    [block] = [one.text for one in blocks("yaml") if one.text.startswith("waivers:")]
-    path = tmp_path / "tolerances.yaml"
-    path.write_text((ROOT / "tolerances.yaml").read_text().replace("waivers: []\n", block))
-    [waiver] = load_tolerances(path).file.waivers
-    assert waiver.stage == "reduced"
+def test_documented_expectations_are_read(tmp_path: Path) -> None:
+    """By the names of their implementations, on the days that stand there."""
+    found = [one for one in blocks("yaml") if "\nentries:" in one.text]
+    assert len(found) == 2
+    for block in found:
+        path = tmp_path / "expectations.yaml"
+        path.write_text(block.text)
+        [name] = re.findall(r"^implementation: (\S+)", block.text, re.M)
+        load_expectations(path, name, date(2026, 12, 1))

@@ -101,12 +101,21 @@ def test_reports_and_records_need_no_torch() -> None:
 
 def test_the_judge_needs_no_torch() -> None:
     """A verdict is a function of numbers."""
-    assert forbidden(("moe_ref/verify/judge.py", "moe_ref/verify/explain.py"), ("torch", "numpy")) == []
+    assert forbidden(("moe_ref/verify/judge.py", "moe_ref/verify/explain.py",
+                      "moe_ref/verify/expected.py", "moe_ref/verify/paste.py"), ("torch", "numpy")) == []
 
 
 def test_tolerances_need_no_torch() -> None:
     """A threshold is read where no tensor is."""
     assert outside(("moe_ref/tolerances",), ("msgspec", "ruamel.yaml", "moe_ref.contract", "moe_ref.tolerances")) == []
+
+
+def test_expectations_need_no_torch() -> None:
+    """What is known to fail is read where pytest starts."""
+    assert outside(("moe_ref/expectations",), ("msgspec", "ruamel.yaml", "moe_ref.contract", "moe_ref.tolerances",
+                                               "moe_ref.tiers", "moe_ref.expectations")) == []
+    assert run("import sys, moe_ref.expectations.load, moe_ref.expectations.stale; print('torch' in sys.modules)"
+               ) == "False\n"
 
 
 def test_arithmetic_and_simulated_layers_know_no_answers() -> None:

@@ -79,8 +79,10 @@ def test_names_of_fields_are_stable() -> None:
     assert msgspec.json.decode(GOLDEN, type=CaseLine) == FULL
     run, end = (msgspec.json.decode(msgspec.json.encode(line)) for line in (RUN, END))
     assert list(run) == ["type", "schema", "run", "started", "implementation", "tier", "cases", "minimum_executed",
-                         "axis_pairs", "environment", "tolerances_digest", "oracle_version", "lane", "tolerances"]
-    assert list(end) == ["type", "schema", "run", "finished", "seconds", "verdicts", "executed", "exit_code"]
+                         "axis_pairs", "environment", "tolerances_digest", "oracle_version", "lane", "tolerances",
+                         "expectations"]
+    assert list(end) == ["type", "schema", "run", "finished", "seconds", "verdicts", "executed", "exit_code",
+                         "stale"]
     assert (run["type"], end["type"], SCHEMA) == ("run", "end", 2)
 
 

@@ -1,6 +1,5 @@
 """Protects tolerances.yaml: every number of a verdict stands there with its reason, and no atol or rtol can."""
 
-from datetime import date
 from pathlib import Path
 
 import pytest
@@ -8,10 +7,7 @@ import pytest
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.tolerances.load import default_path, load_tolerances
 
-TEXT = default_path().read_text().partition("waivers:")[0] + "waivers: []\n"
-"""The shipped file, whatever it excuses at present."""
-WAIVER = ("waivers:\n- {cases: v1-mixtral.8x7b.T32-bf16, implementation: moe_fast, stage: act, issue: 12,\n"
-          "   expiry: 2026-12-01, cause: tf32 operands}\n")
+TEXT = default_path().read_text()
 
 
 def write(folder: Path, *changes: tuple[str, str]) -> Path:
@@ -26,10 +22,10 @@ def write(folder: Path, *changes: tuple[str, str]) -> Path:
     return path
 
 
-def refusal(path: Path, today: date | None = None) -> str:
+def refusal(path: Path) -> str:
     """What the error says."""
     with pytest.raises(UsageValueError) as caught:
-        load_tolerances(path, today)
+        load_tolerances(path)
     return str(caught.value)
 
 
@@ -68,7 +64,7 @@ def line_of(path: Path, part: str) -> int:
     ("storage: {reduced: dtype}", "storage: {reduced: int8}", "int8", "contracts.registers.storage.reduced"),
     ("kind: cosine", "kind: sine", "kind: sine", "published.deepgemm: kind is 'sine'"),
     ("bf16: {max: 1.0e-5}", "bf16: {max: 1.0e-5, rms: 1.0}", "rms: 1.0}", "published.deepgemm.numbers.bf16.rms"),
-    ("waivers: []", "waivers: none", "waivers: none", "waivers: Expected `array`"),
+    ("filters: [sign, slots, ranks]", "filters: sign", "filters: sign", "checks.output.filters: Expected `array`"),
     ("factor: 1.375, trunc", "factor: 1.25, trunc", "factor: 1.25", "factor 1.25, but products_per_step, kept_bits"),
     ("factor: 1.375, trunc", "factor: .nan, trunc", "factor: .nan", "hardware.sm80.factor"),
     ("{factor: 1.375, truncates: true, products_per_step: 8, kept_bits: 24", "{factor: 1.375, truncates: true, "
@@ -116,40 +112,9 @@ def test_every_section_must_be_there(tmp_path: Path, section: str) -> None:
     assert f"the file: {section} is missing" in refusal(path)
 
 
-@pytest.mark.parametrize(("old", "words"), [
-    ("cases: v1-mixtral.8x7b.T32-bf16, ", "cases is missing"), (" issue: 12,", "issue is missing"),
-    ("implementation: moe_fast, ", "implementation is missing"), ("stage: act, ", "stage is missing"),
-    ("   expiry: 2026-12-01, ", "expiry is missing"), (", cause: tf32 operands", "cause is missing"),
-])
-def test_a_waiver_needs_all_of_its_parts(tmp_path: Path, old: str, words: str) -> None:
-    """An excuse without an issue, an end or a cause is none."""
-    path = write(tmp_path, ("waivers: []\n", WAIVER), (old, ""))
-    assert refusal(path) == f"{path}:{line_of(path, 'waivers:') + 1}: waivers[0]: {words}"
-
-
-@pytest.mark.parametrize(("old", "new"), [
-    ("issue: 12", "issue: soon"), ("issue: 12", "issue: 0"), ("2026-12-01", "2026-02-30"), ("2026-12-01", "never"),
-    ("stage: act", "stage: acts"), ("cause: tf32 operands", 'cause: ""'),
-])
-def test_a_waiver_means_something(tmp_path: Path, old: str, new: str) -> None:
-    """An issue is a number or an address, an end a day that exists, a stage one of the layer's."""
-    path = write(tmp_path, ("waivers: []\n", WAIVER), (old, new))
-    assert "waivers[0]." in refusal(path)
-
-
-def test_an_expired_waiver_is_an_error(tmp_path: Path) -> None:
-    """It counts on its last day; the day after it must be renewed or go. Without a date nothing expires."""
-    path = write(tmp_path, ("waivers: []\n", WAIVER))
-    assert len(load_tolerances(path, date(2026, 12, 1)).file.waivers) == 1
-    assert len(load_tolerances(path).file.waivers) == 1
-    assert refusal(path, date(2026, 12, 2)) == (
-        f"{path}:{line_of(path, 'waivers:') + 1}: waivers: v1-mixtral.8x7b.T32-bf16 expired on 2026-12-01, "
-        "and it is 2026-12-02")
-
-
 def test_the_digest_is_that_of_the_content(tmp_path: Path) -> None:
     """A comment is enough to change it: a record says exactly which file judged it."""
-    path = write(tmp_path, ("waivers: []\n", "waivers: []\n# later\n"))
+    path = write(tmp_path, ("schema: 1\n", "schema: 1\n# later\n"))
     as_it_was = load_tolerances(write(tmp_path / "before"))
     assert load_tolerances(path).file == as_it_was.file
     assert load_tolerances(path).digest != as_it_was.digest

@@ -44,8 +44,8 @@ class _LazyGroup(click.Group):
 def cli() -> None:
     """Verify mixture-of-experts layers against an fp64 oracle.
 
-    Exit codes: 0 all as expected, 1 mismatch, 2 wrong use, 3 harness error, 4 fewer cases executed than the minimum,
-    or cut short.
+    Exit codes: 0 all as expected, 1 mismatch or a stale expectation, 2 wrong use, 3 harness error, 4 fewer cases
+    executed than the minimum, or cut short.
     """
 
 

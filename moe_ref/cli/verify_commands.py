@@ -14,8 +14,11 @@ from moe_ref.cli.progress import watch
 from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import RED_VERDICTS, Ranks, Verdict
+from moe_ref.expectations.load import Expectations, load_expectations
 from moe_ref.records.schema import CaseLine, from_number
 from moe_ref.tiers.tiers import MINIMUM_EXECUTED, PlannedCase, tier, with_tp
+from moe_ref.tolerances.load import load_tolerances
+from moe_ref.verify.paste import entries_to_paste
 from moe_ref.verify.run.environment import default_device
 from moe_ref.verify.run.run import EXIT_USAGE, Plan, RunResult, end_on_terminate, run_plan, usage_errors
 from moe_ref.verify.run.torchrun import Run, run_on_torchrun
@@ -37,6 +40,8 @@ _RUN_OPTIONS = [
                  help="Seconds per case."),
     click.option("--memory-gib", type=click.FloatRange(0.0, 1e6), default=0.0, show_default=True,
                  help="Private memory a child may take; 0 is no limit."),
+    click.option("--expect", type=click.Path(path_type=Path), default=None,
+                 help="Expectations file: known failures of the implementation, each until a day."),
     click.option("--json", "as_json", is_flag=True, help="One JSON document on standard output."),
 ]
 
@@ -90,7 +95,7 @@ def _shard(context: click.Context, parameter: click.Parameter, value: str | None
 def verify_command(implementation: str, tier_name: str | None, case_ids: tuple[str, ...], tp: tuple[int, ...],
                    ranks: str | None, shard: tuple[int, int], record: Path | None, resume: bool, lanes: int,
                    deadline: float, minimum: int | None, lane: str, device: str, runs: int, time_limit: float,
-                   memory_gib: float, as_json: bool) -> int:
+                   memory_gib: float, expect: Path | None, as_json: bool) -> int:
     """Judge IMPLEMENTATION (a registered name, a module, or module:attr) on a matrix of cases."""
     plan = _plan_cases(tier_name, case_ids, tp)
     cases = plan.cases[shard[0] - 1::shard[1]]
@@ -104,7 +109,9 @@ def verify_command(implementation: str, tier_name: str | None, case_ids: tuple[s
     pairs = plan.pairs if whole and shard[1] == 1 else (0, 0)
     plan = replace(plan, implementation=implementation, cases=cases, pairs=pairs, minimum_executed=least, lanes=lanes,
                    device=default_device() if device == "auto" else device, runs=runs, time_limit=time_limit,
-                   memory_gib=memory_gib, deadline=deadline, record=record, resume=resume, lane=lane)
+                   memory_gib=memory_gib, deadline=deadline, record=record, resume=resume, lane=lane,
+                   expectations=load_expectations(expect, implementation) if expect else None,
+                   whole=whole and shard[1] == 1)
     return _on_ranks(ranks, plan, lambda run: _run(plan, as_json, run))
 
 
@@ -163,6 +170,9 @@ def _summary(plan: Plan, result: RunResult) -> str:
     lines += [line.message + "\n" for line in red[:_SHOWN_FAILURES]]
     if len(red) > _SHOWN_FAILURES:
         lines.append(f"... and {len(red) - _SHOWN_FAILURES} more failures, all in the record\n")
+    if plan.expectations:
+        lines += _to_paste(red, plan.expectations)
+    lines += end.stale
     idle: dict[str, int] = {}
     for line in result.lines:
         if line.verdict in (Verdict.UNSUPPORTED, Verdict.NOT_RUN):
@@ -184,6 +194,12 @@ def _summary(plan: Plan, result: RunResult) -> str:
     return "\n".join(lines)
 
 
+def _to_paste(red: list[CaseLine], expectations: Expectations) -> list[str]:
+    entries = entries_to_paste(red, expectations, load_tolerances().file.limits.ratio.max)
+    head = "no entry covers what fails; to expect it, say why, and where it is tracked:"
+    return [head, *entries, ""] if entries else []
+
+
 def _closest(lines: list[CaseLine]) -> list[str]:
     """The passing case whose whole-layer result came nearest to its bound."""
     passing = [(from_number(stage.ratio), line.case) for line in lines if line.verdict == Verdict.PASS
@@ -201,11 +217,12 @@ def _closest(lines: list[CaseLine]) -> list[str]:
               show_default=True)
 @_run_options
 def replay_command(case_id: str, implementation: str, ranks: str, device: str, runs: int, time_limit: float,
-                   memory_gib: float, as_json: bool) -> int:
+                   memory_gib: float, expect: Path | None, as_json: bool) -> int:
     """One case again, with every stage's numbers; the id fixes the inputs, so nothing else is needed."""
     planned = PlannedCase(case=parse_case(case_id), purpose="replay", ranks=Ranks(ranks))
     plan = Plan(implementation=implementation, cases=[planned], tier="", minimum_executed=1, lanes=1, runs=runs,
-                device=default_device() if device == "auto" else device, time_limit=time_limit, memory_gib=memory_gib)
+                device=default_device() if device == "auto" else device, time_limit=time_limit, memory_gib=memory_gib,
+                expectations=load_expectations(expect, implementation) if expect else None)
     return _on_ranks(ranks, plan, lambda run: _replay(plan, as_json, run))
 
 

@@ -137,13 +137,33 @@ class CollectiveCount(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     num_bytes: Count
 
 
+class KnownFailureLine(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """An entry of an expectations file; "" where it says nothing. link: an address, or the number of an issue."""
+
+    cases: str
+    verdict: str
+    stage: str
+    contains: str
+    reason: str
+    link: str
+    expires: str
+    owner: str
+
+
+class ExpectationsLine(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """The expectations file that a run was held against: the digest of its content, and its entries in their order."""
+
+    digest: str
+    entries: list[KnownFailureLine]
+
+
 class RunLine(msgspec.Struct, frozen=True, kw_only=True, tag="run", tag_field="type"):
     """First line: what is judged, on what, and which cases were chosen.
 
     environment: keys such as python, torch, triton, numpy, device, driver, cuda, nccl, cpu_count, commit.
     axis_pairs: "axis=value x axis=value" pairs covered by the chosen cases, as [covered, possible]. lane: of
     ci/lanes.yaml, "" outside of them. tolerances: every number of tolerances.yaml that was judged with, by its path in
-    the file with dots between, {} in records that are older.
+    the file with dots between, {} in records that are older. expectations: None where none were given.
     """
 
     schema: int = SCHEMA
@@ -159,6 +179,7 @@ class RunLine(msgspec.Struct, frozen=True, kw_only=True, tag="run", tag_field="t
     oracle_version: str
     lane: str = ""
     tolerances: dict[str, Number] = {}
+    expectations: ExpectationsLine | None = None
 
 
 class SemanticLine(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -223,7 +244,7 @@ class CaseLine(msgspec.Struct, frozen=True, kw_only=True, gc=False, tag="case", 
 
 
 class EndLine(msgspec.Struct, frozen=True, kw_only=True, tag="end", tag_field="type"):
-    """Last line of a run that was not cut short."""
+    """Last line of a run that was not cut short. stale: a sentence for each entry of the expectations that is."""
 
     schema: int = SCHEMA
     run: str
@@ -232,6 +253,7 @@ class EndLine(msgspec.Struct, frozen=True, kw_only=True, tag="end", tag_field="t
     verdicts: dict[str, Count]
     executed: Count
     exit_code: int
+    stale: list[str] = []
 
 
 Line = RunLine | CaseLine | EndLine

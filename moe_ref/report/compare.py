@@ -183,7 +183,7 @@ def _notes(run: Run, baseline: Baseline, bounds: Sequence[BoundChange]) -> tuple
     now = {"tier": header.tier, "tolerances": header.tolerances_digest, "oracle": header.oracle_version}
     known = bool(baseline.tolerances and header.tolerances)
     meaning = {"tier": "coverage is that of another choice of cases",
-               "tolerances": "no number changed, but a reason, a contract or a waiver" if known
+               "tolerances": "no number changed, but a reason or a contract" if known
                else "ratios stand against different bounds, so drift may be the bound's",
                "oracle": "ratios stand against another oracle"}
     notes = [f"{what} {baseline.accepted[what]} -> {value}: {meaning[what]}" for what, value in now.items()

@@ -43,6 +43,7 @@ def document(run: Run, head: Sequence[str], code: int,
         "axis_pairs": header.axis_pairs, "verdicts": Counter(line.verdict for line in lines),
         "unsupported": dict(reasons(lines, Verdict.UNSUPPORTED)),
         "not_run": dict(reasons(lines, Verdict.NOT_RUN)),
+        "expectations": header.expectations, "stale": run.end.stale if run.end else [],
         "refused": [{"file": one.path, "line": one.line, "reason": one.reason, "case": one.case, "number": one.number}
                     for one in run.refused],
         "tiers": [{"name": part.name, "executed": part.executed, "minimum_executed": part.minimum_executed,

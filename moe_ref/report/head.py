@@ -44,16 +44,21 @@ def head_lines(run: Run, comparison: Comparison | None = None,
 
 
 def exit_code(run: Run, comparison: Comparison | None = None) -> int:
-    """0 ok; 1 failures, coverage lost, bounds looser or contracts other than accepted; 3 harness errors or refused
-    records; 4 cut short or fewer run than the minimum.
+    """0 ok; 1 failures, stale expectations, coverage lost, bounds looser or contracts other than accepted; 3 harness
+    errors or refused records; 4 cut short or fewer run than the minimum.
     """
     lines = case_lines(run).values()
-    if any(map(is_red, lines)) or (comparison and (comparison.coverage_lost or comparison.looser
+    if any(map(is_red, lines)) or stale(run) or (comparison and (comparison.coverage_lost or comparison.looser
                                                    or comparison.other_contract)):
         return FAILED
     if run.refused or any(line.verdict == Verdict.HARNESS_ERROR for line in lines):
         return HARNESS_ERROR
     return TOO_FEW if shortfalls(run) else PASS
+
+
+def stale(run: Run) -> list[str]:
+    """A sentence for each entry of the expectations that covers no case that ran."""
+    return run.end.stale if run.end else []
 
 
 def shortfalls(run: Run) -> list[str]:
@@ -73,6 +78,7 @@ def _verdict_line(run: Run, lines: dict[str, CaseLine], comparison: Comparison |
     errors = sum(line.verdict == Verdict.HARNESS_ERROR for line in lines.values())
     parts = shortfalls(run) + [refused_words(run.refused)] * bool(run.refused)
     parts += [plural(errors, "harness error")] * bool(errors)
+    parts += [f"{len(stale(run))} stale in the expectations"] * bool(stale(run))
     if comparison is None:
         parts.append(plural(sum(map(is_red, lines.values())), "failure"))
         change = f"nothing accepted yet as {missing}" if missing else "no baseline given"
@@ -152,6 +158,8 @@ def _first_line(run: Run, lines: dict[str, CaseLine], comparison: Comparison | N
     if run.refused:
         one = run.refused[0]
         return f"first nothing failed in what was read; refused: {one_line(one.place)}: {one_line(one.reason, 160)}"
+    if stale(run):
+        return f"first nothing failed, but the expectations are {one_line(stale(run)[0], 300)}"
     if comparison and (worse := _nothing_failed_but(comparison)):
         return f"first nothing failed, but {worse}"
     if shortfalls(run):

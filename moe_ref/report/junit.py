@@ -12,7 +12,7 @@ from moe_ref.report.axes import case_axes
 from moe_ref.report.baseline import slug
 from moe_ref.report.compare import Comparison
 from moe_ref.report.facts import case_lines, culprit, margin_stage
-from moe_ref.report.head import shortfalls
+from moe_ref.report.head import shortfalls, stale
 from moe_ref.report.shards import suite_name
 from moe_ref.report.words import first_line, format_ratio, one_line, refused_words, replay, where
 
@@ -61,6 +61,9 @@ def _whole(run: Run, comparison: Comparison | None) -> list[tuple[str, str, str,
     refused = [f"{one.place}: {one.reason}" for one in run.refused[:_REFUSED_NAMED]]
     found = [("finished, and executed enough", "failure" if short else "", ", ".join(short), ""),
              ("all records could be read", "error" if refused else "", refused_words(run.refused), "\n".join(refused))]
+    if run.header.expectations:
+        found.append(("every expectation covers a case that ran", "failure" if stale(run) else "",
+                      f"{len(stale(run))} stale in the expectations", "\n".join(stale(run))))
     if comparison:
         lost = [f"{case}: {reason}" for case, reason in comparison.coverage_lost]
         found.append(("all cases of the baseline executed", "failure" if lost else "",

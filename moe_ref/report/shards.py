@@ -7,12 +7,14 @@ import msgspec
 
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import RED_VERDICTS, Verdict
-from moe_ref.records.schema import CaseLine, EndLine, RunLine
+from moe_ref.expectations.stale import stale_entries
+from moe_ref.records.schema import CaseLine, EndLine, ExpectationsLine, RunLine
 from moe_ref.records.store import Run, TierPart
 from moe_ref.report.baseline import device_class
 from moe_ref.report.facts import is_executed
 from moe_ref.report.losses import LANES_BETWEEN
 from moe_ref.report.words import format_ratio
+from moe_ref.tiers.tiers import MINIMUM_EXECUTED, tier
 
 NAMED_CASES = "named cases"
 
@@ -38,7 +40,8 @@ def merge_runs(runs: Sequence[Run]) -> Run:
     cases, num_twice = _merge_cases(runs)
     parts = tuple(_part(name, members) for name, members in tiers.items()) if len(tiers) > 1 else ()
     header = _header(runs, num_twice, " + ".join(tiers) if parts else runs[0].header.tier)
-    return Run(header, cases, _end(header.run, cases, [run.end for run in runs]), tiers=parts,
+    stale = [sentence for name, members in tiers.items() for sentence in _stale(name, members)]
+    return Run(header, cases, _end(header.run, cases, [run.end for run in runs], stale), tiers=parts,
                suite_of={run.header.run: suite_name(run) for run in runs},
                has_header=all(run.has_header for run in runs))
 
@@ -128,14 +131,34 @@ def _header(runs: Sequence[Run], num_twice: int, tier: str) -> RunLine:
         started=min(header.started for header in headers),
         cases=list(dict.fromkeys(case for header in headers for case in header.cases)),
         minimum_executed=max(0, sum(header.minimum_executed for header in headers) - num_twice),
-        axis_pairs=max(header.axis_pairs for header in headers))
+        axis_pairs=max(header.axis_pairs for header in headers), expectations=_expectations(headers))
 
 
-def _end(run: str, cases: dict[str, CaseLine], ends: list[EndLine | None]) -> EndLine | None:
+def _expectations(headers: Sequence[RunLine]) -> ExpectationsLine | None:
+    """Of all files that runs were held against."""
+    files = {one.expectations.digest: one.expectations for one in headers if one.expectations}
+    entries = [entry for file in files.values() for entry in file.entries]
+    return ExpectationsLine(digest="+".join(files), entries=entries) if files else None
+
+
+def _stale(name: str, shards: Sequence[Run]) -> list[str]:
+    """What no shard can tell of its expectations: entries that cover no case that ran in the whole tier."""
+    files = [run.header.expectations for run in shards]
+    cases, _ = _merge_cases(shards)
+    if name not in MINIMUM_EXECUTED or not files[0] or any(file != files[0] for file in files) or not all(
+            one.case_id in cases for one in tier(name).cases):
+        return []
+    return stale_entries([entry.cases for entry in files[0].entries],
+                         {case: (line.verdict, line.runs) for case, line in cases.items()})
+
+
+def _end(run: str, cases: dict[str, CaseLine], ends: list[EndLine | None], stale: list[str]) -> EndLine | None:
     """The end of all shards, counted from their cases; None as soon as one was cut short."""
     found = [end for end in ends if end]
     if len(found) < len(ends):
         return None
+    stale = list(dict.fromkeys([sentence for end in found for sentence in end.stale] + stale))
     return EndLine(run=run, finished=max(end.finished for end in found), seconds=sum(end.seconds for end in found),
                    verdicts=dict(Counter(line.verdict for line in cases.values())),
-                   executed=sum(map(is_executed, cases.values())), exit_code=max(end.exit_code for end in found))
+                   executed=sum(map(is_executed, cases.values())), stale=stale,
+                   exit_code=max(int(bool(stale)), *(end.exit_code for end in found)))

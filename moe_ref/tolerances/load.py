@@ -2,7 +2,6 @@
 
 import hashlib
 from dataclasses import dataclass
-from datetime import date
 from functools import cache
 from pathlib import Path
 
@@ -29,18 +28,11 @@ def default_path() -> Path:
 
 
 @cache
-def load_tolerances(path: Path | None = None, today: date | None = None) -> Tolerances:
-    """Read and check the file; raises UsageValueError that names file and line of all that is wrong in it.
-
-    today: waivers that expired before it are wrong too; None: whenever they expire.
-    """
+def load_tolerances(path: Path | None = None) -> Tolerances:
+    """Read and check the file; raises UsageValueError that names file and line of all that is wrong in it."""
     def faults(root: MappingNode, file: TolerancesFile) -> list[Fault]:
         lines = {key.value: key.start_mark.line + 1 for key, _ in root.value}
-        found = [Fault(lines[section], text) for section, texts in file.faults().items() for text in texts]
-        waivers = next(node for key, node in root.value if key.value == "waivers")
-        return found + [
-            Fault(node.start_mark.line + 1, f"waivers: {one.cases} expired on {one.expiry}, and it is {today}")
-            for node, one in zip(waivers.value, file.waivers, strict=True) if today and one.expiry < today]
+        return [Fault(lines[section], text) for section, texts in file.faults().items() for text in texts]
 
     file, content = read_strictly(path or default_path(), TolerancesFile, faults)
     return Tolerances(file, hashlib.sha256(content).hexdigest()[:16])

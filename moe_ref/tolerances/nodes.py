@@ -110,7 +110,8 @@ def _struct_faults(node: Node, value: Any, kind: type[msgspec.Struct], where: st
             faults.append(Fault(_line(key), f"{named}: {_NO_SUCH_KEY}"))
         elif key.value != tag:
             faults.append(Fault(_line(key), f"{named}: unknown key, but should be one of {', '.join(fields)}"))
-    faults += [Fault(_line(node), f"{where or 'the file'}: {name} is missing") for name in left]
+    faults += [Fault(_line(node), f"{where or 'the file'}: {name} is missing") for name, field in left.items()
+               if field.required]
     # What the parts do not show: a structure may check them against each other.
     return faults or _own_faults(node, value, kind, where)
 

@@ -55,8 +55,8 @@ LOOSER: dict[str, Looser] = {
 
 _ALIGNED = "*kept_bits"
 _BANDS = "growth.bands.*"
-_NOT_NUMBERS = ("schema", "contracts", "waivers")
-"""Contracts stand in each case's numerics, waivers in the verdict known_failure."""
+_NOT_NUMBERS = ("schema", "contracts")
+"""Contracts stand in each case's numerics."""
 _WORDS_THAT_COUNT = ("hardware.*.tf32_operands", "checks.output.filters")
 
 
@@ -64,7 +64,7 @@ def numbers_of(file: TolerancesFile) -> dict[str, float]:
     """Path -> number; a switch is 1 or 0, and of a word that decides something the path ends in it and holds 1.
 
     The path of a band of growth holds its subject, dtype and hardware classes. Without reasons and sources, and without
-    contracts and waivers, which a record holds case by case.
+    contracts, which a record holds case by case.
     """
     found: dict[str, float] = {}
     for name in TolerancesFile.__struct_fields__:

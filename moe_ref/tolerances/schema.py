@@ -18,7 +18,6 @@ from moe_ref.tolerances.base import (
 )
 from moe_ref.tolerances.hardware import HARDWARE, HardwareEntry, HardwareName
 from moe_ref.tolerances.published import PublishedEntry
-from moe_ref.tolerances.waivers import Waiver
 
 
 class FormatEntry(Entry, frozen=True):
@@ -206,7 +205,6 @@ class TolerancesFile(Struct, frozen=True):
     growth: Growth
     contracts: dict[str, ContractEntry]
     published: dict[str, PublishedEntry]
-    waivers: tuple[Waiver, ...]
 
     def faults(self) -> dict[str, list[str]]:
         """By section, what is there and should not be, and the other way round."""

@@ -32,7 +32,8 @@ def environment_section(view: View) -> "Markup":
     first = {name: facts.pop(name) for name in _FIRST_FACTS if name in facts}
     run = {"implementation": subject.name, "version": subject.version, "source digest": subject.source_digest,
            "run": header.run, "started": header.started, "tier": header.tier, "lane": header.lane,
-           "tolerances": header.tolerances_digest, "oracle": header.oracle_version}
+           "tolerances": header.tolerances_digest, "oracle": header.oracle_version,
+           "expectations": header.expectations.digest if header.expectations else ""}
     rows = [*first.items(), *((name, value) for name, value in run.items() if value), *sorted(facts.items())]
     return fill("sections/environment.html.j2", rows=[(name.replace("_", " "), value) for name, value in rows])
 

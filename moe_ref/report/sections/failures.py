@@ -31,7 +31,7 @@ _MEANING: dict[str, str] = {
     Verdict.STRUCT: "a broken promise about shapes, inputs or calls",
     Verdict.CRASH: "an exception, or a process that died", Verdict.HANG: "no result within the time limit",
     Verdict.NONDETERMINISTIC: "two runs that differ although they should not",
-    Verdict.UNEXPECTED_PASS: "a waiver expects a failure: it can go"}
+    Verdict.UNEXPECTED_PASS: "a failure is expected: its entry can go"}
 
 
 def failure_section(view: View) -> "Markup":

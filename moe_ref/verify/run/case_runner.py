@@ -6,8 +6,6 @@ import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from datetime import date
-from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -18,6 +16,8 @@ from moe_ref.contract.case import Case
 from moe_ref.contract.shares import rank_shares
 from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Stage, Verdict
 from moe_ref.contract.volume import transfers
+from moe_ref.expectations.load import Expectations
+from moe_ref.expectations.schema import KnownFailure
 from moe_ref.inputs.build import Inputs, build_inputs
 from moe_ref.records.error_map import ErrorMap
 from moe_ref.records.schema import (
@@ -33,10 +33,10 @@ from moe_ref.tiers.tiers import PlannedCase
 from moe_ref.tiers.triggers import REPEATED
 from moe_ref.tolerances.load import Tolerances
 from moe_ref.tolerances.schema import TolerancesFile
-from moe_ref.tolerances.waivers import find
 from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.child.messages import RankReport, Reply, Request
 from moe_ref.verify.diagnosis.diagnose import diagnosable, diagnose
+from moe_ref.verify.expected import excused, speaks_for_all
 from moe_ref.verify.explain import explain
 from moe_ref.verify.judge import Guard, Judgement, RunFacts, WantedCalls, judge
 from moe_ref.verify.measure.error_map import mappable, measure_map
@@ -47,7 +47,6 @@ from moe_ref.verify.run.batches import LEFT_OUT, SAME, left_out
 from moe_ref.verify.run.children import Answer, ChildDied, ChildHung
 from moe_ref.verify.run.last_words import cut_lines
 from moe_ref.verify.semantic import Semantic, semantic, small_enough
-from moe_ref.verify.waived import speaks_for_all, waived
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +64,11 @@ class RunSettings:
     replay_options: str = ""
     hardware: str = ""
     num_started: int = 0
-    today: date = date.min
-    """Waivers that expired before do not count."""
+    expectations: Expectations | None = None
+
+    def covering(self, case_id: str) -> tuple[KnownFailure, ...]:
+        """The entries that a case is covered by."""
+        return self.expectations.covering(case_id) if self.expectations else ()
 
 
 class CannotServe(RuntimeError):
@@ -95,19 +97,21 @@ def run_case(planned: PlannedCase, settings: RunSettings, pool: Pool) -> CaseLin
     request = Request(case=planned.case_id, ranks=planned.ranks, device=settings.device,
                       runs=max(settings.runs, REPEATED.get(planned.case_id, 0)), time_limit=settings.time_limit,
                       other_batches=not left_out(planned, settings.capabilities))
+    covering = settings.covering(planned.case_id)
     try:
         with pool.lease(planned.ranks is not Ranks.LOCAL) as child:
             answer = child.ask(request, lambda text: settings.tell(planned.case_id, text))
     except ChildHung as error:
-        return _line(planned, settings, Judgement(Verdict.HANG, f"after {settings.time_limit:g} s, {error}"))
+        hang = Judgement(Verdict.HANG, f"after {settings.time_limit:g} s, {error}")
+        return _line(planned, settings, excused(hang, covering))
     except ChildDied as error:
-        return _line(planned, settings, Judgement(Verdict.CRASH, str(error)))
+        return _line(planned, settings, excused(Judgement(Verdict.CRASH, str(error)), covering))
     except CannotServe as error:
         return unrun_line(planned, settings, str(error))
     except Exception as error:
         return _line(planned, settings, _harness_error(error))
     if failed := [(rank, report) for rank, report in enumerate(answer.reply.ranks) if report.error]:
-        return _line(planned, settings, _crash(failed, planned.case), answer)
+        return _line(planned, settings, excused(_crash(failed, planned.case), covering), answer)
     try:
         return _judged(planned, settings, answer)
     except OverflowError as error:
@@ -169,7 +173,7 @@ def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> Case
     model = RoundingModel.of(settings.tolerances, settings.hardware or settings.device,
                              capabilities.numerics[case.problem.dtype], case.problem.dtype)
     file = settings.tolerances.file
-    find_waiver = partial(find, file.waivers, planned.case_id, settings.implementation.name, today=settings.today)
+    covering = settings.covering(planned.case_id)
     judged: list[Judgement] = []
     measured: list[Measurement] = []
     runs = [in_every_slot(case, ranks) for ranks in answer.runs]
@@ -186,10 +190,10 @@ def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> Case
             continue
         if is_untraced:
             judgement = replace(judgement, reason=f"without a trace, {judgement.reason}")
-        judged.append(waived(judgement, measurement.stages, file.limits.ratio.max, find_waiver))
+        judged.append(excused(judgement, covering, measurement.stages, file.limits.ratio.max))
         measured.append(measurement)
     # Runs that differ are all judged.
-    index, judgement = speaks_for_all(judged, find_waiver)
+    index, judgement = speaks_for_all(judged, covering)
     compared = []
     if judgement.verdict is Verdict.MISMATCH and small_enough(case):
         numerics = capabilities.numerics[case.problem.dtype]

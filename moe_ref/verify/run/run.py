@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
-from datetime import UTC, date, datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
@@ -20,7 +20,17 @@ from moe_ref.adapters.catalogue import find
 from moe_ref.contract.capabilities import Capabilities
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import EXECUTED_VERDICTS, RED_VERDICTS, Verdict
-from moe_ref.records.schema import CaseLine, EndLine, Implementation, RunLine, to_number
+from moe_ref.expectations.load import Expectations
+from moe_ref.expectations.stale import stale_entries
+from moe_ref.records.schema import (
+    CaseLine,
+    EndLine,
+    ExpectationsLine,
+    Implementation,
+    KnownFailureLine,
+    RunLine,
+    to_number,
+)
 from moe_ref.records.store import FILE_NAME, RecordWriter, holds_lines, read_run
 from moe_ref.tiers.tiers import PlannedCase
 from moe_ref.tolerances.load import load_tolerances
@@ -39,7 +49,8 @@ class Plan:
     """What to run and how; pairs: axis pairs covered and possible, (0, 0) for hand-picked cases.
 
     deadline: seconds after which no further case is started; those left are recorded as not run. num_started, hosts:
-    ranks that torchrun started, and where. lane: of ci/lanes.yaml, "" outside of them.
+    ranks that torchrun started, and where. lane: of ci/lanes.yaml, "" outside of them. expectations: None where none
+    were given. whole: these are all cases of a tier, so that entries which cover none of them are stale.
     """
 
     implementation: str
@@ -58,6 +69,8 @@ class Plan:
     num_started: int = 0
     hosts: str = ""
     lane: str = ""
+    expectations: Expectations | None = None
+    whole: bool = False
 
 
 DEADLINE_PREFIX = "the run's deadline"
@@ -127,12 +140,19 @@ def new_header(plan: Plan, capabilities: Capabilities, source_digest: str) -> Ru
     """The run line of a new run."""
     implementation = Implementation(name=plan.implementation, version=capabilities.version,
                                     source_digest=source_digest)
-    tolerances = load_tolerances(today=_today())
+    tolerances = load_tolerances()
     return RunLine(run=uuid.uuid4().hex[:12], started=_now(), implementation=implementation, tier=plan.tier,
                    lane=plan.lane, cases=[one.case_id for one in plan.cases], minimum_executed=plan.minimum_executed,
                    axis_pairs=plan.pairs, environment=environment(plan.device) | _hosts(plan) | _packages(plan),
                    tolerances_digest=tolerances.digest, oracle_version=moe_ref.__version__,
-                   tolerances={path: to_number(value) for path, value in numbers_of(tolerances.file).items()})
+                   tolerances={path: to_number(value) for path, value in numbers_of(tolerances.file).items()},
+                   expectations=_expectations_line(plan.expectations) if plan.expectations else None)
+
+
+def _expectations_line(expectations: Expectations) -> ExpectationsLine:
+    return ExpectationsLine(digest=expectations.digest, entries=[
+        KnownFailureLine(**{name: str(value) if (value := getattr(entry, name)) is not None else ""
+                            for name in KnownFailureLine.__struct_fields__}) for entry in expectations.entries])
 
 
 def _hosts(plan: Plan) -> dict[str, str]:
@@ -148,11 +168,10 @@ def _packages(plan: Plan) -> dict[str, str]:
 
 def run_settings(plan: Plan, header: RunLine, capabilities: Capabilities) -> RunSettings:
     """What all cases of the run share."""
-    today = _today()
     return RunSettings(run=header.run, implementation=header.implementation, capabilities=capabilities,
-                       tolerances=load_tolerances(today=today), device=plan.device, runs=plan.runs,
+                       tolerances=load_tolerances(), device=plan.device, runs=plan.runs,
                        time_limit=plan.time_limit, replay_options=_replay_options(plan), num_started=plan.num_started,
-                       hardware=header.environment["hardware"], today=today)
+                       hardware=header.environment["hardware"], expectations=plan.expectations)
 
 
 def _replay_options(plan: Plan) -> str:
@@ -173,7 +192,7 @@ def _resumed(plan: Plan, fresh: RunLine) -> tuple[RunLine, dict[str, CaseLine]]:
     if other := [line.case for line in run.cases.values() if line.ranks != wanted.get(line.case, line.ranks)]:
         raise UsageValueError(f"{path}: {len(other)} recorded cases ran on other ranks, such as {other[0]}; "
                               "cannot resume")
-    same = ("implementation", "cases", "tolerances_digest", "oracle_version")
+    same = ("implementation", "cases", "tolerances_digest", "oracle_version", "expectations")
     differing = [name for name in same if getattr(run.header, name) != getattr(fresh, name)]
     # The source digest in `implementation` says more than the commit, which may only have gained a document.
     old, new = ({name: value for name, value in header.environment.items() if name != "commit"}
@@ -187,10 +206,6 @@ def _resumed(plan: Plan, fresh: RunLine) -> tuple[RunLine, dict[str, CaseLine]]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _today() -> date:
-    return datetime.now(UTC).date()
 
 
 def weight_elements(planned: PlannedCase) -> int:
@@ -224,12 +239,15 @@ def _run_cases(cases: list[PlannedCase], settings: RunSettings, plan: Plan, pool
 
 
 def end_line(plan: Plan, run: str, lines: list[CaseLine], seconds: float) -> EndLine:
-    """The end line: counts by verdict, and the exit code they mean."""
+    """The end line: counts by verdict, stale entries, and the exit code that they mean."""
     verdicts = {verdict.value: count for verdict in Verdict
                 if (count := sum(line.verdict == verdict for line in lines))}
     executed = sum(line.verdict in EXECUTED_VERDICTS for line in lines)
+    entries = [one.cases for one in plan.expectations.entries] if plan.expectations and plan.whole else []
+    stale = stale_entries(entries, {line.case: (str(line.verdict), line.runs) for line in lines})
+    code = exit_code(lines, executed, plan.minimum_executed) or (EXIT_MISMATCH if stale else EXIT_OK)
     return EndLine(run=run, finished=_now(), seconds=round(seconds, 2), verdicts=verdicts, executed=executed,
-                   exit_code=exit_code(lines, executed, plan.minimum_executed))
+                   exit_code=code, stale=stale)
 
 
 def exit_code(lines: list[CaseLine], executed: int, minimum: int) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from moe_ref.expectations.load import Expectations
 from moe_ref.records.schema import CaseLine
 from moe_ref.records.store import RecordWriter
 from moe_ref.tiers.tiers import PlannedCase
@@ -28,12 +29,13 @@ class Session:
     lines: list[CaseLine] = field(default_factory=list)
 
     @classmethod
-    def start(cls, implementation: str, device: str = "auto", record: Path | None = None) -> "Session":
+    def start(cls, implementation: str, device: str = "auto", record: Path | None = None,
+              expectations: Expectations | None = None) -> "Session":
         """Load the implementation in a child; raises UsageValueError when that fails."""
         torch.set_num_threads(1)
         device = default_device() if device == "auto" else device
         plan = Plan(implementation=implementation, cases=[], tier="", minimum_executed=0, device=device, record=record,
-                    lane=os.environ.get("MOE_LANE", ""))
+                    lane=os.environ.get("MOE_LANE", ""), expectations=expectations)
         pool, first = ChildPool(implementation), Child(implementation)
         capabilities = first.capabilities()
         pool.adopt(first)

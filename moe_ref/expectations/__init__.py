@@ -1,0 +1,1 @@
+"""Failures of an implementation that its adopter knows, each excused until a day (docs/expectations.md)."""
