@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")),
-             ROOT / "ci" / "README.md")
+             *sorted((ROOT / "docs" / "findings").glob("*.md")), ROOT / "ci" / "README.md")
 SHELL = ("", "bash", "sh", "console")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"`((?:moe-ref|python|bash|pytest|torchrun|pip|ci/[a-z]+) [^`]+)`")
@@ -97,6 +97,11 @@ def spans(files: tuple[Path, ...] = DOCUMENTS) -> list[Command]:
         found += [Command(f"{file.relative_to(ROOT)}:{text.count(chr(10), 0, one.start()) + 1}",
                           " ".join(one[1].replace("...", " ").split())) for one in _SPAN.finditer(text)]
     return found
+
+
+def figures_left_out(text: str) -> str:
+    """Words alone, one space apart: other machines and versions have other figures."""
+    return " ".join(re.sub(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?|\b(inf|nan)\b", "#", text).split())
 
 
 def layer() -> str:

@@ -17,7 +17,7 @@ from moe_ref.report.accept import accept_run
 from moe_ref.report.baseline import baseline_path
 from tests.command_line import command
 from tests.documented_commands import COMMANDS, PLACEHOLDERS, Elsewhere, Run
-from tests.documents import ROOT, Command, commands, spans, without_comment, written_files
+from tests.documents import ROOT, Command, commands, figures_left_out, spans, without_comment, written_files
 from tests.made_records import TP2, TP4, make_run, passing, write
 
 SCRIPTS = {"ci/verify": ["verify", "moe_fast", "--tier"], "ci/score": ["score"], "ci/compile": ["compile", "moe_fast"]}
@@ -145,11 +145,6 @@ def execute(shown: Command, fate: Run) -> int:
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
     print(done.stdout, done.stderr)
     return done.returncode
-
-
-def figures_left_out(text: str) -> str:
-    """Words alone, one space apart: other machines and versions have other figures."""
-    return " ".join(re.sub(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?|\b(inf|nan)\b", "#", text).split())
 
 
 def by_document() -> dict[str, list[Command]]:

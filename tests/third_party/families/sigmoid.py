@@ -142,7 +142,9 @@ FAMILIES = [
                           "moe_routed_scaling_factor": 2.7},
            spec=spec(_router(logit_softcap=1.5, scaling_factor=2.7), shared=WIDE), read=biased_with_shared,
            routing=triple, released=ReleasedNumerics(weight="model", scale_on="output")),
+    # Its bias is a buffer made with dtype=torch.float32, which loading leaves as it is.
     Family(module="lfm2_moe", config="Lfm2MoeConfig", block="Lfm2MoeSparseMoeBlock", options=MOE, routing=triple,
+           kept=("expert_bias",),
            spec=spec(_router(renormalize_epsilon=1e-6)), read=_on_block("expert_bias"),
            released=ReleasedNumerics(score="model", weight="model")),
     Family(module="llama4", config="Llama4TextConfig", block="Llama4TextMoe", router="router", fan_in=-2,
