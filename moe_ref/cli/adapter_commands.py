@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from moe_ref.tiers.tiers import PlannedCase
 
 LEFT_OUT = "left_out.json"
+EXPECTATIONS = Path("ci/expectations")
 
 
 @click.group("adapters")
@@ -52,24 +53,29 @@ def list_command(as_json: bool) -> int:
 @click.option("--case", "case_ids", multiple=True, help="A case of the tier; may be given several times.")
 @click.option("--deadline", type=float, default=math.inf,
               help="Seconds after which no further case is started, those of all adapters together.")
+@click.option("--expectations", type=click.Path(path_type=Path, file_okay=False), default=EXPECTATIONS,
+              show_default=True, help="Folder of expectations files, <adapter>.yaml each.")
 @click.option("--minimum", type=click.IntRange(0), default=1, show_default=True,
               help="Adapters that must run at least.")
 def run_command(record: Path, only: tuple[str, ...], device: str, lanes: int, case_ids: tuple[str, ...],
-                deadline: float, minimum: int) -> int:
+                deadline: float, expectations: Path, minimum: int) -> int:
     """Judge every adapter that has what it needs on the tier conformance; the others are counted, with the reason."""
     from moe_ref.cli.verify_commands import run_and_tell
+    from moe_ref.expectations.load import load_expectations
     from moe_ref.verify.run.environment import default_device
     from moe_ref.verify.run.run import Plan
     chosen, device = _chosen(only), default_device() if device == "auto" else device
     left_out, codes, end = {}, {}, time.monotonic() + deadline
     shared = Plan(implementation="", cases=_cases(case_ids), tier="conformance", minimum_executed=1, device=device,
-                  lanes=lanes, resume=True, lane=os.environ.get("MOE_LANE", ""))
+                  lanes=lanes, resume=True, whole=not case_ids, lane=os.environ.get("MOE_LANE", ""))
     for one in chosen:
         reason = one.lacking() or ("" if device in one.devices else f"runs on {'+'.join(one.devices)} only")
         if reason:
             left_out[one.name] = reason
             continue
+        file = expectations / f"{one.name}.yaml"
         codes[one.name] = run_and_tell(replace(shared, implementation=one.name, record=record / one.name,
+                                               expectations=load_expectations(file, one.name) if file.exists() else None,
                                                deadline=max(0.0, end - time.monotonic())))
     record.mkdir(parents=True, exist_ok=True)
     (record / LEFT_OUT).write_text(json.dumps(left_out, indent=1) + "\n")
