@@ -74,8 +74,9 @@ def run_command(record: Path, only: tuple[str, ...], device: str, lanes: int, ca
             left_out[one.name] = reason
             continue
         file = expectations / f"{one.name}.yaml"
+        expected = load_expectations(file, one.name) if file.exists() else None
         codes[one.name] = run_and_tell(replace(shared, implementation=one.name, record=record / one.name,
-                                               expectations=load_expectations(file, one.name) if file.exists() else None,
+                                               expectations=expected,
                                                deadline=max(0.0, end - time.monotonic())))
     record.mkdir(parents=True, exist_ok=True)
     (record / LEFT_OUT).write_text(json.dumps(left_out, indent=1) + "\n")
