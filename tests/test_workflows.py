@@ -315,11 +315,12 @@ def test_the_action_runs_no_text_of_an_input(tmp_path: Path) -> None:
     hostile = "--help; touch $(touch hurt) `touch hurt`"
     subprocess.run(["bash", str(ROOT / "ci" / "action")], cwd=tmp_path, check=True, env={
         "PATH": os.environ["PATH"], "MOE_PYTHON": str(stub), "MOE_IMPLEMENTATION": hostile,
-        "MOE_TIER": "", "MOE_CASES": "v1-a v1-* ;", "MOE_TP": "1,2", "MOE_MINIMUM": "3 --json", "MOE_DEVICE": "cpu"})
+        "MOE_TIER": "", "MOE_CASES": "v1-a v1-* ;", "MOE_TP": "1,2", "MOE_MINIMUM": "3 --json", "MOE_DEVICE": "cpu",
+        "MOE_EXPECT": "an expectation.yaml"})
     assert {path.name for path in tmp_path.iterdir()} == {"python", "calls"}
     assert json.loads((tmp_path / "calls").read_text()) == [
         "-m", "moe_ref", "verify", "--record", "runs/moe-ref", "--device=cpu", "--tp=1,2", "--minimum=3 --json",
-        "--case=v1-a", "--case=v1-*", "--case=;", "--", hostile]
+        "--expect=an expectation.yaml", "--case=v1-a", "--case=v1-*", "--case=;", "--", hostile]
 
 
 def script(name: str) -> ModuleType:
