@@ -47,6 +47,12 @@ ADAPTERS: tuple[Adapter, ...] = (
     Adapter(name="transformers.batched_mm", target="moe_ref.adapters.transformers_blocks.subjects:BATCHED_MM",
             libraries=(TRANSFORMERS,), what="blocks of transformers, the matrices of every slot gathered",
             kernels="torch", lineage="transformers"),
+    Adapter(name="transformers.tp_plan", target="moe_ref.adapters.transformers_blocks.plans:TP_PLAN",
+            libraries=(TRANSFORMERS,), what="blocks of transformers that its tensor-parallel plan has sharded",
+            kernels="torch", lineage="transformers", devices=("cpu",)),
+    Adapter(name="transformers.ep_plan", target="moe_ref.adapters.transformers_blocks.plans:EP_PLAN",
+            libraries=(TRANSFORMERS,), what="blocks of transformers that its expert-parallel plan has sharded",
+            kernels="torch", lineage="transformers", devices=("cpu",)),
 )
 
 

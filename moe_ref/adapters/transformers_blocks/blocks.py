@@ -3,6 +3,7 @@
 import copy
 import importlib
 import os
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -28,18 +29,28 @@ def served_family(spec: MoESpec) -> Family:
 @cache
 def build(spec: MoESpec, columns: int, shared_columns: int, backend: str) -> nn.Module:
     """On the meta device, in evaluation mode, for a rank's share of the intermediate sizes."""
-    family = served_family(spec)
-    home = f"transformers.models.{family.module}"
     config = configuration(spec, columns)
     config._experts_implementation = backend
-    modeling = importlib.import_module(f"{home}.modeling_{family.module}")
-    with torch.device("meta"):
-        block = getattr(modeling, family.block)(config)
-        if family.shared is not None:
-            # Its class takes the width; the block derives one that a rank's share may not be a multiple of.
-            shared = type(block.get_submodule(family.shared))
-            setattr(block, family.shared, shared(config, intermediate_size=shared_columns))
-    return block.eval()
+    return block_class(spec)(config, shared_columns)
+
+
+def block_class(spec: MoESpec) -> Callable[[Any, int], nn.Module]:
+    """Makes the family's block on the meta device from a configuration and the width of the shared expert.
+
+    The shared expert's class takes its width; the block would derive one that a rank's share may not be a multiple of.
+    """
+    family = served_family(spec)
+    modeling = importlib.import_module(f"transformers.models.{family.module}.modeling_{family.module}")
+
+    def make(config: Any, shared_columns: int) -> nn.Module:
+        with torch.device("meta"):
+            block = getattr(modeling, family.block)(config)
+            if family.shared is not None:
+                shared = type(block.get_submodule(family.shared))
+                setattr(block, family.shared, shared(config, intermediate_size=shared_columns))
+        return block.eval()
+
+    return make
 
 
 def configuration(spec: MoESpec, columns: int) -> Any:
@@ -50,11 +61,11 @@ def configuration(spec: MoESpec, columns: int) -> Any:
 
 
 @cache
-def logits_gate(spec: MoESpec, columns: int) -> nn.Module:
+def logits_gate(spec: MoESpec) -> nn.Module:
     """The same router for tokens that are logits: with the identity as its weight, it goes on from the logits."""
     family = served_family(spec)
-    config = copy.copy(configuration(spec, columns))
+    config = copy.copy(configuration(spec, spec.intermediate_size))
     config.hidden_size = spec.num_experts
-    gate = type(build(spec, columns, 1, "eager").get_submodule(family.gate))
+    gate = type(build(spec, spec.intermediate_size, 1, "eager").get_submodule(family.gate))
     with torch.device("meta"):
         return gate(config).eval()

@@ -44,18 +44,14 @@ class BlockLayer:
         columns = weights.w13_EGIH.shape[2]
         wide = 1 if weights.shared_w2_HI is None else weights.shared_w2_HI.shape[1]
         block = build(spec, columns, wide, self.backend)
-        tokens_TH = enter(x_TH, tp)
-        with replaced_routing(block, family, x_TH.dtype) as gate:
-            if logits_TE is not None:
-                gate.output = _from_logits(logits_TE if tp.size == 1 else enter(logits_TE, tp), held, family, spec,
-                                           columns, x_TH.dtype)
-            elif routing is not None:
-                gate.output = _sentinels(routing, spec.num_experts, family.rounded(family.weights, x_TH.dtype))
-            with expert_parallel(block, routing is not None):
-                output = functional_call(block, parameters_of(held, family, block), (tokens_TH[None],))
+        logits_TE = None if logits_TE is None else enter(logits_TE, tp)
+        given = given_routing(logits_TE, routing, held, family, spec, x_TH.dtype)
+        with replaced_routing(block, family, given) as gate, expert_parallel(block, routing is not None):
+            output = functional_call(block, parameters_of(held, family), (enter(x_TH, tp)[None],))
         merged_TH = (output[0] if isinstance(output, tuple) else output).reshape(x_TH.shape)
         if trace is not None:
-            _record(trace, gate.seen, merged_TH, spec, routing)
+            record(trace, gate.seen, spec, routing)
+            trace.record(Stage.MERGED, merged_TH)
         y_TH = leave(merged_TH, tp)
         return y_TH if residual_TH is None else y_TH + residual_TH
 
@@ -71,19 +67,18 @@ def entered(weights: MoEWeights, tp: Comm) -> MoEWeights:
 
 @dataclass
 class Gate:
-    """What a router gave, and what takes its place."""
+    """What a router gave, or what took its place."""
 
     seen: Any = None
-    output: Any = None
 
 
 @contextmanager
-def replaced_routing(block: nn.Module, family: Family, dtype: torch.dtype) -> Iterator[Gate]:
-    """While the context lasts the router's output is seen, and is `output` where that is set."""
+def replaced_routing(block: nn.Module, family: Family, given: Any) -> Iterator[Gate]:
+    """While the context lasts the router's output is seen, and is `given` where that is not None."""
     gate = Gate()
 
     def hook(module: nn.Module, inputs: object, output: Any) -> Any:
-        gate.seen = output if gate.output is None else gate.output
+        gate.seen = output if given is None else given
         return gate.seen
 
     handle = block.get_submodule(family.gate).register_forward_hook(hook)
@@ -93,7 +88,17 @@ def replaced_routing(block: nn.Module, family: Family, dtype: torch.dtype) -> It
         handle.remove()
 
 
-def _from_logits(logits_TE: torch.Tensor, weights: MoEWeights, family: Family, spec: MoESpec, columns: int,
+def given_routing(logits_TE: torch.Tensor | None, routing: Routing | None, weights: MoEWeights, family: Family,
+                  spec: MoESpec, dtype: torch.dtype) -> Any:
+    """What the router would hand over for injected logits or an injected routing; None without."""
+    if logits_TE is not None:
+        return _from_logits(logits_TE, weights, family, spec, dtype)
+    if routing is not None:
+        return _sentinels(routing, spec.num_experts, family.rounded(family.weights, dtype))
+    return None
+
+
+def _from_logits(logits_TE: torch.Tensor, weights: MoEWeights, family: Family, spec: MoESpec,
                  dtype: torch.dtype) -> Any:
     """The router's own output for these logits: the identity times logits is exact, and its bias is in them already."""
     given_TE = logits_TE.to(family.rounded(family.logits, dtype))
@@ -101,7 +106,7 @@ def _from_logits(logits_TE: torch.Tensor, weights: MoEWeights, family: Family, s
     bias_E = None if weights.router_bias_E is None else torch.zeros_like(weights.router_bias_E, dtype=given_TE.dtype)
     held = gate_parameters(replace(weights, router_EH=router_EE, router_bias_E=bias_E), family)
     named = {name.removeprefix(f"{family.gate}."): tensor for name, tensor in held.items()}
-    return functional_call(logits_gate(spec, columns), named, (given_TE,))
+    return functional_call(logits_gate(spec), named, (given_TE,))
 
 
 def _sentinels(routing: Routing, num_experts: int, dtype: torch.dtype) -> tuple[torch.Tensor | None, ...]:
@@ -129,7 +134,7 @@ def expert_parallel(block: nn.Module, on: bool) -> Iterator[None]:
         experts._is_expert_parallel = before  # type: ignore[assignment]
 
 
-def _record(trace: Trace, seen: Any, merged_TH: torch.Tensor, spec: MoESpec, routing: Routing | None) -> None:
+def record(trace: Trace, seen: Any, spec: MoESpec, routing: Routing | None) -> None:
     """Logits, ids and weights as the experts were handed them; an injected routing as it was given."""
     if routing is not None:
         trace.record(Stage.IDS, routing.ids_TK)
@@ -143,4 +148,3 @@ def _record(trace: Trace, seen: Any, merged_TH: torch.Tensor, spec: MoESpec, rou
         trace.record(Stage.LOGITS, logits_TE)
         trace.record(Stage.IDS, ids_TK)
         trace.record(Stage.WEIGHTS, weights_TK)
-    trace.record(Stage.MERGED, merged_TH)

@@ -1,7 +1,6 @@
 """The contract's weights under the names and in the layouts of a block's parameters, as differentiable views or copies."""
 
 import torch
-from torch import nn
 
 from moe_ref.adapters.transformers_blocks.family import Family
 from moe_ref.contract.weights import MoEWeights
@@ -9,8 +8,8 @@ from moe_ref.contract.weights import MoEWeights
 Tensors = dict[str, torch.Tensor]
 
 
-def parameters_of(weights: MoEWeights, family: Family, block: nn.Module) -> Tensors:
-    """Every parameter and buffer of `block` by name; KeyError words for what stays without a value are the caller's."""
+def parameters_of(weights: MoEWeights, family: Family) -> Tensors:
+    """Every parameter and buffer of the family's block by name."""
     found = {f"experts.{name}": tensor for name, tensor in _EXPERTS[family.experts](weights).items()}
     found |= gate_parameters(weights, family)
     if family.shared is not None:
