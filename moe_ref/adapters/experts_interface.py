@@ -1,8 +1,8 @@
 """Our experts inside whole models of transformers: `register` a function, then `model.set_experts_implementation`.
 
-transformers 5.23 hands its experts modules to the registered function, with tokens, ids and weights that the model's own
-router made. What a module computes is read from it; a gate that is not in the list below is refused, since parameters
-alone do not tell a clamped SwiGLU from a plain one.
+transformers 5.23 hands its experts modules to the registered function, with tokens, ids and weights that the model's
+own router made. What a module computes is read from it; a gate that is not in the list below is refused, since
+parameters alone do not tell a clamped SwiGLU from a plain one.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,14 +16,15 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moe_ref.adapters.transformers_blocks.family import ACTIVATIONS
 from moe_ref.contract.errors import UsageTypeError, UsageValueError
 from moe_ref.contract.routing import Routing
-from moe_ref.contract.spec import MLP, MoESpec, Router
+from moe_ref.contract.spec import MLP, Activation, MoESpec, Router
 from moe_ref.contract.weights import MoEWeights
 
 
 class ExpertsFunction(Protocol):
     """moe_ref.experts, moe_fast.experts, or what is called alike."""
 
-    def __call__(self, x_TH: torch.Tensor, routing: Routing, weights: MoEWeights, spec: MoESpec, /) -> torch.Tensor: ...
+    def __call__(self, x_TH: torch.Tensor, routing: Routing, weights: MoEWeights, spec: MoESpec,
+                 /) -> torch.Tensor: ...
 
 
 def register(name: str, experts: ExpertsFunction) -> None:
@@ -50,8 +51,8 @@ _TAKEN = frozenset({"eager", *ALL_EXPERTS_FUNCTIONS.valid_keys()})
 def experts_weights(module: nn.Module) -> MoEWeights:
     """The module's parameters as the contract's, differentiable views of them; the router's place holds zeros.
 
-    By the marks of `use_experts_implementation`: with or without gate, transposed, gate and up one after the other or in
-    turns, with biases.
+    By the marks of `use_experts_implementation`: with or without gate, transposed, gate and up one after the other or
+    in turns, with biases.
     """
     held: Any = module
     w13_ENH = held.gate_up_proj if held.has_gate else held.up_proj
@@ -97,7 +98,7 @@ def _mlp(module: Any) -> MLP:
     return MLP(**{"bias": module.has_bias} | known(module, whose))
 
 
-def _activation(module: Any, whose: str) -> str:
+def _activation(module: Any, whose: str) -> Activation:
     """Our word for the module's act_fn, by its class."""
     found = type(module.act_fn)
     for word, name in ACTIVATIONS.items():

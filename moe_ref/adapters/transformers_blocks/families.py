@@ -2,20 +2,21 @@
 
 Rounding, read in transformers 5.23: the routers of Mixtral, Qwen, OLMoE and gpt-oss multiply in the model's dtype,
 those of DeepSeek and Nemotron-H in fp32; Mixtral, DeepSeek and Nemotron-H hand over fp32 weights, the others convert
-them to the model's dtype. `eager` rounds each weighted row (`.to(final_hidden_states.dtype)`) and adds up in the model's
-dtype (`index_add_`). grouped_mm and batched_mm multiply by the weight, which rounds where the weight is in the model's
-dtype, and add up in fp32 (`weighted_out.view(...).sum(dim=1)`); what a shared expert is added to was stored before.
+them to the model's dtype. `eager` rounds each weighted row (`.to(final_hidden_states.dtype)`) and adds up in the
+model's dtype (`index_add_`). grouped_mm and batched_mm multiply by the weight, which rounds where the weight is in the
+model's dtype, and add up in fp32 (`weighted_out.view(...).sum(dim=1)`); what a shared expert is added to was stored
+before. A contract has one word for every rounding in the merge, so `one_sum` is for blocks without any.
 """
 
 from dataclasses import replace
 from typing import Any
 
-from moe_ref.adapters.transformers_blocks.family import Family, hidden_act
+from moe_ref.adapters.transformers_blocks.family import Family, Options, hidden_act
 from moe_ref.contract.features import GATED_SHARED_EXPERT, NOT_RENORMALIZED, RENORMALIZED, Feature
-from moe_ref.contract.spec import MLP, MoESpec, Router, SharedExpert
+from moe_ref.contract.spec import MLP, MoESpec, Router, SharedExpert, SharedGate
 
 ALL_ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu_squared")
-V3 = {"score": "sigmoid", "selection_bias": "score", "renormalize": True, "renormalize_epsilon": 1e-20}
+V3: dict[str, Any] = {"score": "sigmoid", "selection_bias": "score", "renormalize": True, "renormalize_epsilon": 1e-20}
 
 
 def _router(spec: MoESpec, **options: Any) -> Router:
@@ -31,11 +32,11 @@ def _plain(spec: MoESpec) -> MoESpec:
                    experts=MLP(activation=spec.experts.activation))
 
 
-def _with_shared(spec: MoESpec, gate: str = "none") -> SharedExpert:
+def _with_shared(spec: MoESpec, gate: SharedGate = "none") -> SharedExpert:
     """A shared expert of the same activation as the experts."""
     assert spec.shared is not None
     mlp = MLP(activation=spec.experts.activation, gated=spec.experts.gated)
-    return SharedExpert(intermediate_size=spec.shared.intermediate_size, mlp=mlp, gate=gate)  # type: ignore[arg-type]
+    return SharedExpert(intermediate_size=spec.shared.intermediate_size, mlp=mlp, gate=gate)
 
 
 def _groups(spec: MoESpec) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def _nemotron_h(spec: MoESpec) -> MoESpec:
     return replace(_plain(spec), router=_v3_router(spec), experts=mlp, shared=_with_shared(spec))
 
 
-def _sizes(experts: str, intermediate: str) -> Any:
+def _sizes(experts: str, intermediate: str) -> Options:
     """The four sizes and the activation under the names of a configuration class."""
     def options(spec: MoESpec, columns: int) -> dict[str, Any]:
         return {"hidden_size": spec.hidden_size, intermediate: columns, experts: spec.num_experts,
@@ -81,7 +82,8 @@ def _sizes(experts: str, intermediate: str) -> Any:
     return options
 
 
-def _renormalized(experts: str, intermediate: str) -> Any:
+def _renormalized(experts: str, intermediate: str) -> Options:
+    """And whether weights are renormalised."""
     def options(spec: MoESpec, columns: int) -> dict[str, Any]:
         assert spec.router is not None
         return _sizes(experts, intermediate)(spec, columns) | {"norm_topk_prob": spec.router.renormalize}
@@ -111,7 +113,7 @@ def _limited(spec: MoESpec, columns: int) -> dict[str, Any]:
 
 
 LOCAL = _sizes("num_local_experts", "intermediate_size")
-PRECISE = {"logits": "fp32", "weights": "fp32", "shared": "shared_experts"}
+PRECISE: dict[str, Any] = {"logits": "fp32", "weights": "fp32", "shared": "shared_experts"}
 SWIGLU_OAI = (Feature.LOGIT_BIAS, Feature.MLP_BIAS, Feature.LIMIT, Feature.SCALED_SWIGLU)
 
 FAMILIES: tuple[Family, ...] = (
@@ -126,10 +128,10 @@ FAMILIES: tuple[Family, ...] = (
            shared_gate="shared_expert_gate", features=(Feature.SHARED_EXPERT,), needs=(GATED_SHARED_EXPERT,)),
     Family(module="deepseek_v2", config="DeepseekV2Config", block="DeepseekV2Moe", options=_grouped_v2, wanted=_v2,
            features=(Feature.GROUPS, Feature.GROUP_FILL_ZERO, Feature.SHARED_EXPERT),
-           needs=(NOT_RENORMALIZED, Feature.GROUPS, Feature.SHARED_EXPERT), **PRECISE),  # type: ignore[arg-type]
+           needs=(NOT_RENORMALIZED, Feature.GROUPS, Feature.SHARED_EXPERT), **PRECISE),
     Family(module="deepseek_v3", config="DeepseekV3Config", block="DeepseekV3MoE", options=_grouped, wanted=_v3,
            scores=("sigmoid",), features=(Feature.GROUPS, Feature.SELECTION_BIAS, Feature.SHARED_EXPERT),
-           needs=(RENORMALIZED, Feature.SELECTION_BIAS, Feature.SHARED_EXPERT), **PRECISE),  # type: ignore[arg-type]
+           needs=(RENORMALIZED, Feature.SELECTION_BIAS, Feature.SHARED_EXPERT), **PRECISE),
     Family(module="gpt_oss", config="GptOssConfig", block="GptOssMLP", options=_limited, wanted=_gpt_oss,
            experts="interleaved", gate="router", features=SWIGLU_OAI, needs=(RENORMALIZED, *SWIGLU_OAI)),
     # No class of exchangeable experts: it has one way to compute, which is eager's.
@@ -141,7 +143,7 @@ FAMILIES: tuple[Family, ...] = (
            wanted=_nemotron_h, experts="ungated", scores=("sigmoid",), activations=("relu_squared", "silu", "relu"),
            features=(Feature.NOT_GATED, Feature.SELECTION_BIAS, Feature.GROUPS, Feature.SHARED_EXPERT),
            needs=(RENORMALIZED, Feature.NOT_GATED, Feature.SELECTION_BIAS, Feature.SHARED_EXPERT),
-           **PRECISE),  # type: ignore[arg-type]
+           **PRECISE),
 )
 
 

@@ -8,14 +8,16 @@ import torch
 
 from moe_ref.contract.capabilities import Capabilities, Numerics
 from moe_ref.contract.features import Feature
-from moe_ref.contract.spec import MLP, MoESpec
+from moe_ref.contract.spec import MLP, Activation, MoESpec
 from moe_ref.contract.vocabulary import Direction, Dtype, Format, Ranks, Stage
 
 Backend = Literal["eager", "grouped_mm", "batched_mm"]
 Experts = Literal["stacked", "ungated", "transposed", "interleaved"]
 At = Literal["model", "fp32"]
+Options = Callable[[MoESpec, int], dict[str, Any]]
+"""Options of a configuration class, for a spec and a rank's share of its intermediate size."""
 
-ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu",
+ACTIVATIONS: dict[Activation, str] = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu",
                "relu_squared": "relu2"}
 """Our words and transformers' for the same functions."""
 
@@ -25,7 +27,7 @@ class Family:
     """One architecture.
 
     module, config, block: transformers.models.<module>, its configuration and the class that runs
-    options:      of the configuration, for a spec and this rank's share of its intermediate size
+    options:      of the configuration
     wanted:       the spec as the block computes it; what differs from the one that is asked for is refused
     experts:      how gate and up are stored: "stacked" (E, 2I, H), "ungated" up alone, "transposed" (E, H, 2I),
                   "interleaved" the same with gate and up in turns, and biases
@@ -37,7 +39,7 @@ class Family:
     module: str
     config: str
     block: str
-    options: Callable[[MoESpec, int], dict[str, Any]]
+    options: Options
     wanted: Callable[[MoESpec], MoESpec]
     experts: Experts = "stacked"
     gate: str = "gate"
@@ -63,15 +65,13 @@ class Family:
         return Numerics(storage=storage | dict.fromkeys(rows, model), activation=model, reduce=model,
                         weight_at="merge", merge=None if backend in self.one_sum else model)
 
-    def capabilities(self, name: str, version: str, backend: Backend, **others: Any) -> Capabilities:
-        """Its part of what an implementation declares; others: fields that are not those of a single rank."""
-        declared = {"stages": (Stage.LOGITS, Stage.IDS, Stage.WEIGHTS, Stage.MERGED), "max_tp": 64,
-                    "ranks": (Ranks.LOCAL, Ranks.GLOO), "collectives_through_groups": True,
-                    "directions": tuple(Direction), "injected_routing": self.injected_routing}
-        return Capabilities(name=name, version=version,
-                            numerics={dtype: self.numerics(dtype, backend) for dtype in Dtype},
-                            scores=self.scores, activations=self.activations,
-                            features=(Feature.RESIDUAL, *self.features), needs=self.needs, **(declared | others))
+    def capabilities(self, name: str, version: str, backend: Backend) -> Capabilities:
+        """Its part of what an implementation declares whose ranks' blocks are of their share of the columns."""
+        return Capabilities(name=name, version=version, stages=(Stage.LOGITS, Stage.IDS, Stage.WEIGHTS, Stage.MERGED),
+                            numerics={dtype: self.numerics(dtype, backend) for dtype in Dtype}, max_tp=64,
+                            ranks=(Ranks.LOCAL, Ranks.GLOO), scores=self.scores, activations=self.activations,
+                            features=(Feature.RESIDUAL, *self.features), needs=self.needs, directions=tuple(Direction),
+                            injected_routing=self.injected_routing, collectives_through_groups=True)
 
     def rounded(self, at: At, model: torch.dtype) -> torch.dtype:
         """The dtype of a place that is in the model's or in fp32."""

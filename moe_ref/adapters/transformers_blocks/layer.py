@@ -1,7 +1,7 @@
 """A layer that is a block of transformers: its own router, experts and merge; the ranks' sum after it.
 
-transformers 5.23. Translated: the names and layouts of parameters; ids that name no expert, see `_sentinels`. With tensor
-parallelism every rank runs a block of its share of the columns, and one all-reduce follows.
+transformers 5.23. Translated: the names and layouts of parameters; ids that name no expert, see `_sentinels`. With
+tensor parallelism every rank runs a block of its share of the columns, and one all-reduce follows.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The contract's weights under the names and in the layouts of a block's parameters, as differentiable views or copies."""
+"""The contract's weights under the names and in the layouts of a block's parameters: differentiable views or copies."""
 
 import torch
 
@@ -13,7 +13,8 @@ def parameters_of(weights: MoEWeights, family: Family) -> Tensors:
     found = {f"experts.{name}": tensor for name, tensor in _EXPERTS[family.experts](weights).items()}
     found |= gate_parameters(weights, family)
     if family.shared is not None:
-        assert weights.shared_w13_GIH is not None and weights.shared_w2_HI is not None
+        assert weights.shared_w13_GIH is not None
+        assert weights.shared_w2_HI is not None
         projections = ("up_proj",) if family.experts == "ungated" else ("gate_proj", "up_proj")
         found |= {f"{family.shared}.{name}.weight": tensor
                   for name, tensor in zip(projections, weights.shared_w13_GIH, strict=True)}
@@ -52,7 +53,8 @@ def _transposed(weights: MoEWeights) -> Tensors:
 
 def _interleaved(weights: MoEWeights) -> Tensors:
     """(E, H, 2I) with gate and up in turns, and biases (E, 2I) and (E, H)."""
-    assert weights.w13_bias_EGI is not None and weights.w2_bias_EH is not None
+    assert weights.w13_bias_EGI is not None
+    assert weights.w2_bias_EH is not None
     return {"gate_up_proj": weights.w13_EGIH.permute(0, 3, 2, 1).flatten(2),
             "gate_up_proj_bias": weights.w13_bias_EGI.transpose(1, 2).flatten(1),
             "down_proj": weights.w2_EHI.transpose(1, 2).contiguous(), "down_proj_bias": weights.w2_bias_EH}

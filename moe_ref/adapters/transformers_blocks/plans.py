@@ -1,9 +1,9 @@
 """transformers' own tensor and expert parallelism: its plans shard a whole block over the ranks' process group.
 
-transformers 5.23: `apply_tensor_parallelism`, `apply_expert_parallelism` and the plans of the configuration classes, with
-the default experts (grouped_mm). The whole parameters are put together from the ranks' shards, which is the adapter's
-doing and is not counted; what is cut, sent and added up after that is theirs. Ranks are process ranks, since their code
-calls torch.distributed: `--ranks gloo`.
+transformers 5.23: `apply_tensor_parallelism`, `apply_expert_parallelism` and the plans of the configuration classes,
+with the default experts (grouped_mm). The whole parameters are put together from the ranks' shards, which is the
+adapter's doing and is not counted; what is cut, sent and added up after that is theirs. Ranks are process ranks, since
+their code calls torch.distributed: `--ranks gloo`.
 """
 
 from collections.abc import Mapping
@@ -172,15 +172,16 @@ def _by_our_names(whole: MoEWeights, found: Mapping[str, torch.Tensor], call: _C
             for field in fields(leaves) if (leaf := getattr(leaves, field.name)) is not None and leaf.grad is not None}
 
 
-def _layer(plan: Plan, modules: tuple[str, ...], **degrees: int) -> PlanLayer:
-    first, *others = (family.capabilities(f"transformers.{plan}_plan", transformers.__version__, "grouped_mm",
-                                          stages=(Stage.LOGITS, Stage.IDS, Stage.WEIGHTS), ranks=(Ranks.GLOO,),
-                                          collectives_through_groups=False, **({"max_tp": 1} | degrees))
+def _layer(plan: Plan, modules: tuple[str, ...], max_tp: int, max_ep: int) -> PlanLayer:
+    """One declaration per block; a rank's own sum is inside of theirs, so that only the output shows it."""
+    first, *others = (replace(family.capabilities(f"transformers.{plan}_plan", transformers.__version__, "grouped_mm"),
+                              stages=(Stage.LOGITS, Stage.IDS, Stage.WEIGHTS), ranks=(Ranks.GLOO,), devices=("cpu",),
+                              collectives_through_groups=False, max_tp=max_tp, max_ep=max_ep)
                       for family in FAMILIES if family.module in modules)
     return PlanLayer(replace(first, others=tuple(others)), plan)
 
 
 SHARED = ("qwen2_moe", "deepseek_v2", "deepseek_v3", "nemotron_h")
 # gpt_oss has no tensor-parallel rule for its experts, llama4 no expert-parallel plan.
-TP_PLAN = _layer("tp", ("mixtral", "olmoe", "llama4", *SHARED), max_tp=64)
-EP_PLAN = _layer("ep", ("mixtral", "olmoe", "gpt_oss", *SHARED), max_ep=64)
+TP_PLAN = _layer("tp", ("mixtral", "olmoe", "llama4", *SHARED), max_tp=64, max_ep=1)
+EP_PLAN = _layer("ep", ("mixtral", "olmoe", "gpt_oss", *SHARED), max_tp=1, max_ep=64)
