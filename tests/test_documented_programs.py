@@ -1,6 +1,7 @@
 """Python that documents show: what it imports exists, and what needs no other machine runs as it stands."""
 
 import ast
+import os
 import threading
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -30,7 +31,14 @@ def imports(block: Block) -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize("block", PROGRAMS, ids=lambda block: block.place)
 def test_what_is_imported_exists(block: Block) -> None:
     """A name that was renamed sends its reader astray."""
+    skip_without_transformers(block.text)
     assert [f"{module}.{one}" for module, one in imports(block) if not hasattr(import_module(module), one)] == []
+
+
+def skip_without_transformers(text: str) -> None:
+    """Skips a program of transformers where a run does without, with the run's reason."""
+    if (reason := os.environ.get("MOE_REF_WITHOUT_TRANSFORMERS")) and "from transformers import" in text:
+        pytest.skip(f"MOE_REF_WITHOUT_TRANSFORMERS: {reason}")
 
 
 def program(document: str, word: str) -> str:
@@ -115,6 +123,14 @@ def test_a_program_under_torchrun(on_ranks: Callable[[int, str], list[dict[str, 
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert sorted(int(rank) for rank, _ in lines) == [0, 1, 2, 3]
     assert all(float(error) < 1e-12 for _, error in lines)
+
+
+def test_our_experts_in_a_whole_model(capsys: pytest.CaptureFixture[str]) -> None:
+    """A gradient arrives through moe_fast."""
+    text = program("docs/adapters.md", "set_experts_implementation")
+    skip_without_transformers(text)
+    run(text)
+    assert capsys.readouterr().out == "True\n"
 
 
 @pytest.mark.usefixtures("checkpoint")

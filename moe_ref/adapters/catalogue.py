@@ -33,10 +33,26 @@ class Adapter:
 
 TORCH = Library(distribution="torch", module="torch", least="2.11", below="2.14")
 TRITON = Library(distribution="triton", module="triton", least="3.6", below="3.9")
+TRANSFORMERS = Library(distribution="transformers", module="transformers", least="5.23", below="5.24")
 
 ADAPTERS: tuple[Adapter, ...] = (
     Adapter(name="torch.grouped_mm", target="moe_ref.adapters.torch_grouped:GROUPED_MM", libraries=(TORCH,),
             what="torch.nn.functional.grouped_mm, twice, with torch's silu between", kernels="own", lineage="torch"),
+    Adapter(name="transformers.eager", target="moe_ref.adapters.transformers_blocks.subjects:EAGER",
+            libraries=(TRANSFORMERS,), what="blocks of transformers, one expert after the other", kernels="torch",
+            lineage="transformers"),
+    Adapter(name="transformers.grouped_mm", target="moe_ref.adapters.transformers_blocks.subjects:GROUPED_MM",
+            libraries=(TRANSFORMERS,), what="blocks of transformers, its default experts", kernels="torch",
+            lineage="transformers"),
+    Adapter(name="transformers.batched_mm", target="moe_ref.adapters.transformers_blocks.subjects:BATCHED_MM",
+            libraries=(TRANSFORMERS,), what="blocks of transformers, the matrices of every slot gathered",
+            kernels="torch", lineage="transformers"),
+    Adapter(name="transformers.tp_plan", target="moe_ref.adapters.transformers_blocks.plans:TP_PLAN",
+            libraries=(TRANSFORMERS,), what="blocks of transformers that its tensor-parallel plan has sharded",
+            kernels="torch", lineage="transformers", devices=("cpu",)),
+    Adapter(name="transformers.ep_plan", target="moe_ref.adapters.transformers_blocks.plans:EP_PLAN",
+            libraries=(TRANSFORMERS,), what="blocks of transformers that its expert-parallel plan has sharded",
+            kernels="torch", lineage="transformers", devices=("cpu",)),
 )
 
 

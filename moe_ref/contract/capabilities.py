@@ -5,7 +5,7 @@ from typing import Literal
 
 from moe_ref.contract.case import Case
 from moe_ref.contract.exact import LONG_SUMS, NARROW
-from moe_ref.contract.features import Feature, features_of
+from moe_ref.contract.features import Feature, features_of, traits_of
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.vocabulary import (
     Data,
@@ -69,6 +69,9 @@ class Capabilities:
     injected_logits:             takes logits in place of those of its router, which all patterns but uniform need
     hidden_multiple:             hidden_size must be a multiple of it
     intermediate_multiple:       so must every tp rank's share of intermediate_size; above 1, none may be empty
+    needs:                       what a spec must have, as `traits_of` names it: a block may always renormalise
+    others:                      further declarations, for cases that those before refuse: a library of blocks of which
+                                 each rounds in its own way is one implementation; they promise what the first one does
     """
 
     name: str
@@ -98,9 +101,19 @@ class Capabilities:
     injected_logits: bool = True
     hidden_multiple: int = 1
     intermediate_multiple: int = 1
+    needs: tuple[str, ...] = ()
+    others: tuple["Capabilities", ...] = ()
+
+    def serving(self, case: Case, ranks: Ranks, device: str) -> "Capabilities":
+        """The declaration that `case` is judged by: the first that does not refuse it, or this one."""
+        return next((one for one in (self, *self.others) if one._refusal(case, ranks, device) is None), self)
 
     def refusal(self, case: Case, ranks: Ranks, device: str) -> str | None:
-        """Why `case` is not supported, or None when it is."""
+        """Why `case` is not supported, or None when it is; of several declarations the one that comes closest says."""
+        refusals = [one._refusal(case, ranks, device) for one in (self, *self.others)]
+        return None if None in refusals else min(filter(None, refusals), key=lambda refusal: refusal.count(","))
+
+    def _refusal(self, case: Case, ranks: Ranks, device: str) -> str | None:
         refused = [
             (case.problem.dtype not in self.numerics, f"dtype {case.problem.dtype}"),
             (case.direction not in self.directions, f"direction {case.direction}"),
@@ -117,7 +130,7 @@ class Capabilities:
             (case.problem.residual and Feature.RESIDUAL not in self.features, str(Feature.RESIDUAL)),
             *self._refused_exact(case), *self._refused_sizes(case),
         ]
-        reasons = [reason for refuses, reason in refused if refuses] + self.refused_mathematics(case.problem.spec)
+        reasons = [reason for refuses, reason in refused if refuses] + self._refused_mathematics(case.problem.spec)
         return "not declared: " + ", ".join(reasons) if reasons else None
 
     def _refused_exact(self, case: Case) -> list[tuple[bool, str]]:
@@ -143,9 +156,13 @@ class Capabilities:
                    f"{multiple}") for width in sorted(widths))]
 
     def refused_mathematics(self, spec: MoESpec) -> list[str]:
-        """What of a spec is not declared, in words."""
+        """What of a spec is not declared, in words; of several declarations by the one that comes closest."""
+        return min((one._refused_mathematics(spec) for one in (self, *self.others)), key=len)
+
+    def _refused_mathematics(self, spec: MoESpec) -> list[str]:
         activations = [spec.experts.activation] + ([spec.shared.mlp.activation] if spec.shared else [])
         reasons = [f"activation {name}" for name in dict.fromkeys(activations) if name not in self.activations]
         if spec.router and spec.router.score not in self.scores:
             reasons.append(f"score {spec.router.score}")
-        return reasons + sorted(str(feature) for feature in features_of(spec) - set(self.features))
+        reasons += sorted(str(feature) for feature in features_of(spec) - set(self.features))
+        return reasons + [f"a layer without {need}" for need in self.needs if need not in traits_of(spec)]

@@ -47,6 +47,21 @@ def features_of(spec: MoESpec) -> frozenset[Feature]:
     return frozenset(found)
 
 
+RENORMALIZED = "renormalised weights"
+NOT_RENORMALIZED = "weights that are not renormalised"
+GATED_SHARED_EXPERT = "a shared expert with a sigmoid gate"
+
+
+def traits_of(spec: MoESpec) -> frozenset[str]:
+    """What Capabilities.needs may name: the features of `spec`, and what every implementation is taken to know."""
+    traits = {str(feature) for feature in features_of(spec)}
+    if spec.router:
+        traits.add(RENORMALIZED if spec.router.renormalize else NOT_RENORMALIZED)
+    if spec.shared and spec.shared.gate == "sigmoid":
+        traits.add(GATED_SHARED_EXPERT)
+    return frozenset(traits)
+
+
 def _router_features(router: Router) -> dict[Feature, bool]:
     return {
         Feature.LOGIT_BIAS: router.logit_bias,

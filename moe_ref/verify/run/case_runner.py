@@ -89,9 +89,10 @@ class Pool(Protocol):
 
 def run_case(planned: PlannedCase, settings: RunSettings, pool: Pool) -> CaseLine:
     """The record line of one case; whatever goes wrong on our side becomes a harness_error, never a lost case."""
-    refusal = settings.capabilities.refusal(planned.case, planned.ranks.backend(settings.device), settings.device)
-    if refusal:
+    asked = planned.case, planned.ranks.backend(settings.device), settings.device
+    if refusal := settings.capabilities.refusal(*asked):
         return _line(planned, settings, Judgement(Verdict.UNSUPPORTED, refusal))
+    settings = replace(settings, capabilities=settings.capabilities.serving(*asked))
     if missing := missing_devices(planned, settings.device, settings.num_started):
         return _line(planned, settings, Judgement(Verdict.NOT_RUN, missing))
     request = Request(case=planned.case_id, ranks=planned.ranks, device=settings.device,
