@@ -33,10 +33,13 @@ class Adapter:
 
 TORCH = Library(distribution="torch", module="torch", least="2.11", below="2.14")
 TRITON = Library(distribution="triton", module="triton", least="3.6", below="3.9")
+LIGER = Library(distribution="liger-kernel", module="liger_kernel", least="0.8.5", below="0.9")
 
 ADAPTERS: tuple[Adapter, ...] = (
     Adapter(name="torch.grouped_mm", target="moe_ref.adapters.torch_grouped:GROUPED_MM", libraries=(TORCH,),
             what="torch.nn.functional.grouped_mm, twice, with torch's silu between", kernels="own", lineage="torch"),
+    Adapter(name="liger", target="moe_ref.adapters.liger:LAYER", libraries=(LIGER, TRITON),
+            what="Liger-Kernel's LigerFusedMoEFunction, forward and backward", kernels="own", lineage="liger"),
 )
 
 
