@@ -55,6 +55,8 @@ class ExpertsLayer:
         weights_TK = enter(chosen.weights_TK.float(), groups.tp)
         call = ExpertsCall(enter(x_TH, groups.tp), chosen.ids_TK.long(), weights_TK, weights, spec,
                            trace.record if trace is not None else lambda stage, tensor: None)
+        if Stage.LOGITS in self.CAPABILITIES.stages and routing is None and chosen.logits_TE is not None:
+            call.record(Stage.LOGITS, chosen.logits_TE.detach())
         call.record(Stage.IDS, call.ids_TK)
         call.record(Stage.WEIGHTS, weights_TK.detach())
         merged_TH = self.experts(call)

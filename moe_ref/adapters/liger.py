@@ -39,7 +39,7 @@ def experts(call: ExpertsCall):
 LAYER = ExpertsLayer(
     Capabilities(
         name="liger", version=version("liger-kernel"), numerics={dtype: _numerics(dtype) for dtype in Dtype},
-        stages=(Stage.IDS, Stage.WEIGHTS, Stage.MERGED), scores=("softmax", "sigmoid"), features=(Feature.RESIDUAL,),
+        stages=(Stage.LOGITS, Stage.IDS, Stage.WEIGHTS, Stage.MERGED), scores=("softmax", "sigmoid"), features=(Feature.RESIDUAL,),
         directions=tuple(Direction), max_tp=64, ranks=(Ranks.LOCAL, Ranks.GLOO), injected_routing=True,
         collectives_through_groups=True),
     experts)
