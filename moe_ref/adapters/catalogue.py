@@ -34,12 +34,15 @@ class Adapter:
 TORCH = Library(distribution="torch", module="torch", least="2.11", below="2.14")
 TRITON = Library(distribution="triton", module="triton", least="3.6", below="3.9")
 LIGER = Library(distribution="liger-kernel", module="liger_kernel", least="0.8.5", below="0.9")
+VLLM = Library(distribution="vllm", module="vllm", least="0.33", below="0.34")
 
 ADAPTERS: tuple[Adapter, ...] = (
     Adapter(name="torch.grouped_mm", target="moe_ref.adapters.torch_grouped:GROUPED_MM", libraries=(TORCH,),
             what="torch.nn.functional.grouped_mm, twice, with torch's silu between", kernels="own", lineage="torch"),
     Adapter(name="liger", target="moe_ref.adapters.liger:LAYER", libraries=(LIGER, TRITON),
             what="Liger-Kernel's LigerFusedMoEFunction, forward and backward", kernels="own", lineage="liger"),
+    Adapter(name="vllm.fused_moe", target="moe_ref.adapters.vllm_fused_moe:LAYER", libraries=(VLLM, TRITON),
+            what="vLLM's fused_experts_impl, its Triton kernel twice", kernels="own", lineage="vllm"),
 )
 
 

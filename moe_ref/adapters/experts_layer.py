@@ -1,13 +1,13 @@
 """A whole layer around a function of experts: routing before it, the ranks' sum after it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from moe_ref.adapters.routed import routed
 from moe_ref.contract.capabilities import Capabilities
-from moe_ref.contract.collectives import enter, leave
+from moe_ref.contract.collectives import enter, leave, once
 from moe_ref.contract.comm import Groups
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.routing import Routing
@@ -22,7 +22,7 @@ class ExpertsCall:
     """What a function of experts is handed.
 
     x_TH; ids_TK int64, every id in [0, E) or naming no expert; weights_TK fp32; weights: this tp rank's shard of all
-    experts, w13_EGIH and w2_EHI, and their biases. record: shows a stage (rows of the slots served, in (token, slot)
+    experts, w13_EGIH and w2_EHI, and their biases, that of w2 zero on all ranks but the first. record: shows a stage (rows of the slots served, in (token, slot)
     order) where there is a trace, else does nothing.
     """
 
@@ -53,6 +53,9 @@ class ExpertsLayer:
         groups = groups or Groups()
         chosen = routed(x_TH, weights, spec, routing, logits_TE)
         weights_TK = enter(chosen.weights_TK.float(), groups.tp)
+        if weights.w2_bias_EH is not None:
+            # Whole on every rank, and once in the sum over ranks.
+            weights = replace(weights, w2_bias_EH=once(enter(weights.w2_bias_EH, groups.tp), groups.tp.rank == 0))
         call = ExpertsCall(enter(x_TH, groups.tp), chosen.ids_TK.long(), weights_TK, weights, spec,
                            trace.record if trace is not None else lambda stage, tensor: None)
         if Stage.LOGITS in self.CAPABILITIES.stages and routing is None and chosen.logits_TE is not None:
