@@ -18,4 +18,4 @@ def aligned_rows(ids_TK: torch.Tensor, block: int, num_experts: int,
         slots.append(torch.nn.functional.pad(slot_R, (0, blocks * block - len(slot_R)), value=flat_S.numel()))
         experts += [expert] * blocks
     rows = torch.cat(slots).to(torch.int32)
-    return rows, torch.tensor(experts, dtype=torch.int32), rows.numel()
+    return rows, torch.tensor(experts, dtype=torch.int32, device=rows.device), rows.numel()

@@ -35,6 +35,7 @@ TORCH = Library(distribution="torch", module="torch", least="2.11", below="2.14"
 TRITON = Library(distribution="triton", module="triton", least="3.6", below="3.9")
 LIGER = Library(distribution="liger-kernel", module="liger_kernel", least="0.8.5", below="0.9")
 VLLM = Library(distribution="vllm", module="vllm", least="0.33", below="0.34")
+SGLANG = Library(distribution="sglang", module="sglang", least="0.5.23", below="0.6")
 
 ADAPTERS: tuple[Adapter, ...] = (
     Adapter(name="torch.grouped_mm", target="moe_ref.adapters.torch_grouped:GROUPED_MM", libraries=(TORCH,),
@@ -43,6 +44,15 @@ ADAPTERS: tuple[Adapter, ...] = (
             what="Liger-Kernel's LigerFusedMoEFunction, forward and backward", kernels="own", lineage="liger"),
     Adapter(name="vllm.fused_moe", target="moe_ref.adapters.vllm_fused_moe:LAYER", libraries=(VLLM, TRITON),
             what="vLLM's fused_experts_impl, its Triton kernel twice", kernels="own", lineage="vllm"),
+    Adapter(name="vllm.torch", target="moe_ref.adapters.vllm_torch:LAYER", libraries=(VLLM, TRITON),
+            what="vLLM's reference, NaiveBatchedExperts", kernels="torch", lineage="vllm.torch"),
+    Adapter(name="sglang.fused_moe", target="moe_ref.adapters.sglang_fused_moe:LAYER", libraries=(SGLANG, TRITON),
+            what="SGLang's fused_experts_impl, its Triton kernel twice", kernels="own", lineage="vllm"),
+    Adapter(name="sglang.torch", target="moe_ref.adapters.sglang_torch:LAYER", libraries=(SGLANG, TRITON),
+            what="SGLang's moe_forward_native", kernels="torch", lineage="sglang.torch"),
+    Adapter(name="triton_kernels.torch", target="moe_ref.adapters.triton_kernels_torch:LAYER", libraries=(VLLM, TRITON),
+            what="OpenAI's references routing_torch, matmul_ogs_torch, swiglu_torch", kernels="torch",
+            lineage="triton_kernels"),
 )
 
 

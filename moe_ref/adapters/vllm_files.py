@@ -89,3 +89,34 @@ def _default_config(module: ModuleType) -> Callable[..., dict[str, int]]:
         return module.get_default_config(M, w2_shape[0], w2_shape[2], w1_shape[2], top_k, dtype, block_shape)
 
     return config
+
+
+def naive() -> SimpleNamespace:
+    """The reference in three functions, `prepare`, `experts` and `reduce`, methods of classes made without their base."""
+    kernel = {"ExpertTokensMetadata": SimpleNamespace, **{name: type(name, (), {}) for name in (
+            "FusedMoEExpertsModular", "FusedMoEPrepareAndFinalizeModular", "TopKWeightAndReduce")},
+        **absent("FusedMoEActivationFormat", "PrepareResultType")}
+    reduce = load(f"{_MOE}.topk_weight_and_reduce", {"vllm._custom_ops": {}, f"{_MOE}.modular_kernel": kernel})
+    reductions = {name: getattr(reduce, name) for name in
+                  ("TopKWeightAndReduceDelegate", "TopKWeightAndReduceNaiveBatched")}
+    config = absent("FusedMoEConfig", "FusedMoEParallelConfig", "FusedMoEQuantConfig")
+    prepare = load(f"{_MOE}.prepare_finalize.batched", {
+        f"{_MOE}.modular_kernel": kernel, f"{_MOE}.config": config, f"{_MOE}.topk_weight_and_reduce": reductions,
+        f"{_MOE}.utils": {"normalize_scales_shape": lambda scales: scales, **absent("moe_kernel_quantize_input")}})
+    batched = load(f"{_MOE}.experts.fused_batched_moe", {
+        **_COMMON, f"{_MOE}.modular_kernel": kernel, f"{_MOE}.config": config,
+        f"{_MOE}.activation": absent("MoEActivation", "apply_moe_activation_masked_supported"),
+        f"{_MOE}.fused_moe": absent("try_get_optimal_moe_config"), f"{_MOE}.topk_weight_and_reduce": reductions,
+        f"{_MOE}.utils": {"_resize_cache": lambda rows, shape: rows.flatten()[:shape[0] * shape[1]].view(*shape),
+                          **absent("moe_kernel_quantize_input", "normalize_batched_scales_shape")},
+        f"{_LAYERS}.quantization.utils.quant_utils": absent(
+            "QuantKey", "group_broadcast", "kFp8Dynamic128Sym", "kFp8DynamicTensorSym", "kFp8DynamicTokenSym",
+            "kFp8Static128BlockSym", "kFp8StaticChannelSym", "kFp8StaticTensorSym"),
+        "vllm.triton_utils": {"triton": triton, "tl": tl, **absent("use_tensor_descriptor")},
+        "vllm.triton_utils.allocation": absent("set_triton_allocator")})
+    if not torch.cuda.is_available():
+        # It asks for the current stream of an accelerator.
+        vars(batched)["_is_capturing_or_compiling"] = lambda: False
+    return SimpleNamespace(prepare=prepare.BatchedPrepareAndFinalize.prepare,
+                           experts=batched.NaiveBatchedExperts.apply,
+                           reduce=reduce.TopKWeightAndReduceNaiveBatched.apply)
