@@ -36,6 +36,9 @@ TRITON = Library(distribution="triton", module="triton", least="3.6", below="3.9
 LIGER = Library(distribution="liger-kernel", module="liger_kernel", least="0.8.5", below="0.9")
 VLLM = Library(distribution="vllm", module="vllm", least="0.33", below="0.34")
 SGLANG = Library(distribution="sglang", module="sglang", least="0.5.23", below="0.6")
+FLASHINFER = Library(distribution="flashinfer-python", module="flashinfer", least="0.4", below="1")
+DEEPGEMM = Library(distribution="deep_gemm", module="deep_gemm", least="2.1", below="3",
+                   hint="built from github.com/deepseek-ai/DeepGEMM")
 
 ADAPTERS: tuple[Adapter, ...] = (
     Adapter(name="torch.grouped_mm", target="moe_ref.adapters.torch_grouped:GROUPED_MM", libraries=(TORCH,),
@@ -53,6 +56,14 @@ ADAPTERS: tuple[Adapter, ...] = (
     Adapter(name="triton_kernels.torch", target="moe_ref.adapters.triton_kernels_torch:LAYER", libraries=(VLLM, TRITON),
             what="OpenAI's references routing_torch, matmul_ogs_torch, swiglu_torch", kernels="torch",
             lineage="triton_kernels"),
+    Adapter(name="triton_kernels.matmul_ogs", target="moe_ref.adapters.triton_kernels_matmul_ogs:LAYER",
+            libraries=(VLLM, TRITON), what="OpenAI's matmul_ogs with swiglu fused; never run", kernels="own",
+            lineage="triton_kernels", devices=("cuda",)),
+    Adapter(name="flashinfer", target="moe_ref.adapters.flashinfer_cutlass:LAYER", libraries=(FLASHINFER,),
+            what="FlashInfer's cutlass_fused_moe; never run", kernels="own", lineage="tensorrt_llm", devices=("cuda",)),
+    Adapter(name="deepgemm", target="moe_ref.adapters.deepgemm:LAYER", libraries=(DEEPGEMM,),
+            what="DeepGEMM's m_grouped_bf16_gemm_nt_contiguous, twice; never run", kernels="own", lineage="deepgemm",
+            devices=("cuda",)),
 )
 
 
