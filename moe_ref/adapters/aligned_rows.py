@@ -1,4 +1,6 @@
-"""Rows sorted by expert and padded to tiles, in plain torch: the CUDA operator moe_align_block_size of vLLM and SGLang."""
+"""Rows sorted by expert and padded to tiles, in plain torch: the CUDA operator moe_align_block_size of vLLM and
+SGLang.
+"""
 
 import torch
 
@@ -7,8 +9,8 @@ def aligned_rows(ids_TK: torch.Tensor, block: int, num_experts: int,
                  keep_none: bool) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Slots by expert, those of an expert padded with T * K to a multiple of `block`; the expert of each block; rows.
 
-    ids_TK integer. Slots with id -1 get blocks of their own, whose expert is -1, where `keep_none`, and are left out else.
-    Both tensors are int32; their length is what the blocks need.
+    ids_TK integer. Slots with id -1 get blocks of their own, whose expert is -1, where `keep_none`, and are left out
+    else. Both tensors are int32; their length is what the blocks need.
     """
     flat_S = ids_TK.flatten().long()
     slots, experts = [], []

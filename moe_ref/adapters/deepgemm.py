@@ -1,12 +1,12 @@
 """DeepGEMM's `m_grouped_bf16_gemm_nt_contiguous`, twice, with torch's silu between: GPU only.
 
-Written after its documentation and never run. Rows of an expert are padded to its alignment, and padded rows name no expert
-(-1); slots that name none are left out. Router, activation, weights and sum are torch's.
+Written after its documentation and never run. Rows of an expert are padded to its alignment, and padded rows name no
+expert (-1); slots that name none are left out. Router, activation, weights and sum are torch's.
 """
 
 from importlib.metadata import version
 
-import deep_gemm
+import deep_gemm  # type: ignore[missing-import]
 import torch
 from torch.nn.functional import silu
 

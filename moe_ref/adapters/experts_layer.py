@@ -24,9 +24,10 @@ _NAMES = {TORCH_DTYPES[dtype]: dtype for dtype in Dtype}
 class ExpertsCall:
     """What a function of experts is handed.
 
-    x_TH; ids_TK int64, every id in [0, E) or naming no expert; weights_TK in the format declared for them, fp32 else; weights: this tp rank's shard of all
-    experts, w13_EGIH and w2_EHI, and their biases, that of w2 zero on all ranks but the first. record: shows a stage (rows of the slots served, in (token, slot)
-    order) where there is a trace, else does nothing.
+    x_TH; ids_TK int64, every id in [0, E) or naming no expert; weights_TK in the format declared for them, fp32 else;
+    weights: this tp rank's shard of all experts, w13_EGIH and w2_EHI, and their biases, that of w2 zero on all ranks
+    but the first. record: shows a stage (rows of the slots served, in (token, slot) order) where there is a trace, else
+    does nothing.
     """
 
     x_TH: torch.Tensor

@@ -1,13 +1,13 @@
 """FlashInfer's `fused_moe.cutlass_fused_moe` without quantisation: GPU only.
 
-Written after its documentation and never run. Translated: w13 holds up before gate there; ids are int32. It is handed tokens
-and a routing, and has no id for "no expert".
+Written after its documentation and never run. Translated: w13 holds up before gate there; ids are int32. It is handed
+tokens and a routing, and has no id for "no expert".
 """
 
 from importlib.metadata import version
 
 import torch
-from flashinfer.fused_moe import cutlass_fused_moe
+from flashinfer.fused_moe import cutlass_fused_moe  # type: ignore[missing-import]
 
 from moe_ref.adapters.experts_layer import ExpertsCall, ExpertsLayer
 from moe_ref.contract.capabilities import Capabilities, Numerics

@@ -79,7 +79,7 @@ def target_without_device() -> Iterator[None]:
         yield
         return
     before = driver._active
-    driver.set_active(_Driver())
+    driver.set_active(_Driver())  # type: ignore[bad-argument-type]
     try:
         yield
     finally:

@@ -1,12 +1,13 @@
 """Liger-Kernel's grouped experts: `LigerFusedMoEFunction`, forward and backward (seen: liger-kernel 0.8.5).
 
-Nothing is translated but ids, which its kernels take as int32. It takes no biases, no clamp and no other activation than
-silu, and has no id for "no expert".
+Nothing is translated but ids, which its kernels take as int32. It takes no biases, no clamp and no other activation
+than silu, and has no id for "no expert".
 """
 
 from importlib.metadata import version
 
-from liger_kernel.ops import LigerFusedMoEFunction, fused_moe_kernels
+import torch
+from liger_kernel.ops import LigerFusedMoEFunction, fused_moe_kernels  # type: ignore[missing-import]
 
 from moe_ref.adapters.experts_layer import ExpertsCall, ExpertsLayer
 from moe_ref.adapters.interpreted import interpret_on_cpu
@@ -30,7 +31,7 @@ def _numerics(dtype: Dtype) -> Numerics:
                     reduce=model, weight_at="merge")
 
 
-def experts(call: ExpertsCall):
+def experts(call: ExpertsCall) -> torch.Tensor:
     """The whole of the experts is one call; its intermediate rows stay inside."""
     return LigerFusedMoEFunction.apply(call.x_TH, call.weights.w13_EGIH.flatten(1, 2), call.weights.w2_EHI,
                                        call.ids_TK.int(), call.weights_TK)
@@ -39,7 +40,7 @@ def experts(call: ExpertsCall):
 LAYER = ExpertsLayer(
     Capabilities(
         name="liger", version=version("liger-kernel"), numerics={dtype: _numerics(dtype) for dtype in Dtype},
-        stages=(Stage.LOGITS, Stage.IDS, Stage.WEIGHTS, Stage.MERGED), scores=("softmax", "sigmoid"), features=(Feature.RESIDUAL,),
-        directions=tuple(Direction), max_tp=64, ranks=(Ranks.LOCAL, Ranks.GLOO), injected_routing=True,
-        collectives_through_groups=True),
+        stages=(Stage.LOGITS, Stage.IDS, Stage.WEIGHTS, Stage.MERGED), scores=("softmax", "sigmoid"),
+        features=(Feature.RESIDUAL,), directions=tuple(Direction), max_tp=64, ranks=(Ranks.LOCAL, Ranks.GLOO),
+        injected_routing=True, collectives_through_groups=True),
     experts)

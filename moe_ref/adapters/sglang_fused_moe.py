@@ -1,14 +1,15 @@
 """SGLang's fused experts in Triton: `fused_experts_impl`, whole (seen: sglang 0.5.23).
 
-Where there is a GPU it is called as it is. On a CPU its files are loaded alone, told that there is a GPU, and its kernel is
-interpreted, with its default tiles; in plain torch are, in the place of CUDA operators, the rows sorted by expert
-(moe_align_block_size), the activation and the sum over slots (moe_sum_reduce). What it compiles by torch.compile runs
-eagerly, in fp32 and rounded once, as its compiled code does.
+Where there is a GPU it is called as it is. On a CPU its files are loaded alone, told that there is a GPU, and its
+kernel is interpreted, with its default tiles; in plain torch are, in the place of CUDA operators, the rows sorted by
+expert (moe_align_block_size), the activation and the sum over slots (moe_sum_reduce). What it compiles by torch.compile
+runs eagerly, in fp32 and rounded once, as its compiled code does.
 
-Translated: ids that name no expert are -1, SGLang's own word for them. Weights and biases keep gate and up one after the
-other (gate_up_interleaved=False).
+Translated: ids that name no expert are -1, SGLang's own word for them. Weights and biases keep gate and up one after
+the other (gate_up_interleaved=False).
 """
 
+from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 
@@ -29,12 +30,13 @@ _products: list[tuple[torch.Tensor, torch.Tensor]] = []
 """Rows taken and rows stored, of the products of the last call."""
 
 
-def _watched(launch, A, B, bias, C, *others, **named):
+def _watched(launch: Callable, A: torch.Tensor, B: torch.Tensor, bias: torch.Tensor | None, C: torch.Tensor,
+             *others: object, **named: object) -> None:
     launch(A, B, bias, C, *others, **named)
     _products.append((A, C))
 
 
-def _rounded_once(function, rows, *numbers):
+def _rounded_once(function: Callable, rows: torch.Tensor, *numbers: float) -> torch.Tensor:
     return function(rows.float(), *numbers).to(rows.dtype)
 
 
@@ -48,8 +50,8 @@ def _numerics(dtype: Dtype) -> Numerics:
     """As fused_moe_kernel and _fused_moe_kernel_sequence store.
 
     The kernel's fp32 sum takes bias and routing weight and is stored once. Activation and sum over slots are in fp32,
-    rounded to the dtype of the tokens. fp32 is left out: it is let in, and its rows are rounded to fp16 (compute_type in
-    _fused_moe_kernel_sequence is bf16 or fp16), so that nothing of it could be told.
+    rounded to the dtype of the tokens. fp32 is left out: it is let in, and its rows are rounded to fp16 (compute_type
+    in _fused_moe_kernel_sequence is bf16 or fp16), so that nothing of it could be told.
     """
     model = Format(dtype.value)
     stored = dict.fromkeys((Stage.GATE_UP, Stage.ACT, Stage.DOWN, Stage.MERGED, Stage.REDUCED), model)
@@ -64,9 +66,10 @@ def _options(mlp: MLP) -> dict[str, object]:
         return {"activation": mlp.activation}
     if shown == (mlp.limit, "after", 1.0, 0.0):
         return {"gemm1_limit": mlp.limit}
-    raise_faults("sglang.fused_moe", [] if mlp.limit is not None and shown[1] == "before" and mlp.up_offset == 1.0 else [
-        f"limit, limit_at, sigmoid_scale, up_offset {shown}, but should be a limit before, any scale, and 1.0; or a limit "
-        "after, 1.0, and 0.0"])
+    offered = mlp.limit is not None and mlp.limit_at == "before" and mlp.up_offset == 1.0
+    raise_faults("sglang.fused_moe", [] if offered else [
+        f"limit, limit_at, sigmoid_scale, up_offset {shown}, but should be a limit before the activation, any scale, "
+        "1.0, or a limit after it, 1.0 and 0.0"])
     return {"gemm1_alpha": mlp.sigmoid_scale, "gemm1_limit": mlp.limit, "gate_up_interleaved": False}
 
 

@@ -1,10 +1,11 @@
 """SGLang's experts in plain torch: `moe_forward_native` (seen: sglang 0.5.23).
 
-Where there is a GPU its package is imported, else its file alone, with `forward_native` of its srt/layers/activation.py. What
-it compiles by torch.compile runs eagerly, in fp32 and rounded once, as compiled code does. Translated: gate and up interleaved
-where there is a limit. It has no id for "no expert".
+Where there is a GPU its package is imported, else its file alone, with `forward_native` of its
+srt/layers/activation.py. What it compiles by torch.compile runs eagerly, in fp32 and rounded once, as compiled code
+does. Translated: gate and up interleaved where there is a limit. It has no id for "no expert".
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from importlib.metadata import version
@@ -36,10 +37,14 @@ def experts(call: ExpertsCall) -> torch.Tensor:
     weights, mlp = call.weights, call.spec.experts
     clamped = mlp.limit is not None
     plain = (mlp.limit, mlp.sigmoid_scale, mlp.up_offset) == (None, 1.0, 0.0)
-    raise_faults("sglang.torch", [] if plain or (clamped and mlp.limit_at == "before" and mlp.up_offset == 1.0) else [
-        f"limit={mlp.limit}, limit_at={mlp.limit_at}, sigmoid_scale={mlp.sigmoid_scale}, up_offset={mlp.up_offset}, but "
-        "should be a limit before the activation with up_offset 1, or none of them"])
-    order = (lambda tensor: tensor.transpose(1, 2).flatten(1, 2)) if clamped else (lambda tensor: tensor.flatten(1, 2))
+    offered = plain or (clamped and mlp.limit_at == "before" and mlp.up_offset == 1.0)
+    raise_faults("sglang.torch", [] if offered else [
+        f"limit={mlp.limit}, limit_at={mlp.limit_at}, sigmoid_scale={mlp.sigmoid_scale}, up_offset={mlp.up_offset}, "
+        "but should be a limit before the activation with up_offset 1, or none of them"])
+
+    def order(tensor: torch.Tensor) -> torch.Tensor:
+        return (tensor.transpose(1, 2) if clamped else tensor).flatten(1, 2)
+
     layer = SimpleNamespace(num_experts=call.spec.num_experts, w13_weight=order(weights.w13_EGIH),
                             w2_weight=weights.w2_EHI, w2_weight_bias=weights.w2_bias_EH, w13_weight_bias=None)
     if weights.w13_bias_EGI is not None:
@@ -50,7 +55,7 @@ def experts(call: ExpertsCall) -> torch.Tensor:
         return _NATIVE.moe_forward_native(layer, call.x_TH, (call.weights_TK, call.ids_TK, None), options)
 
 
-def _rounded_once(function, rows, *numbers):
+def _rounded_once(function: Callable, rows: torch.Tensor, *numbers: float) -> torch.Tensor:
     return function(rows.float(), *numbers).to(rows.dtype)
 
 

@@ -1,7 +1,7 @@
 """One source file of a package that does not import as a whole without a GPU.
 
-The file is the package's own. What it imports of its package is stood in for by the names that an adapter lists, no more:
-a name that is not listed fails at the import, one that is listed as `absent` fails when it is used.
+The file is the package's own. What it imports of its package is stood in for by the names that an adapter lists, no
+more: a name that is not listed fails at the import, one that is listed as `absent` fails when it is used.
 """
 
 import importlib
@@ -39,9 +39,9 @@ def absent(*names: str) -> dict[str, object]:
 def load(module: str, stand_ins: Mapping[str, Mapping[str, object]]) -> ModuleType:
     """The module of that dotted name: imported with its package where there is a GPU, else its file alone.
 
-    stand_ins: full name of an imported module -> its attributes. They are modules during the load only: afterwards nobody
-    finds them, nor the loaded module. Raises ImportError for what the file imports and `stand_ins` lacks, UsageValueError
-    where there is no such file.
+    stand_ins: full name of an imported module -> its attributes. They are modules during the load only: afterwards
+    nobody finds them, nor the loaded module. Raises ImportError for what the file imports and `stand_ins` lacks,
+    UsageValueError where there is no such file.
     """
     if torch.cuda.is_available():
         return importlib.import_module(module)
@@ -52,7 +52,8 @@ def load(module: str, stand_ins: Mapping[str, Mapping[str, object]]) -> ModuleTy
     if not paths:
         raise UsageValueError(f"module {module}: no file {'/'.join(rest)}.py in package {package}")
     spec = importlib.util.spec_from_file_location(module, paths[0])
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     loaded = importlib.util.module_from_spec(spec)
     with _standing_in({**stand_ins, module: {}}, {module: loaded}):
         spec.loader.exec_module(loaded)

@@ -1,8 +1,8 @@
 """OpenAI's triton_kernels on a GPU: `matmul_ogs`, with `swiglu_fn` fused where the layer is gpt-oss's (in vllm 0.33.0).
 
-Written after its sources and never run: its kernels are specialised when they are compiled and cannot be interpreted. The
-routing data are those of triton_kernels.torch; for a layer without swiglu the activation is torch's. It has no id for
-"no expert".
+Written after its sources and never run: its kernels are specialised when they are compiled and cannot be interpreted.
+The routing data are those of triton_kernels.torch; for a layer without swiglu the activation is torch's. It has no id
+for "no expert".
 """
 
 from importlib.metadata import version

@@ -1,8 +1,8 @@
 """OpenAI's triton_kernels as vLLM brings it along, in vllm/third_party (seen: vllm 0.33.0).
 
-PyPI's triton-kernels is another package. It is imported without vLLM, and its torch functions are lent a torch that knows a
-CPU: matmul_ogs_torch writes `device="cuda"` out, and routing_torch asks for a histogram of integers, which torch has on a GPU
-alone.
+PyPI's triton-kernels is another package. It is imported without vLLM, and its torch functions are lent a torch that
+knows a CPU: matmul_ogs_torch writes `device="cuda"` out, and routing_torch asks for a histogram of integers, which
+torch has on a GPU alone.
 """
 
 import importlib

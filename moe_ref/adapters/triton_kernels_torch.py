@@ -1,7 +1,8 @@
-"""OpenAI's triton_kernels, its references in torch: routing_torch, matmul_ogs_torch, swiglu_torch (seen: in vllm 0.33.0).
+"""OpenAI's triton_kernels, its references in torch: routing_torch, matmul_ogs_torch, swiglu_torch (seen: in vllm
+0.33.0).
 
-Routing data are made from the given ids. swiglu is gpt-oss's, interleaved, clamped, with up + 1; for a layer without those
-the activation between the two products is torch's, since the library has no other. It has no id for "no expert".
+Routing data are made from the given ids. swiglu is gpt-oss's, interleaved, clamped, with up + 1; for a layer without
+those the activation between the two products is torch's, since the library has no other. It has no id for "no expert".
 """
 
 from importlib.metadata import version
@@ -42,7 +43,8 @@ def experts(call: ExpertsCall) -> torch.Tensor:
     else:
         act_RI = silu(rows_RN[:, ::2]) * rows_RN[:, 1::2]
     bias_EH = None if call.weights.w2_bias_EH is None else call.weights.w2_bias_EH.float()
-    y_TH = matmul(act_RI, call.weights.w2_EHI.transpose(1, 2), bias_EH, data, scatter_indx=scatter, gammas=data.gate_scal)
+    y_TH = matmul(act_RI, call.weights.w2_EHI.transpose(1, 2), bias_EH, data, scatter_indx=scatter,
+                  gammas=data.gate_scal)
     served_S = ((call.ids_TK >= 0) & (call.ids_TK < call.spec.num_experts)).flatten()
     call.record(Stage.ACT, act_RI.detach()[gather.dst_indx.long()][served_S])
     return y_TH.to(call.x_TH.dtype)

@@ -33,14 +33,14 @@ class _CustomOp(torch.nn.Module):
 def _align(topk_ids: torch.Tensor, num_experts: int, block_size: int, sorted_ids: torch.Tensor,
            expert_ids: torch.Tensor, num_tokens_post_pad: torch.Tensor, expert_map: None, scatter_idx: None) -> None:
     """The CUDA operator in plain torch; ids that are no expert's are left out."""
-    assert expert_map is None and scatter_idx is None
+    assert (expert_map, scatter_idx) == (None, None)
     slots, experts, rows = aligned_rows(topk_ids, block_size, num_experts, keep_none=False)
     sorted_ids[:rows], expert_ids[:len(experts)] = slots, experts
     num_tokens_post_pad.fill_(rows)
 
 
 def _not_quantized(A: torch.Tensor, A_scale: None, quant_dtype: None, **_: object) -> tuple[torch.Tensor, None]:
-    assert quant_dtype is None and A_scale is None
+    assert (quant_dtype, A_scale) == (None, None)
     return A, A_scale
 
 
@@ -92,7 +92,9 @@ def _default_config(module: ModuleType) -> Callable[..., dict[str, int]]:
 
 
 def naive() -> SimpleNamespace:
-    """The reference in three functions, `prepare`, `experts` and `reduce`, methods of classes made without their base."""
+    """The reference in three functions, `prepare`, `experts` and `reduce`, methods of classes made without their
+    base.
+    """
     kernel = {"ExpertTokensMetadata": SimpleNamespace, **{name: type(name, (), {}) for name in (
             "FusedMoEExpertsModular", "FusedMoEPrepareAndFinalizeModular", "TopKWeightAndReduce")},
         **absent("FusedMoEActivationFormat", "PrepareResultType")}

@@ -1,8 +1,8 @@
 """vLLM's fused experts in Triton: `fused_experts_impl`, whole (seen: vllm 0.33.0).
 
-Where there is a GPU it is called as it is. On a CPU its file is loaded alone and its kernel interpreted, with its default
-tiles; in plain torch are, in the place of CUDA operators, the rows sorted by expert (moe_align_block_size), the activation
-(`forward_native` of vLLM's layers/activation.py) and the sum over slots (moe_sum).
+Where there is a GPU it is called as it is. On a CPU its file is loaded alone and its kernel interpreted, with its
+default tiles; in plain torch are, in the place of CUDA operators, the rows sorted by expert (moe_align_block_size), the
+activation (`forward_native` of vLLM's layers/activation.py) and the sum over slots (moe_sum).
 
 Translated: gate and up interleaved for swigluoai, which is clamped at 7 with alpha 1.702 and up + 1 and takes no other
 numbers; ids that name no expert are -1, which moe_align_block_size ignores.
@@ -10,6 +10,7 @@ numbers; ids that name no expert are -1, which moe_align_block_size ignores.
 
 from importlib.metadata import version
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 
@@ -27,8 +28,9 @@ _seen: dict[Stage, torch.Tensor] = {}
 """Rows that the last call handed to what stands for operators here."""
 
 
-def _activate(kind: object, output: torch.Tensor, rows: torch.Tensor) -> None:
-    module, name = _ACTIVATIONS, kind.value  # type: ignore[attr-defined]
+def _activate(kind: Any, output: torch.Tensor, rows: torch.Tensor) -> None:
+    assert _ACTIVATIONS is not None
+    module, name = _ACTIVATIONS, kind.value
     if name == "silu":
         output.copy_(module.SiluAndMul.forward_native(rows))
     elif name == "swigluoai":
@@ -52,10 +54,10 @@ _FUSED_MOE = fused_moe(_activate, _add_up)
 def _numerics(dtype: Dtype) -> Numerics:
     """As fused_moe_kernel and fused_experts_impl store.
 
-    The kernel's fp32 sum takes bias and routing weight and is stored once in the dtype of the tokens; no tl.dot asks for
-    a precision, so fp32 takes Triton's default, tf32. Between the two products every step of forward_native rounds (the
-    CUDA operators round no more). torch.sum adds in fp32; moe_sum on a GPU adds up to four slots in the dtype of the
-    tokens (csrc/moe/moe_align_sum_kernels.cu).
+    The kernel's fp32 sum takes bias and routing weight and is stored once in the dtype of the tokens; no tl.dot asks
+    for a precision, so fp32 takes Triton's default, tf32. Between the two products every step of forward_native rounds
+    (the CUDA operators round no more). torch.sum adds in fp32; moe_sum on a GPU adds up to four slots in the dtype of
+    the tokens (csrc/moe/moe_align_sum_kernels.cu).
     """
     model = Format(dtype.value)
     stored = dict.fromkeys((Stage.GATE_UP, Stage.ACT, Stage.DOWN, Stage.MERGED, Stage.REDUCED), model)

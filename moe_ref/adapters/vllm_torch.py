@@ -1,8 +1,9 @@
 """vLLM's reference experts in plain torch: `BatchedPrepareAndFinalize`, `NaiveBatchedExperts` (seen: vllm 0.33.0).
 
 Tokens go into one batch per expert, two products and the activation are computed expert by expert, and
-`TopKWeightAndReduceNaiveBatched` weights and adds up. The classes are theirs, made without their base class; on a CPU the
-activation is `SiluAndMul.forward_native` and the like in the place of the CUDA operators. Ids that name no expert meet none.
+`TopKWeightAndReduceNaiveBatched` weights and adds up. The classes are theirs, made without their base class; on a CPU
+the activation is `SiluAndMul.forward_native` and the like in the place of the CUDA operators. Ids that name no expert
+meet none.
 """
 
 from importlib.metadata import version
