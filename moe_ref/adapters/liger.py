@@ -4,9 +4,16 @@ Nothing is translated but ids, which its kernels take as int32. It takes no bias
 than silu, and has no id for "no expert".
 """
 
+import os
 from importlib.metadata import version
 
 import torch
+
+if not torch.cuda.is_available():
+    # Its switch for one configuration without a measurement, read at the import: the tiles are larger than the first of
+    # all, and a quarter of the programs is to be interpreted.
+    os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")
+
 from liger_kernel.ops import LigerFusedMoEFunction, fused_moe_kernels  # type: ignore[missing-import]
 
 from moe_ref.adapters.experts_layer import ExpertsCall, ExpertsLayer
