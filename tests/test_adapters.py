@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from moe_ref.adapters.catalogue import ADAPTERS, TORCH, Adapter, find
+from moe_ref.adapters.experts_layer import ExpertsCall, ExpertsLayer
 from moe_ref.adapters.library import Library, release
 from moe_ref.contract.capabilities import Capabilities, Numerics
 from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.errors import UsageValueError
-from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Stage, Verdict
+from moe_ref.contract.features import Feature
+from moe_ref.contract.vocabulary import Direction, Dtype, Format, Ranks, Stage, Verdict
 from moe_ref.inputs.build import build_inputs
 from moe_ref.verify.run.subjects import known_names, load_subject
 from tests.in_process import judged
@@ -134,3 +136,35 @@ def test_a_mistake_in_an_adapter_is_no_pass() -> None:
         replace(call, weights=replace(call.weights, w13_EGIH=call.weights.w13_EGIH.flip(1)))))
     line = judged(swapped, "v1-T33.H128.I256.E8.K2-fp32-norm")
     assert (line.verdict, line.first_stage) == (Verdict.MISMATCH, Stage.ACT)
+
+
+def looped(call: ExpertsCall) -> torch.Tensor:
+    """Experts in plain torch, with biases where there are any, slot by slot in the dtype of the tokens."""
+    y_TH = torch.zeros_like(call.x_TH)
+    for expert in range(call.spec.num_experts):
+        w13_GIH, w2_HI, bias_GI, bias_H = call.weights.expert(expert)
+        token_R, slot_R = (call.ids_TK == expert).nonzero(as_tuple=True)
+        gate_RI, up_RI = (torch.nn.functional.linear(
+            call.x_TH[token_R], w13_GIH[half], None if bias_GI is None else bias_GI[half]) for half in range(2))
+        down_RH = torch.nn.functional.linear(torch.nn.functional.silu(gate_RI) * up_RI, w2_HI, bias_H)
+        y_TH = y_TH.index_add(0, token_R, call.weights_TK[token_R, slot_R, None] * down_RH)
+    return y_TH
+
+
+def with_biases(weights_in: Format) -> ExpertsLayer:
+    """`looped` as an implementation that shows its logits, with routing weights in a format."""
+    stored = dict.fromkeys((Stage.GATE_UP, Stage.ACT, Stage.DOWN, Stage.MERGED, Stage.REDUCED), Format.BF16)
+    numerics = Numerics(storage={Stage.LOGITS: Format.FP32, Stage.WEIGHTS: weights_in, **stored},
+                        activation=Format.BF16, merge=Format.BF16, reduce=Format.BF16, weight_at="merge")
+    return ExpertsLayer(Capabilities(
+        name="looped", version="1", numerics={Dtype.BF16: numerics}, directions=tuple(Direction), max_tp=2,
+        stages=(Stage.LOGITS, Stage.IDS, Stage.WEIGHTS, Stage.MERGED), features=(Feature.MLP_BIAS,),
+        injected_routing=True, collectives_through_groups=True), looped)
+
+
+@pytest.mark.parametrize("case", ["v1-T9.H64.I32.E8.K2-bf16-norm-mlpbias-tp2-bwd",
+                                  "v1-T9.H64.I32.E8.K2-bf16-norm-exact-tp2"])
+def test_what_every_rank_holds_is_added_once(case: str) -> None:
+    """The bias of w2 is in one rank's partial sum, its gradient complete on each; weights come in the declared format,
+    and logits are shown where they are declared and not injected with the routing."""
+    assert judged(with_biases(Format.BF16), case).verdict == Verdict.PASS

@@ -77,8 +77,13 @@ def test_the_fast_package_knows_only_the_contract() -> None:
 
 
 def test_the_reference_knows_nothing_of_the_fast_package() -> None:
-    """Implementations are found by name when a run starts."""
-    assert forbidden(("moe_ref",), ("moe_fast",)) == []
+    """Implementations are found by name when a run starts.
+
+    One adapter file uses the interpreter: it runs other people's Triton kernels on a CPU, and judges and computes
+    nothing of its own. No other module of moe_ref may, and that one nothing else of the package.
+    """
+    allowed = "moe_ref/adapters/interpreted.py: moe_fast.interpreter"
+    assert [line for line in forbidden(("moe_ref",), ("moe_fast",)) if not f"{line}.".startswith(f"{allowed}.")] == []
 
 
 def test_only_the_command_line_knows_the_score() -> None:

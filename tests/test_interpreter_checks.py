@@ -32,6 +32,16 @@ def shifted_kernel(x_N, y_N, shift, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def packed_kernel(y_N):
+    """Sums of uint32 beyond 2**32, brought back by a difference, and a product."""
+    lanes = tl.arange(0, 2)
+    one = tl.where(lanes == 0, 0xFFFF0001, 0xFFFFFFFF).to(tl.uint32)
+    other = tl.where(lanes == 0, 0xFFFF0000, 0).to(tl.uint32)
+    total = tl.where(lanes == 0, one + one + 0xFFFD - other, one * 0x10000)
+    tl.store(y_N + lanes, total.to(tl.int64))
+
+
+@triton.jit
 def store_kernel(y_N, stride, BLOCK: tl.constexpr):
     """Program p stores its number to y[p * stride ...]."""
     offsets = tl.program_id(0) * stride + tl.arange(0, BLOCK)
@@ -176,6 +186,12 @@ class TestOverflow:
         y = torch.zeros(1, dtype=torch.int32)
         interpret(offset_kernel, (1,), {"y_N": y, "rows": 2**31 - 1, "columns": 1})
         assert y.item() == 2**31 - 1
+
+    def test_unsigned_integers_wrap(self) -> None:
+        """Modulo 2**32, compiled and here: a key packed above a count (Liger-Kernel's _keyed_add), a random number."""
+        y = torch.zeros(2, dtype=torch.int64)
+        interpret(packed_kernel, (1,), {"y_N": y})
+        assert y.tolist() == [2**32 - 1, 2**32 - 2**16]
 
     def test_wraps_when_the_check_is_off(self) -> None:
         y = torch.zeros(1, dtype=torch.int32)

@@ -18,9 +18,13 @@ class CheckedSemantic(TritonSemantic):
     """Triton's semantics; upstream computes an overflow check and by default drops the result."""
 
     def binary_op_sanitize_overflow_impl(self, lhs: tl.tensor, rhs: tl.tensor, binary_op: Callable) -> None:
-        """Raise IntegerOverflowError if `binary_op` leaves the range of lhs's type (below 64 bits)."""
+        """Raise IntegerOverflowError if `binary_op` leaves the range of lhs's signed type (below 64 bits).
+
+        Unsigned integers wrap, compiled as here, and kernels rely on it (a key packed above a count in Liger's
+        _keyed_add); Triton's own check, which is off unless a kernel is debugged, accuses them too.
+        """
         dtype = lhs.dtype
-        if not self.builder.options.sanitize_overflow or dtype.int_bitwidth >= 64:
+        if not self.builder.options.sanitize_overflow or dtype.int_bitwidth >= 64 or dtype.is_int_unsigned():
             return
         exact = _UFUNCS[binary_op.__name__](lhs.handle.data, rhs.handle.data, dtype=np.int64)
         low, high = (exact.item(),) * 2 if exact.size == 1 else (int(exact.min()), int(exact.max()))

@@ -34,6 +34,12 @@ class Adapter:
 TORCH = Library(distribution="torch", module="torch", least="2.11", below="2.14")
 TRITON = Library(distribution="triton", module="triton", least="3.6", below="3.9")
 TRANSFORMERS = Library(distribution="transformers", module="transformers", least="5.23", below="5.24")
+LIGER = Library(distribution="liger-kernel", module="liger_kernel", least="0.8.5", below="0.9")
+VLLM = Library(distribution="vllm", module="vllm", least="0.33", below="0.34")
+SGLANG = Library(distribution="sglang", module="sglang", least="0.5.23", below="0.6")
+FLASHINFER = Library(distribution="flashinfer-python", module="flashinfer", least="0.4", below="1")
+DEEPGEMM = Library(distribution="deep_gemm", module="deep_gemm", least="2.1", below="3",
+                   hint="built from github.com/deepseek-ai/DeepGEMM")
 
 ADAPTERS: tuple[Adapter, ...] = (
     Adapter(name="torch.grouped_mm", target="moe_ref.adapters.torch_grouped:GROUPED_MM", libraries=(TORCH,),
@@ -53,6 +59,27 @@ ADAPTERS: tuple[Adapter, ...] = (
     Adapter(name="transformers.ep_plan", target="moe_ref.adapters.transformers_blocks.plans:EP_PLAN",
             libraries=(TRANSFORMERS,), what="blocks of transformers that its expert-parallel plan has sharded",
             kernels="torch", lineage="transformers", devices=("cpu",)),
+    Adapter(name="liger", target="moe_ref.adapters.liger:LAYER", libraries=(LIGER, TRITON),
+            what="Liger-Kernel's LigerFusedMoEFunction, forward and backward", kernels="own", lineage="liger"),
+    Adapter(name="vllm.fused_moe", target="moe_ref.adapters.vllm_fused_moe:LAYER", libraries=(VLLM, TRITON),
+            what="vLLM's fused_experts_impl, its Triton kernel twice", kernels="own", lineage="vllm"),
+    Adapter(name="vllm.torch", target="moe_ref.adapters.vllm_torch:LAYER", libraries=(VLLM, TRITON),
+            what="vLLM's reference, NaiveBatchedExperts", kernels="torch", lineage="vllm.torch"),
+    Adapter(name="sglang.fused_moe", target="moe_ref.adapters.sglang_fused_moe:LAYER", libraries=(SGLANG, TRITON),
+            what="SGLang's fused_experts_impl, its Triton kernel twice", kernels="own", lineage="vllm"),
+    Adapter(name="sglang.torch", target="moe_ref.adapters.sglang_torch:LAYER", libraries=(SGLANG, TRITON),
+            what="SGLang's moe_forward_native", kernels="torch", lineage="sglang.torch"),
+    Adapter(name="triton_kernels.torch", target="moe_ref.adapters.triton_kernels_torch:LAYER", libraries=(VLLM, TRITON),
+            what="OpenAI's references routing_torch, matmul_ogs_torch, swiglu_torch", kernels="torch",
+            lineage="triton_kernels"),
+    Adapter(name="triton_kernels.matmul_ogs", target="moe_ref.adapters.triton_kernels_matmul_ogs:LAYER",
+            libraries=(VLLM, TRITON), what="OpenAI's matmul_ogs with swiglu fused; never run", kernels="own",
+            lineage="triton_kernels", devices=("cuda",)),
+    Adapter(name="flashinfer", target="moe_ref.adapters.flashinfer_cutlass:LAYER", libraries=(FLASHINFER,),
+            what="FlashInfer's cutlass_fused_moe; never run", kernels="own", lineage="tensorrt_llm", devices=("cuda",)),
+    Adapter(name="deepgemm", target="moe_ref.adapters.deepgemm:LAYER", libraries=(DEEPGEMM,),
+            what="DeepGEMM's m_grouped_bf16_gemm_nt_contiguous, twice; never run", kernels="own", lineage="deepgemm",
+            devices=("cuda",)),
 )
 
 

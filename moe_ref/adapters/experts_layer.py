@@ -1,29 +1,33 @@
 """A whole layer around a function of experts: routing before it, the ranks' sum after it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from moe_ref.adapters.routed import routed
 from moe_ref.contract.capabilities import Capabilities
-from moe_ref.contract.collectives import enter, leave
+from moe_ref.contract.collectives import enter, leave, once
 from moe_ref.contract.comm import Groups
+from moe_ref.contract.dtypes import TORCH_DTYPES
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.trace import Trace
-from moe_ref.contract.vocabulary import Stage
+from moe_ref.contract.vocabulary import Dtype, Format, Stage
 from moe_ref.contract.weights import MoEWeights
+
+_NAMES = {TORCH_DTYPES[dtype]: dtype for dtype in Dtype}
 
 
 @dataclass(frozen=True)
 class ExpertsCall:
     """What a function of experts is handed.
 
-    x_TH; ids_TK int64, every id in [0, E) or naming no expert; weights_TK fp32; weights: this tp rank's shard of all
-    experts, w13_EGIH and w2_EHI, and their biases. record: shows a stage (rows of the slots served, in (token, slot)
-    order) where there is a trace, else does nothing.
+    x_TH; ids_TK int64, every id in [0, E) or naming no expert; weights_TK in the format declared for them, fp32 else;
+    weights: this tp rank's shard of all experts, w13_EGIH and w2_EHI, and their biases, that of w2 zero on all ranks
+    but the first. record: shows a stage (rows of the slots served, in (token, slot) order) where there is a trace, else
+    does nothing.
     """
 
     x_TH: torch.Tensor
@@ -52,9 +56,15 @@ class ExpertsLayer:
         """The whole layer, (T, H) in x's dtype, as the contract's `moe`; raises what `experts` raises."""
         groups = groups or Groups()
         chosen = routed(x_TH, weights, spec, routing, logits_TE)
-        weights_TK = enter(chosen.weights_TK.float(), groups.tp)
+        stored = self.CAPABILITIES.numerics[_NAMES[x_TH.dtype]].storage.get(Stage.WEIGHTS, Format.FP32)
+        weights_TK = enter(chosen.weights_TK.to(TORCH_DTYPES[stored]), groups.tp)
+        if weights.w2_bias_EH is not None:
+            # Whole on every rank, and once in the sum over ranks.
+            weights = replace(weights, w2_bias_EH=once(enter(weights.w2_bias_EH, groups.tp), groups.tp.rank == 0))
         call = ExpertsCall(enter(x_TH, groups.tp), chosen.ids_TK.long(), weights_TK, weights, spec,
                            trace.record if trace is not None else lambda stage, tensor: None)
+        if Stage.LOGITS in self.CAPABILITIES.stages and routing is None and chosen.logits_TE is not None:
+            call.record(Stage.LOGITS, chosen.logits_TE.detach())
         call.record(Stage.IDS, call.ids_TK)
         call.record(Stage.WEIGHTS, weights_TK.detach())
         merged_TH = self.experts(call)
