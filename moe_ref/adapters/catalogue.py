@@ -33,10 +33,15 @@ class Adapter:
 
 TORCH = Library(distribution="torch", module="torch", least="2.11", below="2.14")
 TRITON = Library(distribution="triton", module="triton", least="3.6", below="3.9")
+TORCHTITAN = Library(distribution="torchtitan", module="torchtitan", least="0.3", below="0.4",
+                     hint="it needs spmd_types, tyro and docstring_parser")
 
 ADAPTERS: tuple[Adapter, ...] = (
     Adapter(name="torch.grouped_mm", target="moe_ref.adapters.torch_grouped:GROUPED_MM", libraries=(TORCH,),
             what="torch.nn.functional.grouped_mm, twice, with torch's silu between", kernels="own", lineage="torch"),
+    Adapter(name="torchtitan.moe", target="moe_ref.adapters.torchtitan_moe", libraries=(TORCHTITAN, TORCH),
+            what="MoE: router, dispatcher, grouped or gpt-oss experts, shared expert", kernels="torch",
+            lineage="torchtitan", devices=("cpu",)),
 )
 
 
