@@ -35,6 +35,7 @@ TORCH = Library(distribution="torch", module="torch", least="2.11", below="2.14"
 TRITON = Library(distribution="triton", module="triton", least="3.6", below="3.9")
 TORCHTITAN = Library(distribution="torchtitan", module="torchtitan", least="0.3", below="0.4",
                      hint="it needs spmd_types, tyro and docstring_parser")
+JAX = Library(distribution="jax", module="jax", least="0.10", below="0.11")
 
 ADAPTERS: tuple[Adapter, ...] = (
     Adapter(name="torch.grouped_mm", target="moe_ref.adapters.torch_grouped:GROUPED_MM", libraries=(TORCH,),
@@ -42,6 +43,9 @@ ADAPTERS: tuple[Adapter, ...] = (
     Adapter(name="torchtitan.moe", target="moe_ref.adapters.torchtitan_moe", libraries=(TORCHTITAN, TORCH),
             what="MoE: router, dispatcher, grouped or gpt-oss experts, shared expert", kernels="torch",
             lineage="torchtitan", devices=("cpu",)),
+    Adapter(name="jax.ragged_dot", target="moe_ref.adapters.jax_ragged:RAGGED_DOT", libraries=(JAX,),
+            what="jax.lax.ragged_dot, twice, with jax.nn.silu between", kernels="own", lineage="xla",
+            devices=("cpu",)),
 )
 
 
