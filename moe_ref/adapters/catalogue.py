@@ -36,6 +36,8 @@ TRITON = Library(distribution="triton", module="triton", least="3.6", below="3.9
 TORCHTITAN = Library(distribution="torchtitan", module="torchtitan", least="0.3", below="0.4",
                      hint="it needs spmd_types, tyro and docstring_parser")
 JAX = Library(distribution="jax", module="jax", least="0.10", below="0.11")
+TORCHAO = Library(distribution="torchao", module="torchao", least="0.18", below="0.19")
+MLX = Library(distribution="mlx", module="mlx", least="0.32", below="0.33", hint="pip install 'mlx[cpu]'")
 
 ADAPTERS: tuple[Adapter, ...] = (
     Adapter(name="torch.grouped_mm", target="moe_ref.adapters.torch_grouped:GROUPED_MM", libraries=(TORCH,),
@@ -46,6 +48,12 @@ ADAPTERS: tuple[Adapter, ...] = (
     Adapter(name="jax.ragged_dot", target="moe_ref.adapters.jax_ragged:RAGGED_DOT", libraries=(JAX,),
             what="jax.lax.ragged_dot, twice, with jax.nn.silu between", kernels="own", lineage="xla",
             devices=("cpu",)),
+    Adapter(name="mlx.gather_mm", target="moe_ref.adapters.mlx_gather:GATHER_MM", libraries=(MLX,),
+            what="mlx.core.gather_mm, twice, with mlx.nn.silu between, on its CPU backend", kernels="own", lineage="mlx",
+            devices=("cpu",)),
+    Adapter(name="torchao.mxfp8", target="moe_ref.adapters.torchao_experts:MXFP8", libraries=(TORCHAO, TORCH),
+            what="grouped product of MXFP8 training, twice, kernels emulated, forward", kernels="torch",
+            lineage="torchao"),
 )
 
 
