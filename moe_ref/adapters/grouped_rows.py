@@ -18,10 +18,12 @@ w_EKN is a transposed view of (E, N, K), whose strides are those of the harness.
 SHOWN = (Stage.IDS, Stage.WEIGHTS, Stage.ACT, Stage.DOWN, Stage.MERGED)
 """Stages that a layer around `grouped_experts` shows."""
 
-DECLARED: dict[str, Any] = {"stages": SHOWN, "scores": ("softmax", "sigmoid"), "max_tp": 64,
-                            "ranks": (Ranks.LOCAL, Ranks.GLOO), "injected_routing": True,
+DECLARED: dict[str, Any] = {"stages": SHOWN, "scores": ("softmax", "sigmoid"), "max_tp": 64, "injected_routing": True,
                             "collectives_through_groups": True}
-"""What every such layer can declare, whatever makes its products."""
+"""What every such layer can declare, whatever makes its products, beside the ranks that it runs on."""
+
+FORKED = (Ranks.LOCAL, Ranks.GLOO)
+"""Ranks of libraries that keep no threads of their own: process ranks are forked from a child that may have run them."""
 
 
 def rounded(dtype: Dtype) -> Numerics:

@@ -1,7 +1,8 @@
 """jax.lax.ragged_dot as a building block (jax 0.10.2): two grouped products with jax.nn.silu between, on XLA's CPU.
 
 Tensors are shared by DLPack, contiguous as jax takes them; each operation is compiled and run on its own, so its result
-is rounded to the dtype of the model. Gradients are those of jax.vjp.
+is rounded to the dtype of the model. Gradients are those of jax.vjp. Process ranks are not declared: XLA keeps threads,
+and a process that has run it cannot be forked; several ranks are virtual ones (`--ranks local`).
 """
 
 import os

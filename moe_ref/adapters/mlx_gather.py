@@ -2,7 +2,7 @@
 
 A product takes the matrix of each row's expert by number, with rows sorted by it; mlx.nn.silu stands between. The CPU
 backend has gather_mm in fp32 alone ("[GatherMM::eval] Currently only supports float32."). Gradients are those of mlx.vjp,
-which runs the forward pass again.
+which runs the forward pass again. Process ranks are not declared: MLX keeps threads, which no fork survives.
 """
 
 from collections.abc import Callable

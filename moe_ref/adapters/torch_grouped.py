@@ -4,7 +4,7 @@ import torch
 from torch.nn.functional import grouped_mm
 
 from moe_ref.adapters.experts_layer import ExpertsCall, ExpertsLayer
-from moe_ref.adapters.grouped_rows import DECLARED, grouped_experts, rounded
+from moe_ref.adapters.grouped_rows import DECLARED, FORKED, grouped_experts, rounded
 from moe_ref.contract.capabilities import Capabilities
 from moe_ref.contract.features import Feature
 from moe_ref.contract.vocabulary import Direction, Dtype
@@ -22,5 +22,5 @@ def experts(call: ExpertsCall) -> torch.Tensor:
 GROUPED_MM = ExpertsLayer(
     Capabilities(name="torch.grouped_mm", version=str(torch.__version__),
                  numerics={dtype: rounded(dtype) for dtype in Dtype}, features=(Feature.RESIDUAL,),
-                 directions=tuple(Direction), hidden_multiple=16, intermediate_multiple=16, **DECLARED),
+                 directions=tuple(Direction), hidden_multiple=16, intermediate_multiple=16, ranks=FORKED, **DECLARED),
     experts)

@@ -13,7 +13,7 @@ from torchao.prototype.moe_training.mxfp8_grouped_mm import _to_mxfp8_then_scale
 from torchao.quantization.quantize_.common import KernelPreference
 
 from moe_ref.adapters.experts_layer import ExpertsCall, ExpertsLayer
-from moe_ref.adapters.grouped_rows import DECLARED, Product, grouped_experts, rounded
+from moe_ref.adapters.grouped_rows import DECLARED, FORKED, Product, grouped_experts, rounded
 from moe_ref.contract.capabilities import Capabilities
 from moe_ref.contract.features import Feature
 from moe_ref.contract.vocabulary import Dtype
@@ -32,8 +32,8 @@ def _experts(call: ExpertsCall, product: Product) -> torch.Tensor:
 
 def _capabilities(name: str, block: int) -> Capabilities:
     return Capabilities(name=name, version=torchao.__version__,
-                        numerics={Dtype.BF16: replace(rounded(Dtype.BF16), products="e4m3_blocks")},
-                        features=(Feature.RESIDUAL,), hidden_multiple=block, intermediate_multiple=block, **DECLARED)
+                        numerics={Dtype.BF16: replace(rounded(Dtype.BF16), products="mxfp8")},
+                        features=(Feature.RESIDUAL,), hidden_multiple=block, intermediate_multiple=block, ranks=FORKED, **DECLARED)
 
 
 MXFP8 = ExpertsLayer(_capabilities("torchao.mxfp8", 32), partial(_experts, product=_mxfp8))

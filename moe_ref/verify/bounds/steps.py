@@ -11,8 +11,8 @@ from moe_ref.contract.weights import ExpertWeights, WeightSource
 from moe_ref.numerics.accumulation import ROUNDING
 from moe_ref.numerics.gauges import gauges_and_products
 from moe_ref.numerics.magnitudes import Left
-from moe_ref.verify.bounds import blocks
 from moe_ref.verify.bounds.activation import activated
+from moe_ref.verify.bounds.operands import RULES, rounded_operand, rounded_rows
 from moe_ref.verify.bounds.rounding import FLUSH, RoundingModel
 from moe_ref.verify.bounds.rows import DownRows, Rows, exact, relative_variance, total_drift, total_variance
 
@@ -72,28 +72,25 @@ class Steps:
     def linear(self, rows: Rows, w_NK: torch.Tensor, bias: Rows | None, stage: Stage) -> Rows:
         """rows @ w^T + bias before the store of `stage`; a bias may be added to the product once stored.
 
-        Operands are rounded where the contract says so; those of a router are not.
+        Operands are rounded first where the contract says so, but for those of a router or a shared expert's gate.
         """
+        rule = None if stage is Stage.LOGITS else RULES.get(self.numerics.products)
+        if rule is not None:
+            rows, w_NK = rounded_rows(rows, rule), rounded_operand(w_NK, rule)
         terms = max(1, w_NK.shape[1])
-        added = lost = float(self.model.summed(torch.ones((), dtype=torch.float64), terms + (bias is not None)))
-        in_blocks = self.numerics.products == "e4m3_blocks" and stage is not Stage.LOGITS
-        if in_blocks:
-            lost = blocks.RELATIVE + lost * (1 + blocks.RELATIVE)
+        lost = float(self.model.summed(torch.ones((), dtype=torch.float64), terms + (bias is not None)))
         carried = [Left.of(rows.bound + lost * rows.largest, 1)]
         if rows.variance is not None and bool(rows.variance.any()):
             carried.append(Left.of(rows.variance, 2))
         sums, products = gauges_and_products(rows.value, w_NK, carried, self.model.accumulation.truncates)
         bound = products[0] + (terms + 1) * FLUSH
         own = None if rows.variance is None else self.model.summed_variance(sums, terms)
-        if in_blocks:
-            bound = bound + (1 + added) * blocks.underflow(rows, w_NK)
-            own = total_variance(own, blocks.operands_variance(rows, w_NK, sums.squares))
         variance = total_variance(own, *products[1:])
         carried_drift = None if rows.drift is None else rows.drift @ w_NK.double().T
         drift = total_drift(self.model.drift(sums, terms), carried_drift)
         if bias is None:
             return Rows(sums.value, bound, variance, drift=drift)
-        bound = bound + bias.bound + added * bias.largest
+        bound = bound + bias.bound + lost * bias.largest
         before = self.model.rounded(sums.value.abs() + bound, self.stored_in(stage))
         value = sums.value + bias.value
         joined = self.model.stored_variance(sums.value, self.stored_in(stage)) + ROUNDING * (

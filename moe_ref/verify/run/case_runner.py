@@ -241,7 +241,7 @@ def needed(file: TolerancesFile, numerics: Numerics) -> Guard:
     """
     narrow = file.formats[Format.FP16].significand_bits
     declared = [*numerics.storage.values(), numerics.reduce, numerics.activation, numerics.merge,
-                {"tf32": Format.TF32, "e4m3_blocks": Format.E4M3}.get(numerics.products)]
+                Format.TF32 if numerics.products == "tf32" else None]
     bits = min(file.formats[one].significand_bits for one in declared if one is not None)
     dtype = next((dtype for dtype in (Dtype.BF16, Dtype.FP16)
                   if bits <= file.formats[Format(dtype.value)].significand_bits), Dtype.FP32)
