@@ -42,6 +42,9 @@ MLX = Library(distribution="mlx", module="mlx", least="0.32", below="0.33", hint
 ADAPTERS: tuple[Adapter, ...] = (
     Adapter(name="torch.grouped_mm", target="moe_ref.adapters.torch_grouped:GROUPED_MM", libraries=(TORCH,),
             what="torch.nn.functional.grouped_mm, twice, with torch's silu between", kernels="own", lineage="torch"),
+    Adapter(name="torch.scaled_grouped_mm", target="moe_ref.adapters.torch_scaled:SCALED_GROUPED_MM", libraries=(TORCH,),
+            what="torch.nn.functional.scaled_grouped_mm, twice, operands in e4m3 by row; never run, judged in no dtype",
+            kernels="own", lineage="torch", devices=("cuda",)),
     Adapter(name="torchtitan.moe", target="moe_ref.adapters.torchtitan_moe", libraries=(TORCHTITAN, TORCH),
             what="MoE: router, dispatcher, grouped or gpt-oss experts, shared expert", kernels="torch",
             lineage="torchtitan", devices=("cpu",)),
