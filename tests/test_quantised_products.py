@@ -44,8 +44,8 @@ MISTAKES: dict[str, Quantiser] = {
 }
 
 
-# A scale shared by too many elements is no mistake that shows: a power of two moves no rounding border, except of numbers
-# 2^14 below the largest of their block.
+# A scale shared by too many elements is no mistake that shows: a power of two moves no rounding border, but those of
+# numbers 2^14 below the largest of their block.
 
 
 def layer(quantiser: Quantiser) -> ExpertsLayer:
@@ -86,8 +86,8 @@ def test_quantised_under_a_plain_contract_fails() -> None:
 
 def test_what_it_cannot_judge_is_refused() -> None:
     """Gradients have products of their own; exact data need 6 bits where e4m3 has 4."""
-    messages = [judged(layer(mxfp8), f"{CASE}-{words}").reason for words in ("exact", "bwd")]
-    assert messages == ["not declared: exact data with operands in e4m3", "not declared: gradients with operands in e4m3"]
+    reasons = [judged(layer(mxfp8), f"{CASE}-{words}").reason for words in ("exact", "bwd")]
+    assert reasons == [f"not declared: {what} with operands in e4m3" for what in ("exact data", "gradients")]
 
 
 def test_operands_with_errors_of_their_own() -> None:

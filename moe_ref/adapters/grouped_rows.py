@@ -23,11 +23,11 @@ DECLARED: dict[str, Any] = {"stages": SHOWN, "scores": ("softmax", "sigmoid"), "
 """What every such layer can declare, whatever makes its products, beside the ranks that it runs on."""
 
 FORKED = (Ranks.LOCAL, Ranks.GLOO)
-"""Ranks of libraries that keep no threads of their own: process ranks are forked from a child that may have run them."""
+"""Ranks of libraries without threads of their own: process ranks are forked from a child that may have run them."""
 
 
 def rounded(dtype: Dtype) -> Numerics:
-    """Every result of a product and of a step is rounded to the model's dtype; weights and the sum over slots are fp32."""
+    """Every result of a product or a step is rounded to the model's dtype; weights and the sum over slots are fp32."""
     model = Format(dtype.value)
     stored = dict.fromkeys((Stage.GATE_UP, Stage.ACT, Stage.DOWN, Stage.MERGED, Stage.REDUCED), model)
     return Numerics(storage={Stage.LOGITS: Format.FP32, Stage.WEIGHTS: Format.FP32, **stored}, activation=model,

@@ -1,16 +1,16 @@
 """mlx.core.gather_mm as a building block (MLX 0.32.4, its CPU backend): what SwitchLinear of mlx-lm calls.
 
 A product takes the matrix of each row's expert by number, with rows sorted by it; mlx.nn.silu stands between. The CPU
-backend has gather_mm in fp32 alone ("[GatherMM::eval] Currently only supports float32."). Gradients are those of mlx.vjp,
-which runs the forward pass again. Process ranks are not declared: MLX keeps threads, which no fork survives.
+backend has gather_mm in fp32 alone ("[GatherMM::eval] Currently only supports float32."). Gradients are those of
+mlx.vjp, which runs the forward pass again. Process ranks are not declared: MLX keeps a thread, which no fork survives.
 """
 
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn
+import mlx.core as mx  # type: ignore[missing-import]
+import mlx.nn  # type: ignore[missing-import]
 import numpy as np
 import torch
 from torch.autograd.function import once_differentiable

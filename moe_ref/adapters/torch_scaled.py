@@ -1,14 +1,15 @@
 """torch.nn.functional.scaled_grouped_mm as a building block: DECLARED, NEVER RUN. Written from its documentation.
 
 Rows of tokens and of weights are rounded to e4m3 here, each under its largest magnitude over 448 in fp32
-(ScalingType.RowWise: one scale per row of mat_a, one per expert and column of mat_b, both to decode with); torch multiplies
-them on a GPU of sm_90 or later, and has no kernel for a CPU. No contract says what a product of such operands may be off by:
-scales that are no powers of two leave numbers on the borders between two of e4m3, which either side may take, and fp8
-tensor cores of sm_90 keep 14 bits of a sum. So no dtype is declared, and every case is refused, until one does.
+(ScalingType.RowWise: one scale per row of mat_a, one per expert and column of mat_b, both to decode with); torch
+multiplies them on a GPU, and has no kernel for a CPU (aten::_scaled_grouped_mm_v2). No contract says what a product of
+such operands may be off by: under scales that are no powers of two, numbers lie on borders between two of e4m3 but for
+a rounding of the quotient, and fp8 tensor cores of sm_90 keep 14 bits of a sum. So no dtype is declared, and every case
+is refused, until a contract does.
 """
 
 import torch
-from torch.nn.functional import ScalingType, scaled_grouped_mm
+from torch.nn.functional import ScalingType, scaled_grouped_mm  # type: ignore[missing-module-attribute]
 
 from moe_ref.adapters.experts_layer import ExpertsCall, ExpertsLayer
 from moe_ref.adapters.grouped_rows import DECLARED, FORKED, grouped_experts

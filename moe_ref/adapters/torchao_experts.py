@@ -1,17 +1,17 @@
 """torchao's grouped product of MXFP8 training as a building block (0.18.0): forward, emulated kernels, bf16.
 
-`_to_mxfp8_then_scaled_grouped_mm` with KernelPreference.EMULATED rounds tokens and weights to e4m3 in blocks of 32 along
-the sum under power-of-two scales (ScaleCalculationMode.RCEIL, its default; to_mx of mx_formats/mx_tensor.py), takes the
-scales back, which is exact in bf16, and calls torch._grouped_mm. Groups of rows are padded to 32 by its own functions. Its
-CUDA kernels ask for sm_100.
+`_to_mxfp8_then_scaled_grouped_mm` with KernelPreference.EMULATED rounds tokens and weights to e4m3 in blocks of 32
+along the sum under power-of-two scales (ScaleCalculationMode.RCEIL, its default; to_mx of mx_formats/mx_tensor.py),
+takes the scales back, which is exact in bf16, and calls torch._grouped_mm. Groups of rows are padded to 32 by its own
+functions. Its CUDA kernels ask for sm_100.
 """
 
 from dataclasses import replace
 
 import torch
-import torchao
-from torchao.prototype.moe_training.mxfp8_grouped_mm import _to_mxfp8_then_scaled_grouped_mm
-from torchao.quantization.quantize_.common import KernelPreference
+import torchao  # type: ignore[missing-import]
+from torchao.prototype.moe_training.mxfp8_grouped_mm import _to_mxfp8_then_scaled_grouped_mm  # type: ignore[missing-import]
+from torchao.quantization.quantize_.common import KernelPreference  # type: ignore[missing-import]
 
 from moe_ref.adapters.experts_layer import ExpertsCall, ExpertsLayer
 from moe_ref.adapters.grouped_rows import DECLARED, FORKED, grouped_experts, rounded

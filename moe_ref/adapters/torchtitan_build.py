@@ -1,11 +1,16 @@
 """A spec as torchtitan's configuration, and the harness's tensors under the names of its parameters."""
 
 import torch
-from torchtitan.models.common.feed_forward import FeedForward, SigmoidGatedFeedForward
-from torchtitan.models.common.linear import Linear
-from torchtitan.models.common.moe import GroupedExperts, MoE, RoutedExperts, TokenChoiceTopKRouter
-from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher
-from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
+from torchtitan.models.common.feed_forward import FeedForward, SigmoidGatedFeedForward  # type: ignore[missing-import]
+from torchtitan.models.common.linear import Linear  # type: ignore[missing-import]
+from torchtitan.models.common.moe import (  # type: ignore[missing-import]
+    GroupedExperts,
+    MoE,
+    RoutedExperts,
+    TokenChoiceTopKRouter,
+)
+from torchtitan.models.common.token_dispatcher import LocalTokenDispatcher  # type: ignore[missing-import]
+from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts  # type: ignore[missing-import]
 
 from moe_ref.contract.collectives import enter, once
 from moe_ref.contract.comm import Comm
@@ -85,7 +90,8 @@ def parameters(weights: MoEWeights, spec: MoESpec, tp: Comm) -> dict[str, torch.
         named["router.gate.bias"] = weights.router_bias_E.float()
     if weights.shared_w13_GIH is not None:
         named |= {"shared_experts.w1.weight": weights.shared_w13_GIH[0],
-                  "shared_experts.w3.weight": weights.shared_w13_GIH[1], "shared_experts.w2.weight": weights.shared_w2_HI}
+                  "shared_experts.w3.weight": weights.shared_w13_GIH[1],
+                  "shared_experts.w2.weight": weights.shared_w2_HI}
     if weights.shared_gate_SH is not None:
         named["shared_experts.gate.weight"] = enter(weights.shared_gate_SH, tp)
     named["tokens_per_expert_E"] = torch.zeros(spec.num_experts)

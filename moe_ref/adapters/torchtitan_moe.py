@@ -4,14 +4,14 @@ The module is built without memory and called with the harness's tensors in plac
 leaves its counts of tokens alone. Its experts are `GroupedExperts`, or `GptOssGroupedExperts` for clamped and scaled
 SwiGLU with biases, whose gate and up rows take turns. Hooks stand at the borders of its parts:
 
-gate      Its logits are meant to be fp32 (torch.autocast in TokenChoiceTopKRouter.forward), which CUDA makes of them and
-          a CPU refuses with a warning: tokens and router are cast here. Injected logits replace what it returns.
+gate      Its logits are meant to be fp32 (torch.autocast in TokenChoiceTopKRouter.forward), which a CPU refuses with a
+          warning: tokens and router are cast here. Injected logits replace what it returns.
 router    An injected routing replaces what it returns, with the ids as they are.
 experts   Every rank of tp calls a layer of its columns. What torchtitan's plan redistributes (moe_sharding.py) is
           entered, and the partial sums are added by one all-reduce; the bias of w2 is that of rank 0.
 
-Experts cast tokens and weights to bf16 whatever they are (GroupedExperts.forward), while router, shared expert and merge
-keep fp32: no contract says so, and bf16 alone is declared.
+Experts cast tokens and weights to bf16 whatever they are (GroupedExperts.forward), while router, shared expert and
+merge keep fp32: no contract says so, and bf16 alone is declared.
 """
 
 import warnings
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch.func import functional_call
-from torchtitan.models.common.moe import MoE
+from torchtitan.models.common.moe import MoE  # type: ignore[missing-import]
 
 from moe_ref.adapters.torchtitan_build import build, parameters
 from moe_ref.contract.capabilities import Capabilities, Numerics
@@ -37,7 +37,8 @@ _ROWS = (Stage.GATE_UP, Stage.ACT, Stage.DOWN, Stage.SHARED, Stage.MERGED, Stage
 
 # Rows times weights are multiplied in fp32 and rounded, and scatter_add adds them up in the dtype of the tokens
 # (LocalTokenDispatcher.combine); everything else is one call of torch after the other.
-NUMERICS = Numerics(storage={Stage.LOGITS: Format.FP32, Stage.WEIGHTS: Format.FP32, **dict.fromkeys(_ROWS, Format.BF16)},
+NUMERICS = Numerics(storage={Stage.LOGITS: Format.FP32, Stage.WEIGHTS: Format.FP32,
+                             **dict.fromkeys(_ROWS, Format.BF16)},
                     activation=Format.BF16, merge=Format.BF16, reduce=Format.BF16, weight_at="merge")
 
 CAPABILITIES = Capabilities(

@@ -1,9 +1,9 @@
 """Products whose operands are rounded to e4m3 under a scale per block: the truth is that of the rounded operands.
 
-Weights and tokens are given, so what is multiplied is known to the bit, and so it is where a subject shows its activation.
-Only an operand that has an error e of its own may be rounded to another number: by d(a + e) - d(a), where d rounds. That
-is at most e and twice the largest error of a rounding, and what is expected of it follows from the chance, of the size of
-e / q with q the distance of numbers, that a rounding border lies between the two.
+Weights and tokens are given, so what is multiplied is known to the bit, and so it is where a subject shows its
+activation. Only an operand that has an error e of its own may be rounded to another number, by d(a + e) - d(a) where d
+rounds. That is at most e and twice the largest error of a rounding, and what is expected of it follows from the chance,
+of the size of e / q with q the distance of numbers, that a rounding border lies between the two.
 """
 
 import math
@@ -24,7 +24,8 @@ RULES = {"mxfp8": MXFP8}
 _CROSSES = math.sqrt(3)
 """Chance of a border between value and error, in standard deviations of the error over the distance of borders.
 
-A store in 16 bits errs by up to h, evenly, and its numbers hold the borders of 4 bits, where half go the wrong way: h / q.
+A store in 16 bits errs by up to h, evenly, and its numbers hold the borders of 4 bits, where half of them go the wrong
+way: h / q.
 """
 
 
