@@ -45,7 +45,7 @@ ADAPTERS: tuple[Adapter, ...] = (
     Adapter(name="torch.scaled_grouped_mm", target="moe_ref.adapters.torch_scaled:SCALED_GROUPED_MM",
             libraries=(TORCH,), kernels="own", lineage="torch", devices=("cuda",),
             what="torch.nn.functional.scaled_grouped_mm, operands in e4m3 by row; never run, judged in no dtype"),
-    Adapter(name="torchtitan.moe", target="moe_ref.adapters.torchtitan_moe", libraries=(TORCHTITAN, TORCH),
+    Adapter(name="torchtitan.moe", target="moe_ref.adapters.torchtitan_moe:LAYER", libraries=(TORCHTITAN, TORCH),
             what="MoE: router, dispatcher, grouped or gpt-oss experts, shared expert", kernels="torch",
             lineage="torchtitan", devices=("cpu",)),
     Adapter(name="jax.ragged_dot", target="moe_ref.adapters.jax_ragged:RAGGED_DOT", libraries=(JAX,),

@@ -15,6 +15,7 @@ merge keep fp32: no contract says so, and bf16 alone is declared.
 """
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -107,18 +108,28 @@ class _Borders:
         experts.register_forward_hook(show)
 
 
-def moe(x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, parallel: Parallel | None = None,
-        groups: Groups | None = None, *, routing: Routing | None = None, logits_TE: torch.Tensor | None = None,
-        residual_TH: torch.Tensor | None = None, trace: Trace | None = None, check: str = "metadata") -> torch.Tensor:
-    """The whole layer, (T, H) in bf16; UsageValueError for what torchtitan does not have."""
-    groups = groups or Groups()
-    shared_size = 0 if weights.shared_w2_HI is None else weights.shared_w2_HI.shape[1]
-    module = build(spec, weights.w2_EHI.shape[2], shared_size)
-    _Borders(groups, routing, logits_TE, trace).install(module)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "In CPU autocast, but the target dtype is not supported")
-        merged_BTH = functional_call(module, parameters(weights, spec, groups.tp), (x_TH[None],))
-    if trace is not None:
-        trace.record(Stage.MERGED, merged_BTH[0])
-    y_TH = leave(merged_BTH[0], groups.tp)
-    return y_TH if residual_TH is None else y_TH + residual_TH
+@dataclass(frozen=True)
+class TitanLayer:
+    """torchtitan's MoE behind the contract's API."""
+
+    CAPABILITIES: Capabilities
+
+    def moe(self, x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, parallel: Parallel | None = None,
+            groups: Groups | None = None, *, routing: Routing | None = None, logits_TE: torch.Tensor | None = None,
+            residual_TH: torch.Tensor | None = None, trace: Trace | None = None,
+            check: str = "metadata") -> torch.Tensor:
+        """The whole layer, (T, H) in bf16; UsageValueError for what torchtitan does not have."""
+        groups = groups or Groups()
+        shared_size = 0 if weights.shared_w2_HI is None else weights.shared_w2_HI.shape[1]
+        module = build(spec, weights.w2_EHI.shape[2], shared_size)
+        _Borders(groups, routing, logits_TE, trace).install(module)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "In CPU autocast, but the target dtype is not supported")
+            merged_BTH = functional_call(module, parameters(weights, spec, groups.tp), (x_TH[None],))
+        if trace is not None:
+            trace.record(Stage.MERGED, merged_BTH[0])
+        y_TH = leave(merged_BTH[0], groups.tp)
+        return y_TH if residual_TH is None else y_TH + residual_TH
+
+
+LAYER = TitanLayer(CAPABILITIES)
