@@ -40,6 +40,11 @@ SGLANG = Library(distribution="sglang", module="sglang", least="0.5.23", below="
 FLASHINFER = Library(distribution="flashinfer-python", module="flashinfer", least="0.4", below="1")
 DEEPGEMM = Library(distribution="deep_gemm", module="deep_gemm", least="2.1", below="3",
                    hint="built from github.com/deepseek-ai/DeepGEMM")
+TORCHTITAN = Library(distribution="torchtitan", module="torchtitan", least="0.3", below="0.4",
+                     hint="it needs spmd_types, tyro and docstring_parser")
+JAX = Library(distribution="jax", module="jax", least="0.10", below="0.11")
+TORCHAO = Library(distribution="torchao", module="torchao", least="0.18", below="0.19")
+MLX = Library(distribution="mlx", module="mlx", least="0.32", below="0.33", hint="pip install 'mlx[cpu]'")
 
 ADAPTERS: tuple[Adapter, ...] = (
     Adapter(name="torch.grouped_mm", target="moe_ref.adapters.torch_grouped:GROUPED_MM", libraries=(TORCH,),
@@ -80,6 +85,21 @@ ADAPTERS: tuple[Adapter, ...] = (
     Adapter(name="deepgemm", target="moe_ref.adapters.deepgemm:LAYER", libraries=(DEEPGEMM,),
             what="DeepGEMM's m_grouped_bf16_gemm_nt_contiguous, twice; never run", kernels="own", lineage="deepgemm",
             devices=("cuda",)),
+    Adapter(name="torch.scaled_grouped_mm", target="moe_ref.adapters.torch_scaled:SCALED_GROUPED_MM",
+            libraries=(TORCH,), kernels="own", lineage="torch", devices=("cuda",),
+            what="torch.nn.functional.scaled_grouped_mm, operands in e4m3 by row; never run, judged in no dtype"),
+    Adapter(name="torchtitan.moe", target="moe_ref.adapters.torchtitan_moe:LAYER", libraries=(TORCHTITAN, TORCH),
+            what="MoE: router, dispatcher, grouped or gpt-oss experts, shared expert", kernels="torch",
+            lineage="torchtitan", devices=("cpu",)),
+    Adapter(name="jax.ragged_dot", target="moe_ref.adapters.jax_ragged:RAGGED_DOT", libraries=(JAX,),
+            what="jax.lax.ragged_dot, twice, with jax.nn.silu between", kernels="own", lineage="xla",
+            devices=("cpu",)),
+    Adapter(name="mlx.gather_mm", target="moe_ref.adapters.mlx_gather:GATHER_MM", libraries=(MLX,),
+            what="mlx.core.gather_mm, twice, with mlx.nn.silu between, on its CPU backend", kernels="own",
+            lineage="mlx", devices=("cpu",)),
+    Adapter(name="torchao.mxfp8", target="moe_ref.adapters.torchao_experts:MXFP8", libraries=(TORCHAO, TORCH),
+            what="grouped product of MXFP8 training, twice, kernels emulated, forward", kernels="torch",
+            lineage="torchao"),
 )
 
 

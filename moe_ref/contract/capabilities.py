@@ -31,7 +31,9 @@ class Numerics:
     in registers and belongs to the group that ends at the next stored stage.
     `permute` are the rows that the first product takes, where the routing weight is on the input.
     products: what long products of a layer in fp32 multiply: "exact", operands as they are; "tf32", rounded or cut to
-    tf32 as the hardware does; "tf32x3", three products of tf32 parts.
+    tf32 as the hardware does; "tf32x3", three products of tf32 parts. In any dtype "mxfp8": both
+    operands of experts are rounded to e4m3 in blocks of 32 along the sum, each under its largest magnitude over 448,
+    rounded up to a power of two; forward only.
     accumulate: format of every long sum, in any order. reduce: format of partial sums between ranks.
     weight_at: "down": the routing weight multiplies in the down product's accumulator, before the store;
     "merge": down rows are stored without it and weighted when they are summed; "act": it multiplies the
@@ -42,7 +44,7 @@ class Numerics:
     """
 
     storage: dict[Stage, Format]
-    products: Literal["exact", "tf32", "tf32x3"] = "exact"
+    products: Literal["exact", "tf32", "tf32x3", "mxfp8"] = "exact"
     accumulate: Format = Format.FP32
     reduce: Format = Format.FP32
     weight_at: Literal["down", "merge", "act"] = "down"
@@ -128,7 +130,7 @@ class Capabilities:
             (ranks not in self.ranks, f"{ranks} ranks"),
             (device not in self.devices, f"device {device}"),
             (case.problem.residual and Feature.RESIDUAL not in self.features, str(Feature.RESIDUAL)),
-            *self._refused_exact(case), *self._refused_sizes(case),
+            *self._refused_exact(case), *self._refused_sizes(case), *self._refused_backward(case),
         ]
         reasons = [reason for refuses, reason in refused if refuses] + self._refused_mathematics(case.problem.spec)
         return "not declared: " + ", ".join(reasons) if reasons else None
@@ -141,7 +143,14 @@ class Capabilities:
         stored = [*numerics.storage.values(), numerics.reduce, numerics.activation, numerics.merge]
         return [(case.problem.spec.router is not None and not self.injected_routing, "an injected routing"),
                 (numerics.accumulate not in LONG_SUMS, f"exact data with sums in {numerics.accumulate}"),
+                (numerics.products == "mxfp8", "exact data with operands in e4m3"),
                 *((one in stored, f"exact data with rows in {one}") for one in NARROW)]
+
+    def _refused_backward(self, case: Case) -> list[tuple[bool, str]]:
+        """Gradients whose products have operands in blocks: their bounds do not know these."""
+        numerics = self.numerics.get(case.problem.dtype)
+        rounds = numerics is not None and numerics.products == "mxfp8"
+        return [(rounds and case.direction is Direction.BACKWARD, "gradients with operands in e4m3")]
 
     def _refused_sizes(self, case: Case) -> list[tuple[bool, str]]:
         """Logits that cannot be handed over, and sizes that are no multiple."""

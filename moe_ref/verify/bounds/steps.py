@@ -12,6 +12,7 @@ from moe_ref.numerics.accumulation import ROUNDING
 from moe_ref.numerics.gauges import gauges_and_products
 from moe_ref.numerics.magnitudes import Left
 from moe_ref.verify.bounds.activation import activated
+from moe_ref.verify.bounds.operands import RULES, rounded_operand, rounded_rows
 from moe_ref.verify.bounds.rounding import FLUSH, RoundingModel
 from moe_ref.verify.bounds.rows import DownRows, Rows, exact, relative_variance, total_drift, total_variance
 
@@ -69,7 +70,13 @@ class Steps:
         return self.stored_as(Rows(value, error, variance, drift=drift), rounded_to)
 
     def linear(self, rows: Rows, w_NK: torch.Tensor, bias: Rows | None, stage: Stage) -> Rows:
-        """rows @ w^T + bias before the store of `stage`; a bias may be added to the product once stored."""
+        """rows @ w^T + bias before the store of `stage`; a bias may be added to the product once stored.
+
+        Operands are rounded first where the contract says so, but for those of a router or a shared expert's gate.
+        """
+        rule = None if stage is Stage.LOGITS else RULES.get(self.numerics.products)
+        if rule is not None:
+            rows, w_NK = rounded_rows(rows, rule), rounded_operand(w_NK, rule)
         terms = max(1, w_NK.shape[1])
         lost = float(self.model.summed(torch.ones((), dtype=torch.float64), terms + (bias is not None)))
         carried = [Left.of(rows.bound + lost * rows.largest, 1)]

@@ -1,0 +1,29 @@
+"""Cases of the tier conformance by an adapter, through the command line: its library is loaded in a child process."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moe_ref.adapters.catalogue import find
+from tests.command_line import command
+
+LAYER = "v1-T33.H128.I256.E8.K2"
+"""A layer of the tier without its dtype and words."""
+
+
+def needs(name: str) -> None:
+    """Skip the calling module, with the reason, where the library of an adapter is not installed."""
+    adapter = find(name)
+    assert adapter is not None
+    if lacking := adapter.lacking():
+        pytest.skip(f"{name}: {lacking}", allow_module_level=True)
+
+
+def verdicts(implementation: str, folder: Path, *cases: str) -> dict[str, str]:
+    """Case id -> verdict, on virtual ranks, with the reason after it where there is one."""
+    named = [part for case in cases for part in ("--case", case)]
+    command("verify", implementation, "--ranks", "local", "--minimum", "1", "--record", str(folder), *named)
+    lines = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    found = {line["case"]: line for line in lines if "verdict" in line and "case" in line}
+    return {case: ": ".join(filter(None, (found[case]["verdict"], found[case].get("reason")))) for case in cases}

@@ -1,0 +1,40 @@
+"""torch's own grouped products as implementations."""
+
+from pathlib import Path
+
+import torch
+
+from moe_ref.adapters.torch_scaled import SCALED_GROUPED_MM, _rowwise
+from moe_ref.contract.case_id import parse_case
+from moe_ref.contract.vocabulary import Ranks
+from tests.adapter_runs import LAYER, verdicts
+
+CASES = (f"{LAYER}-bf16-norm-tp2-bwd", f"{LAYER}-fp16-norm", f"{LAYER}-fp32-norm-holes-exact")
+
+
+def test_grouped_mm(tmp_path: Path) -> None:
+    assert verdicts("torch.grouped_mm", tmp_path, *CASES) == dict.fromkeys(CASES, "pass")
+
+
+def test_a_planted_mistake_is_seen(tmp_path: Path) -> None:
+    """Agreement says something only where the adapter's own mistakes would show."""
+    [verdict] = verdicts("tests.subjects.swapped:torch_grouped_mm", tmp_path, CASES[0]).values()
+    assert verdict.startswith("mismatch: act")
+
+
+def test_scaled_grouped_mm_is_judged_in_nothing() -> None:
+    """No contract says what its products may be off by: a verdict on it would be invented."""
+    reason = SCALED_GROUPED_MM.CAPABILITIES.refusal(parse_case(CASES[1]), Ranks.LOCAL, "cuda")
+    assert reason is not None
+    assert "dtype fp16" in reason
+
+
+def test_rowwise_operands() -> None:
+    """The one part of that adapter that a CPU can run: codes times scales are the numbers, to 4 bits; zeros stay."""
+    values = torch.randn(5, 64, generator=torch.Generator().manual_seed(3)).bfloat16()
+    values[2] = 0
+    codes, scales = _rowwise(values)
+    assert (codes.dtype, scales.dtype, scales.shape) == (torch.float8_e4m3fn, torch.float32, (5,))
+    floor = values.abs().amax(-1, keepdim=True).double() / 448 * 2.0**-10
+    error = (codes.double() * scales.double()[:, None] - values.double()).abs()
+    assert bool((error <= torch.maximum(values.double().abs() * (2.0**-4 + 2.0**-20), floor)).all())
