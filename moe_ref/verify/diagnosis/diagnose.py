@@ -120,14 +120,22 @@ class Comparison:
         """Of the error that a prediction explains."""
         return 1.0 - float(self.error(predicted).norm() / self.error(self.wanted).norm())
 
+    def alike(self, one: Candidate, other: Candidate) -> bool:
+        """Whether a reader of the numbers cannot tell them apart."""
+        differs = torch.where(self.compared, one.predicted - other.predicted, 0.0).norm()
+        return bool(differs <= SAME_PREDICTION * self.error(self.wanted).norm())
+
     def candidates(self) -> Iterator[Candidate]:
         """The best form of every fault that comes no later than the failing stage."""
-        for fault in FAULTS:
-            if ORDER.index(fault.first) <= ORDER.index(self.stage):
-                forms = [form for variant in fault.variants(self.known) for form in self.forms(fault, variant)
-                         if form.predicted[self.compared].isfinite().all()]
-                if forms:
-                    yield max(forms, key=lambda form: form.share)
+        return filter(None, map(self.best_form, FAULTS))
+
+    def best_form(self, fault: type[Layer]) -> Candidate | None:
+        """The one of its forms that explains most; None where the case can have none, or a later stage is failing."""
+        if ORDER.index(fault.first) > ORDER.index(self.stage):
+            return None
+        forms = [form for variant in fault.variants(self.known) for form in self.forms(fault, variant)
+                 if form.predicted[self.compared].isfinite().all()]
+        return max(forms, key=lambda form: form.share, default=None)
 
     def forms(self, fault: type[Layer], variant: object) -> Iterator[Candidate]:
         """One form of a fault, everywhere and where it fits."""
@@ -216,12 +224,10 @@ def named(comparison: Comparison, candidates: list[Candidate]) -> Diagnosis | No
     best = max(candidates, key=lambda one: one.share, default=None)
     if best is None or best.share <= LEAST_SHARE:
         return None
-    error = comparison.error(comparison.wanted).norm()
     same, other = [best], []
     for one in candidates:
         if one is not best:
-            differs = torch.where(comparison.compared, one.predicted - best.predicted, 0.0).norm()
-            (same if differs <= SAME_PREDICTION * error else other).append(one)
+            (same if comparison.alike(one, best) else other).append(one)
     next_share = max((one.share for one in other), default=0.0)
     if next_share >= MOST_OF_NEXT or len(same) > _NAMES:
         return None
