@@ -13,12 +13,7 @@ from pathlib import Path
 
 import pytest
 
-
-class Mismatch(AssertionError):
-    """A case that did not pass; the text is the whole failure message."""
-
-
-Mismatch.__module__ = "moe_ref"
+from moe_ref.conforms.mismatch import Mismatch
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

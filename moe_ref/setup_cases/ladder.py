@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from moe_ref.contract.capabilities import Capabilities
@@ -131,10 +131,11 @@ class _Ladder:
     def step(self, number: int, step: Step) -> StepResult:
         """The first of its cases that fails, or what the worst of those that ran shows."""
         lines = []
-        for case in step.cases:
+        for index, case in enumerate(step.cases):
             line = self.run(case, f"setup: {step.name}")
             if self._fails(line, step):
-                return self.failure(number, step, case, line)
+                failed = self.failure(number, step, case, line)
+                return replace(failed, words=f"{step.named[index]}: {failed.words}") if step.named else failed
             lines.append(line)
         ran = [line for line in lines if line.verdict not in _UNRUN or step.only_runs and line.stages]
         if not ran:

@@ -41,7 +41,7 @@ class Explained:
     def words(self) -> str:
         """As a message says it."""
         whole = "all" if self.share > 0.999 else f"{100 * self.share:.1f} %"
-        return f"{self.fault}: explains {whole} of the difference, what is left is {self.left:.2g} of what is allowed"
+        return f"{self.fault}, which explains {whole} of the difference and leaves {self.left:.2g} of what is allowed"
 
 
 def explained(case: Case, inputs: Inputs, ranks: list[RankTensors], numerics: Numerics,

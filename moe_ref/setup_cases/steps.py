@@ -32,6 +32,8 @@ class Step:
     stands_on: tuple[str, ...]
     only_runs: bool = False
     """Shape and dtype alone are asked for; numbers are the next step's."""
+    named: tuple[str, ...] = ()
+    """What each of its cases is about, where they differ by more than numbers of tokens."""
 
 
 @dataclass(frozen=True)
@@ -128,25 +130,46 @@ def ladder(base: Base, capabilities: Capabilities) -> tuple[Step, ...]:
         Step("shape", "one token through one expert: shape and dtype of the output", (case(1, 2, 3, 1, one_hot),), (),
              only_runs=True),
         Step("gate and up", "rows and orientation of w13", (case(1, 2, 1, 1, one_hot),), ("shape",)),
-        Step("w2", "orientation of w2", (case(1, 1, 1, 1, one_hot),), ("shape",))]
+        Step("w2", "orientation of w2", (case(1, 1, 1, 1, one_hot),), ("shape", "gate and up"))]
     if routed:
         others = [replace(base.spec.router, renormalize=not base.spec.router.renormalize)] if base.options else []
         specs = [base.spec, *(replace(base.spec, router=one) for one in others)]
         steps += [
             Step("experts", "their order", (case(16, 1, 2, 1, one_hot),), plain),
             Step("routing weights", "which, where, renormalised or not",
-                 tuple(case(8, 1, 2, top_k, Pattern.ZIPF, spec=one) for one in specs), (*plain, "experts")),
+                 tuple(case(8, 1, 2, top_k, Pattern.ZIPF, spec=one) for one in specs), (*plain, "experts"),
+                 named=tuple(_renormalised(one) for one in specs)),
             Step("router", "its own choice", (case(16, 1, 2, top_k),), (*plain, "experts", "routing weights"))]
     known = tuple(step.name for step in steps)
     if base.options:
         options = tuple(case(8, 1, 2, top_k, spec=spec, residual=residual) for _, spec, residual in base.options)
-        steps.append(Step("options", ", ".join(name for name, _, _ in base.options), options, known))
+        names = tuple(name for name, _, _ in base.options)
+        steps.append(Step("options", ", ".join(names), options, known, named=names))
     steps.append(Step("calls", "other numbers of tokens, repeated calls",
                       tuple(case(tokens, 1, 2, top_k) for tokens in (33, 1, 0)), known))
-    steps.append(Step("two ranks", "shards and all-reduce", (case(9, 1, 4, top_k, parallel=Parallel(tp=2)),), known))
+    ranks = [case(9, 1, 4, top_k, parallel=Parallel(tp=2), spec=spec, residual=residual)
+             for spec, residual in ((base.spec, False), *_once_only(base))]
+    steps.append(Step("two ranks", "shards and all-reduce", tuple(ranks), known,
+                      named=("plain", "with what must come in once")))
     steps.append(Step("gradients", "of everything that is handed over",
                       (case(9, 1, 2, top_k, direction=Direction.BACKWARD),), known))
     return tuple(steps)
+
+
+def _renormalised(spec: MoESpec) -> str:
+    return "renormalised" if spec.router is not None and spec.router.renormalize else "not renormalised"
+
+
+def _once_only(base: Base) -> Iterator[tuple[MoESpec, bool]]:
+    """A layer with all that several ranks must add once between them, where any of it is declared."""
+    options = {name: spec for name, spec, _ in base.options}
+    spec = base.spec
+    if "biases of experts" in options:
+        spec = replace(spec, experts=options["biases of experts"].experts)
+    if "shared expert" in options:
+        spec = replace(spec, shared=options["shared expert"].shared)
+    if spec != base.spec or "residual" in options:
+        yield spec, "residual" in options
 
 
 def square_twins(case: Case) -> Iterator[Case]:
