@@ -262,10 +262,13 @@ def lost_tile(call: ExpertsCall) -> torch.Tensor:
     return adapted(call, w2_EIH=kept_EIH)
 
 
+WIDER = Adapter(replace(CAPABILITIES, hidden_multiple=32, intermediate_multiple=32), lost_tile)
+
+
 @pytest.mark.parametrize("subject", [
-    Adapter(replace(CAPABILITIES, hidden_multiple=32, intermediate_multiple=32), lost_tile),
     wrong.TruncatingStore(), wrong.BF16Accumulation(), wrong.StrideWraps(), wrong.ColumnsSwapped(),
-    wrong.LastBlockOfKDropped(), wrong.UninitialisedTail()], ids=lambda one: type(one).__name__)
+    wrong.LastBlockOfKDropped(), wrong.UninitialisedTail(), wrong.NeighbourExpert(), WIDER],
+    ids=lambda one: type(one).__name__)
 def test_mistakes_of_a_kernel_are_not_called_an_adapters(subject: Any) -> None:
     """Either no tiny layer shows it, or no mapping explains it."""
     failure = set_up(subject).failure
@@ -273,7 +276,7 @@ def test_mistakes_of_a_kernel_are_not_called_an_adapters(subject: Any) -> None:
 
 
 def test_a_lost_tile_is_seen_and_named() -> None:
-    failure = set_up(Adapter(replace(CAPABILITIES, hidden_multiple=32, intermediate_multiple=32), lost_tile)).failure
+    failure = set_up(WIDER).failure
     assert failure is not None
     assert "a kernel's does: last 16 columns of K left out of the down product" in failure.words
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from moe_ref.conforms.cases import PROBES, USUAL, named_cases, planned_cases
 from moe_ref.conforms.mismatch import Mismatch
@@ -15,7 +15,6 @@ from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.vocabulary import RED_VERDICTS, Direction, Dtype, Stage, Verdict
 from moe_ref.records.schema import CaseLine, from_number
 from moe_ref.setup_cases.ladder import SetupResult, run_setup
-from moe_ref.tiers.tiers import PlannedCase
 from moe_ref.tolerances.contracts import contract
 from moe_ref.verify.run.case_runner import USAGE_PREFIX
 from moe_ref.verify.run.in_process import UNPROTECTED, InProcess
@@ -48,14 +47,14 @@ def assert_conforms(function: Callable, spec: MoESpec, *, takes: Takes = "expert
                     numerics: str | Numerics = "stored_rows", dtypes: Iterable[str] = ("bf16",),
                     tokens: Iterable[int] = (1, 33, 257), tp: Iterable[int] = (1,),
                     directions: Iterable[str] = ("fwd",), probes: Iterable[str] = USUAL,
-                    cases: Iterable[str] = (), device: str = "cpu", deterministic: bool = False, runs: int = 2,
-                    setup: bool = True, record: Path | str | None = None) -> Conformed:
+                    cases: Iterable[str] = (), stages: Iterable[str] = (), device: str = "cpu",
+                    deterministic: bool = False, runs: int = 2, setup: bool = True, record: Path | str | None = None) -> Conformed:
     """Judge a function against the fp64 oracle, and raise Mismatch with the failure message unless all of it is right.
 
     takes "experts": function(x_TH, w13_EFH, w2_EHI, weights_TK, ids_TK) -> y_TH in the dtype of x: F = 2 I, gate rows
     first (F = I without a gate); weights_TK fp32, ids_TK int64, at tp > 1 this rank's columns; with biases of experts
     the keywords w13_bias_EF and w2_bias_EH. Of the spec's router it is handed the choice of a plain one. takes "layer":
-    a whole layer with the signature of moe_ref.moe.
+    a whole layer with the signature of moe_ref.moe; stages: those that it records in `trace`.
 
     numerics: a contract of tolerances.yaml by name, or a Numerics. probes: names of moe_ref.conforms.cases.PROBES.
     cases: ids, in place of all that is planned. deterministic: whether the same bits are promised. record: a folder for
@@ -66,14 +65,15 @@ def assert_conforms(function: Callable, spec: MoESpec, *, takes: Takes = "expert
     RuntimeError for an error of the harness.
     """
     __tracebackhide__ = True
-    asked = _Asked(takes, tuple(dtypes), tuple(tokens), tuple(tp), tuple(directions), tuple(probes), device, runs)
+    asked = _Asked(takes, tuple(dtypes), tuple(tokens), tuple(tp), tuple(directions), tuple(probes), tuple(stages),
+                   device, runs)
     raise_faults("assert_conforms", asked.faults(function, spec))
     judged = spec_of_experts(spec) if takes == "experts" else spec
     kinds = tuple(map(Dtype, asked.dtypes))
     rounds = {kind: numerics if isinstance(numerics, Numerics) else contract(numerics, kind) for kind in kinds}
     ways = tuple(map(Direction, asked.directions))
-    subject = subject_of(function, judged, takes, rounds, asked.tp, ways, deterministic)
-    named = tuple(cases)
+    shown, named = tuple(map(Stage, asked.stages)), tuple(cases)
+    subject = subject_of(function, judged, takes, rounds, asked.tp, ways, shown, deterministic)
     planned, left_out = ((named_cases(named, judged), {}) if named else
                          planned_cases(judged, kinds, asked.tokens, asked.tp, ways, asked.probes))
     session = Session.in_process(name_of(function), InProcess(subject), device, Path(record) if record else None)
@@ -96,6 +96,7 @@ class _Asked:
     tp: tuple[int, ...]
     directions: tuple[str, ...]
     probes: tuple[str, ...]
+    stages: tuple[str, ...]
     device: str
     runs: int
 
@@ -109,6 +110,7 @@ class _Asked:
                        if not is_integer(one) or one < least]
         for name, values, known in (("dtypes", self.dtypes, tuple(Dtype)), ("probes", self.probes, tuple(PROBES)),
                                     ("directions", self.directions, tuple(Direction)),
+                                    ("stages", self.stages, tuple(stage for stage in Stage if not stage.is_gradient)),
                                     ("device", (self.device,), ("cpu", "cuda"))):
             faults += [f"{name} holds {one!r}, but should be of {', '.join(known)}" for one in values
                        if one not in known]

@@ -17,7 +17,8 @@ from moe_ref.contract.features import features_of
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.router_spec import Router
 from moe_ref.contract.spec import MoESpec
-from moe_ref.contract.vocabulary import Direction, Dtype, Stage
+from moe_ref.contract.trace import Trace
+from moe_ref.contract.vocabulary import Direction, Dtype, Format, Stage, Storage
 from moe_ref.contract.weights import MoEWeights
 
 Takes = Literal["experts", "layer"]
@@ -31,7 +32,25 @@ class Layer:
     """A whole layer with the contract's signature, and what is declared for it."""
 
     CAPABILITIES: Capabilities
-    moe: Callable[..., torch.Tensor]
+    function: Callable[..., torch.Tensor]
+
+    def moe(self, *arguments: Any, trace: Trace | None = None, **words: Any) -> torch.Tensor:
+        """The function's own result; it is handed a trace where stages of it are declared."""
+        declared = self.CAPABILITIES.stages
+        given = {"trace": DeclaredTrace(trace, declared) if trace is not None else None} if declared else {}
+        return self.function(*arguments, **words, **given)
+
+
+class DeclaredTrace(Trace):
+    """Keeps what is declared, in another trace, and lets the rest pass."""
+
+    def __init__(self, inner: Trace, stages: tuple[Stage, ...]) -> None:
+        super().__init__(inner.tensors)
+        self.stages = stages
+
+    def record(self, stage: Stage, tensor: torch.Tensor) -> None:
+        if stage in self.stages:
+            super().record(stage, tensor)
 
 
 def aligned(size: int) -> int:
@@ -41,7 +60,8 @@ def aligned(size: int) -> int:
 
 def name_of(function: Callable) -> str:
     """As module:function, for messages and the record."""
-    return f"{getattr(function, '__module__', None) or '?'}:{getattr(function, '__qualname__', type(function).__name__)}"
+    module, name = getattr(function, "__module__", None), getattr(function, "__qualname__", type(function).__name__)
+    return f"{module or '?'}:{name}"
 
 
 def spec_of_experts(spec: MoESpec) -> MoESpec:
@@ -61,18 +81,23 @@ def spec_of_experts(spec: MoESpec) -> MoESpec:
 
 
 def subject_of(function: Callable, spec: MoESpec, takes: Takes, numerics: dict[Dtype, Numerics], tp: tuple[int, ...],
-               directions: tuple[Direction, ...], deterministic: bool) -> ExpertsLayer | Layer:
+               directions: tuple[Direction, ...], stages: tuple[Stage, ...],
+               deterministic: bool) -> ExpertsLayer | Layer:
     """What the harness judges; the function is asked for what the spec needs and nothing beyond."""
+    if takes == "experts":
+        # Where a contract rounds routing weights, the function does: it is handed, and shown are, those of fp32.
+        weights = {kind.storage.get(Stage.WEIGHTS, Format.FP32) for kind in numerics.values()}
+        stages = (Stage.IDS, *(Stage.WEIGHTS,) * (weights == {Format.FP32}), Stage.MERGED)
     taken = inspect.signature(function).parameters if takes == "layer" else {}
     any_keyword = takes == "experts" or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
     shared, widths = spec.shared, {stop - start for degree in tp for start, stop in
                                    Parallel(tp=degree).ranges(spec.intermediate_size)}
     capabilities = Capabilities(
         name=name_of(function), version="in process", numerics=numerics, features=tuple(sorted(features_of(spec))),
-        stages=(Stage.IDS, Stage.WEIGHTS, Stage.MERGED) if takes == "experts" else (),
+        stages=stages, storages=(Storage.OUT_IN, Storage.PADDED),
         activations=tuple({spec.experts.activation, *([shared.mlp.activation] if shared else [])}),
-        scores=(spec.router.score,) if spec.router else (), directions=tuple({Direction.FORWARD, *directions}), max_tp=max(tp),
-        deterministic=deterministic, collectives_through_groups=True,
+        scores=(spec.router.score,) if spec.router else (),
+        directions=tuple({Direction.FORWARD, *directions}), max_tp=max(tp), deterministic=deterministic, collectives_through_groups=True,
         injected_routing=any_keyword or "routing" in taken, injected_logits=any_keyword or "logits_TE" in taken,
         hidden_multiple=aligned(spec.hidden_size), intermediate_multiple=min(map(aligned, widths)))
     if takes == "layer":
@@ -85,12 +110,13 @@ class FieldExperts(ExpertsLayer):
     """A function that knows of no ranks: of a bias of w2, which every rank holds, it is handed one whole."""
 
     def moe(self, x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, parallel: Parallel | None = None,
-            groups: Groups | None = None, **others: Any) -> torch.Tensor:
+            groups: Groups | None = None, *, trace: Trace | None = None, **others: Any) -> torch.Tensor:
         """As of any ExpertsLayer."""
         if groups is not None and groups.tp.size > 1 and weights.w2_bias_EH is not None:
             bias_EH = enter(weights.w2_bias_EH, groups.tp) * float(groups.tp.rank == 0)
             weights = replace(weights, w2_bias_EH=bias_EH)
-        return super().moe(x_TH, weights, spec, parallel, groups, **others)
+        shown = DeclaredTrace(trace, self.CAPABILITIES.stages) if trace is not None else None
+        return super().moe(x_TH, weights, spec, parallel, groups, trace=shown, **others)
 
 
 def _called(function: Callable, call: ExpertsCall) -> torch.Tensor:

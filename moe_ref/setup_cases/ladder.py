@@ -112,7 +112,7 @@ def _declared(capabilities: Capabilities, base: Base) -> str:
     router = base.spec.router
     what = f"{router.score} router, " if router else ""
     dtypes = ", ".join(capabilities.numerics)
-    return f"asked in {base.dtype} (of {dtypes}): {what}{base.spec.experts.activation} experts, multiples of {base.size}"
+    return f"asked in {base.dtype} (of {dtypes}): {what}{base.spec.experts.activation} experts, sizes of {base.size}"
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class _Ladder:
                 failed = self.failure(number, step, case, line)
                 return replace(failed, words=f"{step.named[index]}: {failed.words}") if step.named else failed
             lines.append(line)
-        ran = [line for line in lines if line.verdict not in _UNRUN or step.only_runs and line.stages]
+        ran = [line for line in lines if line.verdict not in _UNRUN or (step.only_runs and line.stages)]
         if not ran:
             return StepResult(number, step.name, _UNRUN[lines[0].verdict], lines[0].reason, lines[0])  # pyrefly: ignore
         return StepResult(number, step.name, "pass", _shown(step, ran, len(lines)), ran[0])

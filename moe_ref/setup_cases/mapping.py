@@ -1,5 +1,6 @@
 """Which mistaken mapping of weights, routing or options explains the output of a subject."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,7 +30,7 @@ _NAMES = 2
 @dataclass(frozen=True)
 class Explained:
     """A mistake in words, whose it usually is, the share of the difference that it explains, and what is left of it
-    over what is allowed.
+    over what is allowed (NaN where that was not asked).
     """
 
     fault: str
@@ -41,7 +42,8 @@ class Explained:
     def words(self) -> str:
         """As a message says it."""
         whole = "all" if self.share > 0.999 else f"{100 * self.share:.1f} %"
-        return f"{self.fault}, which explains {whole} of the difference and leaves {self.left:.2g} of what is allowed"
+        leaves = "" if math.isnan(self.left) else f" and leaves {self.left:.2g} of what is allowed"
+        return f"{self.fault}, which explains {whole} of the difference{leaves}"
 
 
 def explained(case: Case, inputs: Inputs, ranks: list[RankTensors], numerics: Numerics,
@@ -60,7 +62,7 @@ def explained(case: Case, inputs: Inputs, ranks: list[RankTensors], numerics: Nu
     best = max(found, key=lambda form: form.candidate.share, default=None)
     if best is None or best.candidate.share <= LEAST_SHARE:
         order = named_order(comparison)
-        return order and Explained(order.fault, "adapter", order.share, 1 - order.share)
+        return Explained(order.fault, "adapter", order.share, math.nan) if order else None
     whole = [one for one in found if one.left <= 1 and one.candidate.share > LEAST_SHARE]
     if not whole:
         same = [one for one in found if comparison.alike(one.candidate, best.candidate)]
@@ -78,7 +80,7 @@ class _Form:
 
     @property
     def whose(self) -> Whose:
-        return "adapter" if self.fault in OF_ADAPTERS else "kernel"
+        return "adapter" if self.fault in OF_ADAPTERS and not self.candidate.local else "kernel"
 
 
 def _named(forms: list[_Form]) -> Explained:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from moe_ref.contract.capabilities import Capabilities
 from moe_ref.contract.case import Case, Problem
@@ -44,7 +44,9 @@ class Base:
     size: int
     dtype: Dtype
     injects: bool
-    options: tuple[tuple[str, MoESpec, bool], ...] = field(default=())
+    plain: bool = False
+    """Whether no mathematics is asked for in particular, so that weights are asked for renormalised and not."""
+    options: tuple[tuple[str, MoESpec, bool], ...] = ()
     """Declared options with a case of their own: name, spec, whether with a residual."""
 
     def case(self, tokens: int, hidden: int, inner: int, top_k: int, pattern: Pattern = Pattern.UNIFORM,
@@ -84,7 +86,7 @@ def base_of(capabilities: Capabilities, spec: MoESpec | None = None) -> Base:
     size = unit * -(-LEAST_SIZE // unit)
     chosen = spec or plainest(capabilities)
     options = tuple(declared_options(capabilities, chosen)) if spec is None else ()
-    return Base(chosen, size, dtype, capabilities.injected_logits, options)
+    return Base(chosen, size, dtype, capabilities.injected_logits, spec is None, options)
 
 
 def plainest(capabilities: Capabilities) -> MoESpec:
@@ -107,7 +109,7 @@ def declared_options(capabilities: Capabilities, spec: MoESpec) -> Iterator[tupl
             yield name, replace(spec, experts=MLP(activation=name)), False  # pyrefly: ignore
     for name in capabilities.scores:
         if router is not None and name != router.score:
-            yield name, replace(spec, router=replace(router, score=name)), False
+            yield name, replace(spec, router=replace(router, score=name)), False  # pyrefly: ignore
     if router is not None and Feature.LOGIT_BIAS in features:
         yield "router bias", replace(spec, router=replace(router, logit_bias=True)), False
     if router is not None and Feature.SELECTION_BIAS in features:
@@ -123,16 +125,15 @@ def declared_options(capabilities: Capabilities, spec: MoESpec) -> Iterator[tupl
 def ladder(base: Base, capabilities: Capabilities) -> tuple[Step, ...]:
     """All steps after the first, which is that the subject loads."""
     one_hot, case = Pattern.ONE_HOT, base.case
-    routed = base.spec.router is not None
-    top_k = base.spec.top_k
+    router, top_k = base.spec.router, base.spec.top_k
     plain = ("shape", "gate and up", "w2")
     steps = [
         Step("shape", "one token through one expert: shape and dtype of the output", (case(1, 2, 3, 1, one_hot),), (),
              only_runs=True),
         Step("gate and up", "rows and orientation of w13", (case(1, 2, 1, 1, one_hot),), ("shape",)),
         Step("w2", "orientation of w2", (case(1, 1, 1, 1, one_hot),), ("shape", "gate and up"))]
-    if routed:
-        others = [replace(base.spec.router, renormalize=not base.spec.router.renormalize)] if base.options else []
+    if router is not None:
+        others = [replace(router, renormalize=not router.renormalize)] * base.plain
         specs = [base.spec, *(replace(base.spec, router=one) for one in others)]
         steps += [
             Step("experts", "their order", (case(16, 1, 2, 1, one_hot),), plain),

@@ -56,11 +56,14 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A fault in words, the failing stage of a layer with it, and the share of the error that it explains."""
+    """A fault in words, the failing stage of a layer with it, the share of the error that it explains, and whether it
+    holds in some experts, rows or columns only.
+    """
 
     fault: str
     predicted: torch.Tensor
     share: float
+    local: bool = False
 
 
 def diagnosable(case: Case) -> bool:
@@ -162,7 +165,7 @@ class Comparison:
             fits_R, where = self.fitting_experts(squares_R, right_R)
         at = fits_R.view(-1, *(1,) * (everywhere.dim() - 1)).transpose(0, axis)
         predicted = torch.where(at, everywhere, self.wanted)
-        return Candidate(words + where, predicted, self.share(predicted))
+        return Candidate(words + where, predicted, self.share(predicted), bool(where))
 
     def fitting_experts(self, squares_R: torch.Tensor, right_R: torch.Tensor) -> tuple[torch.Tensor, str]:
         """Rows of the experts that as a whole are nearer to the fault, and which these are."""
@@ -200,7 +203,7 @@ class Comparison:
         first, last = column_C.nonzero()[[0, -1], 0].tolist()
         whole = int(column_C.sum()) == last - first + 1
         where = f", in columns {first} to {last}" if whole else f", in {int(column_C.sum())} of {width} columns"
-        yield Candidate(words + self.named_experts(experts) + where, predicted, self.share(predicted))
+        yield Candidate(words + self.named_experts(experts) + where, predicted, self.share(predicted), True)
 
     def in_one_expert(self, words: str, layer: Layer) -> Iterator[Candidate]:
         """The fault in each expert alone, where its rows are not shown and their sums are."""
@@ -211,7 +214,7 @@ class Comparison:
             given = {**self.known.given, Stage.IDS: self.right.stage(Stage.IDS), Stage.DOWN: down_PRH,
                      Stage.WEIGHTS: self.right.stage(Stage.WEIGHTS), Stage.SHARED: self.right.stage(Stage.SHARED)}
             predicted = Layer(replace(self.known, given=given)).shown(self.stage)
-            yield Candidate(f"{words}, in expert {e}", predicted, self.share(predicted))
+            yield Candidate(f"{words}, in expert {e}", predicted, self.share(predicted), True)
 
 
 def _by_tile(squares_RC: torch.Tensor) -> torch.Tensor:

@@ -213,7 +213,7 @@ OF_ADAPTERS = frozenset({
     *MAPPING_FAULTS, *activation_faults.ACTIVATION_FAULTS, expert_faults.GateUpExchanged,
     expert_faults.ProjectionBiasDropped, expert_faults.DownBiasDropped, expert_faults.WeightOnTheOtherSide,
     expert_faults.WeightOnGateAndUp, expert_faults.WeightTwice, expert_faults.WeightNotApplied,
-    expert_faults.NeighbouringExpert, router_faults.LogitBiasDropped, router_faults.SelectionBiasDropped,
+    router_faults.LogitBiasDropped, router_faults.SelectionBiasDropped,
     router_faults.BiasAtTheOtherPlace, router_faults.GroupsIgnored, router_faults.GroupFill, router_faults.GroupScore,
     router_faults.NotRenormalised, router_faults.Renormalised, router_faults.OtherEpsilon,
     router_faults.ScalingDropped, router_faults.ScalingTwice, router_faults.OtherScore,
@@ -221,4 +221,4 @@ OF_ADAPTERS = frozenset({
     shared_faults.ScaleOnShared, shared_faults.SharedTwice, parallel_faults.MergedAxisCutAsOne,
     parallel_faults.IdsNotShifted, parallel_faults.BiasTimesTP, parallel_faults.Residuals, parallel_faults.NotReduced,
     parallel_faults.ReducedTwice, parallel_faults.MeanForSum})
-"""What code around a kernel gets wrong. All others are of a kernel, or could be."""
+"""What code around a kernel gets wrong, everywhere alike. All others are of a kernel, or could be."""
