@@ -162,6 +162,7 @@ def test_nothing_that_ran_is_no_pass() -> None:
     ({"directions": ("both",)}, "directions holds 'both'"),
     ({"probes": ("everything",)}, "probes holds 'everything', but should be of zipf, empty"),
     ({"device": "tpu"}, "device holds 'tpu'"),
+    ({"device": "cuda"}, "device cuda, but torch finds none"),
     ({"runs": 0}, "runs holds 0"),
     ({"numerics": "loose"}, "contract 'loose', but should be one of stored_rows"),
     ({"cases": ["v1-T9.H64"]}, "case id 'v1-T9.H64'"),

@@ -6,6 +6,7 @@ The adapters here call a library of plain torch, as one that somebody would writ
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from moe_ref.tolerances.load import load_tolerances
 from moe_ref.verify.run.case_runner import RunSettings
 from moe_ref.verify.run.in_process import InProcess
 from tests.command_line import command
+from tests.documents import layer
 from tests.subjects import gradients, right, wrong
 
 CAPABILITIES = Capabilities(
@@ -218,10 +220,10 @@ LAYERS: dict[type[Mistaken], tuple[str, str]] = {
 }
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-def test_mistakes_around_the_experts_are_named(layer: type[Mistaken]) -> None:
-    step, words = LAYERS[layer]
-    failure = set_up(layer(CAPABILITIES, adapted)).failure
+@pytest.mark.parametrize("mistaken", LAYERS)
+def test_mistakes_around_the_experts_are_named(mistaken: type[Mistaken]) -> None:
+    step, words = LAYERS[mistaken]
+    failure = set_up(mistaken(CAPABILITIES, adapted)).failure
     assert failure is not None
     assert (failure.name, words in failure.words, "adapter: " in failure.words) == (step, True, True), failure.words
 
@@ -246,11 +248,19 @@ def test_what_is_no_output_stops_the_ladder_first(back: Callable, words: str) ->
     assert {step.outcome for step in result.steps[2:]} == {"not tried"}
 
 
-@pytest.mark.parametrize("subject", [Adapter(CAPABILITIES, adapted), GROUPED_MM, right.round_each_stage,
+def documented() -> SimpleNamespace:
+    """The layer of docs/plugging_in.md, which is this repository's own text."""
+    names: dict[str, Any] = {}
+    exec(compile(layer(), "mypkg/layer.py", "exec"), names)
+    return SimpleNamespace(moe=names["moe"], CAPABILITIES=names["CAPABILITIES"])
+
+
+@pytest.mark.parametrize("subject", [Adapter(CAPABILITIES, adapted), GROUPED_MM, documented(), right.round_each_stage,
                                      gradients.rounded])
 def test_right_layers_pass(subject: Any) -> None:
     """Every step that they declare."""
     result = set_up(subject)
+    assert result.failure is None
     assert [(step.name, step.words) for step in result.steps if step.outcome not in ("pass", "not declared")] == []
     assert result.num_passed >= 10
 

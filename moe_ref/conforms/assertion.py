@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moe_ref.conforms.cases import PROBES, USUAL, named_cases, planned_cases
 from moe_ref.conforms.mismatch import Mismatch
 from moe_ref.conforms.subject import Takes, name_of, spec_of_experts, subject_of
@@ -48,7 +50,8 @@ def assert_conforms(function: Callable, spec: MoESpec, *, takes: Takes = "expert
                     tokens: Iterable[int] = (1, 33, 257), tp: Iterable[int] = (1,),
                     directions: Iterable[str] = ("fwd",), probes: Iterable[str] = USUAL,
                     cases: Iterable[str] = (), stages: Iterable[str] = (), device: str = "cpu",
-                    deterministic: bool = False, runs: int = 2, setup: bool = True, record: Path | str | None = None) -> Conformed:
+                    deterministic: bool = False, runs: int = 2, setup: bool = True,
+                    record: Path | str | None = None) -> Conformed:
     """Judge a function against the fp64 oracle, and raise Mismatch with the failure message unless all of it is right.
 
     takes "experts": function(x_TH, w13_EFH, w2_EHI, weights_TK, ids_TK) -> y_TH in the dtype of x: F = 2 I, gate rows
@@ -114,6 +117,7 @@ class _Asked:
                                     ("device", (self.device,), ("cpu", "cuda"))):
             faults += [f"{name} holds {one!r}, but should be of {', '.join(known)}" for one in values
                        if one not in known]
+        faults += ["device cuda, but torch finds none"] * (self.device == "cuda" and not torch.cuda.is_available())
         faults += [f"{name} is empty" for name in ("dtypes", "tokens", "tp", "directions") if not getattr(self, name)]
         return faults
 

@@ -54,8 +54,8 @@ class DeclaredTrace(Trace):
 
 
 def aligned(size: int) -> int:
-    """The largest power of two, up to MOST_ALIGNED, that divides a size."""
-    return min(size & -size, MOST_ALIGNED)
+    """The largest power of two, up to MOST_ALIGNED, that divides a size; 1 of a rank that has no columns."""
+    return max(1, min(size & -size, MOST_ALIGNED))
 
 
 def name_of(function: Callable) -> str:
@@ -88,16 +88,21 @@ def subject_of(function: Callable, spec: MoESpec, takes: Takes, numerics: dict[D
         # Where a contract rounds routing weights, the function does: it is handed, and shown are, those of fp32.
         weights = {kind.storage.get(Stage.WEIGHTS, Format.FP32) for kind in numerics.values()}
         stages = (Stage.IDS, *(Stage.WEIGHTS,) * (weights == {Format.FP32}), Stage.MERGED)
-    taken = inspect.signature(function).parameters if takes == "layer" else {}
+    try:
+        taken = inspect.signature(function).parameters
+    except ValueError:
+        # Of some compiled functions Python knows no parameters: they are asked for what the contract's moe takes.
+        taken = inspect.signature(ExpertsLayer.moe).parameters
     any_keyword = takes == "experts" or any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values())
     shared, widths = spec.shared, {stop - start for degree in tp for start, stop in
                                    Parallel(tp=degree).ranges(spec.intermediate_size)}
     capabilities = Capabilities(
         name=name_of(function), version="in process", numerics=numerics, features=tuple(sorted(features_of(spec))),
         stages=stages, storages=(Storage.OUT_IN, Storage.PADDED),
-        activations=tuple({spec.experts.activation, *([shared.mlp.activation] if shared else [])}),
+        activations=tuple(dict.fromkeys((spec.experts.activation, *([shared.mlp.activation] if shared else ())))),
         scores=(spec.router.score,) if spec.router else (),
-        directions=tuple({Direction.FORWARD, *directions}), max_tp=max(tp), deterministic=deterministic, collectives_through_groups=True,
+        directions=tuple(dict.fromkeys((Direction.FORWARD, *directions))), max_tp=max(tp),
+        deterministic=deterministic, collectives_through_groups=True,
         injected_routing=any_keyword or "routing" in taken, injected_logits=any_keyword or "logits_TE" in taken,
         hidden_multiple=aligned(spec.hidden_size), intermediate_multiple=min(map(aligned, widths)))
     if takes == "layer":

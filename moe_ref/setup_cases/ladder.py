@@ -1,6 +1,6 @@
 """Runs the ladder on a subject: what each step showed, and of the first that fails whose mistake it looks like."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -16,8 +16,9 @@ from moe_ref.setup_cases.mapping import Explained, explained
 from moe_ref.setup_cases.steps import Base, Step, base_of, ladder, square_twins
 from moe_ref.tiers.tiers import PlannedCase
 from moe_ref.verify.bounds.rounding import RoundingModel
+from moe_ref.verify.child.messages import Request
 from moe_ref.verify.measure.placing import in_every_slot
-from moe_ref.verify.run.case_runner import Pool, RunSettings, run_case
+from moe_ref.verify.run.case_runner import Pool, RunSettings, Worker, run_case
 from moe_ref.verify.run.children import Answer
 
 Outcome = Literal["pass", "fail", "not tried", "not declared", "says nothing"]
@@ -80,11 +81,11 @@ class _Keeping:
 
 @dataclass
 class _KeepingWorker:
-    worker: object
+    worker: Worker
     last: list[Answer]
 
-    def ask(self, *arguments: object) -> Answer:
-        self.last[:] = [self.worker.ask(*arguments)]  # type: ignore[attr-defined]
+    def ask(self, request: Request, on_progress: Callable[[str], None] = lambda text: None) -> Answer:
+        self.last[:] = [self.worker.ask(request, on_progress)]
         return self.last[0]
 
 
