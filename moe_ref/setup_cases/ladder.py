@@ -182,8 +182,11 @@ class _Ladder:
 
 
 def _shown(step: Step, ran: list[CaseLine], count: int) -> str:
-    of_output = [from_number(stage.ratio) for line in ran for stage in line.stages if stage.stage == Stage.OUTPUT]
-    worst = f"output at {max(of_output):.2g} of what is allowed" if of_output and not step.only_runs else ""
+    stages = [stage for line in ran for stage in line.stages if not step.only_runs]
+    of_output = [from_number(stage.ratio) for stage in stages if stage.stage == Stage.OUTPUT]
+    of_gradients = [from_number(stage.ratio) for stage in stages if Stage(stage.stage).is_gradient]
+    what, ratios = ("gradients", of_gradients) if of_gradients else ("output", of_output)
+    worst = f"{what} at {max(ratios):.2g} of what is allowed" if ratios else ""
     cases = f"{len(ran)} of {count} cases" if len(ran) < count else f"{count} cases" if count > 1 else ""
     differ = "other bits when called again, which is not promised" * any(line.same_bits is False for line in ran)
     return "; ".join(filter(None, (step.shows, cases, worst, differ)))
