@@ -35,6 +35,7 @@ _HOMES = {
     "layout_shapes": "layouts.convert",
     "absorb_act_order": "layouts.act_order", "ActOrderSource": "layouts.act_order", "group_order": "layouts.act_order",
     "CAPABILITIES": "oracle.module",
+    "assert_conforms": "conforms.assertion", "Conformed": "conforms.assertion", "Mismatch": "conforms.mismatch",
 }
 __all__ = [
     "CAPABILITIES",
@@ -44,6 +45,7 @@ __all__ = [
     "Capacity",
     "Case",
     "Comm",
+    "Conformed",
     "CountingComm",
     "Direction",
     "Dtype",
@@ -55,6 +57,7 @@ __all__ = [
     "Hosting",
     "Layout",
     "LocalComm",
+    "Mismatch",
     "MoELayer",
     "MoESpec",
     "MoEWeights",
@@ -80,6 +83,7 @@ __all__ = [
     "WeightSource",
     "__version__",
     "absorb_act_order",
+    "assert_conforms",
     "experts",
     "find_model",
     "format_case",
@@ -102,6 +106,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from moe_ref.checkpoints.reader import open_checkpoint
+    from moe_ref.conforms.assertion import Conformed, assert_conforms
+    from moe_ref.conforms.mismatch import Mismatch
     from moe_ref.contract.capabilities import Capabilities, Numerics
     from moe_ref.contract.case import Case, Problem
     from moe_ref.contract.case_id import format_case, parse_case

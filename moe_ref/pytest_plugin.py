@@ -5,24 +5,26 @@ A test that takes the fixture `moe_case` is run once per case of the chosen tier
 
     def test_matrix(moe_case, moe_verify):
         moe_verify(moe_case)
+
+`moe_conforms` is assert_conforms with the device and the record folder of the command line:
+
+    def test_fused_experts(moe_conforms):
+        moe_conforms(fused_experts, spec)
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from moe_ref.conforms.mismatch import Mismatch
+
 if TYPE_CHECKING:
     from moe_ref.expectations.load import Expectations
-
-
-class Mismatch(AssertionError):
-    """A case that did not pass; the text is the whole failure message."""
-
-
-Mismatch.__module__ = "moe_ref"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -149,10 +151,30 @@ def moe_verify(moe_session, request: pytest.FixtureRequest) -> Callable:
     return verify
 
 
+@pytest.fixture
+def moe_conforms(request: pytest.FixtureRequest) -> Callable:
+    """moe_ref.assert_conforms on --moe-device, with a record folder of the test's own in --moe-record."""
+    from moe_ref.conforms.assertion import assert_conforms
+    from moe_ref.verify.run.environment import default_device
+    device, record = request.config.getoption("moe_device"), request.config.getoption("moe_record")
+    calls = count(1)
+
+    def conforms(function: Callable, spec: object, **options: object) -> object:
+        __tracebackhide__ = True
+        # A folder holds one run, and a test may make several calls.
+        place = f"{re.sub(r'[^A-Za-z0-9]+', '-', request.node.nodeid).strip('-')}-{next(calls)}"
+        given = {"device": default_device() if device == "auto" else device,
+                 "record": Path(record, place) if record else None}
+        result = assert_conforms(function, spec, **given | options)  # pyrefly: ignore
+        request.node.user_properties += [("moe_verdict", str(line.verdict)) for line in result.lines]
+        return result
+    return conforms
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    verdicts = Counter(dict(report.user_properties)["moe_verdict"]
-                       for reports in terminalreporter.stats.values() for report in reports
-                       if getattr(report, "when", "") == "call" and "moe_verdict" in dict(report.user_properties))
+    verdicts = Counter(value for reports in terminalreporter.stats.values() for report in reports
+                       if getattr(report, "when", "") == "call"
+                       for name, value in report.user_properties if name == "moe_verdict")
     if verdicts:
         counts = ", ".join(f"{count} {verdict}" for verdict, count in sorted(verdicts.items()))
         terminalreporter.write_line(f"moe-ref verdicts: {counts}")

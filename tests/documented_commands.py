@@ -78,6 +78,27 @@ COMMANDS: dict[str, Run | Elsewhere | NotHere] = {
     "moe-ref report runs/layer --baseline ci/baselines": Run(),
     "pytest test_matrix.py --moe-impl mypkg.layer --moe-tier smoke":
         Elsewhere("tests/test_pytest_plugin.py", '"--moe-impl", "moe_fast"'),
+    # docs/adapter_tutorial.md
+    "pip install -e '.[reports,dev]'": INSTALLS,
+    "moe-ref setup mypkg.adapter:ADAPTER": Run(),
+    """sed 's/"interleaved"/"merged"/' mypkg/adapter.py > mypkg/halves.py""": Run(),
+    "moe-ref setup mypkg.halves:ADAPTER": Run(exit_code=1),
+    "moe-ref verify mypkg.adapter:ADAPTER --tier conformance --record runs/fused": Run({"--shard": "1/12"}),
+    "moe-ref report runs/fused": Run(),
+    "sed 's/Stage.GATE_UP, //' mypkg/adapter.py > mypkg/unrounded.py": Run(),
+    "moe-ref verify mypkg.unrounded:ADAPTER --case v1-T33.H128.I256.E8.K2-bf16-norm": Run(exit_code=1),
+    "pytest test_fused.py --moe-impl mypkg.adapter:ADAPTER --moe-tier conformance":
+        Elsewhere("tests/test_pytest_plugin.py", '"--moe-impl", "moe_fast"'),
+    # docs/conforms.md
+    "pytest test_experts.py": Run(),
+    "sed 's/gate_RI, up_RI =/up_RI, gate_RI =/' mypkg/experts.py > mypkg/swapped.py": Run(),
+    "sed 's/mypkg.experts/mypkg.swapped/' test_experts.py > test_swapped.py": Run(),
+    "pytest test_swapped.py": Run(exit_code=1),
+    "sed 's/len(w13_EFH)/len(w13_EFH[:7])/' mypkg/experts.py > mypkg/seven.py": Run(),
+    "sed 's/mypkg.experts/mypkg.seven/' test_experts.py > test_seven.py": Run(),
+    "pytest test_seven.py": Run(exit_code=1),
+    "pytest test_options.py --moe-device cuda --moe-record runs/tests":
+        Elsewhere("tests/test_conforms.py", '"--moe-device", "cpu", "--moe-record", "record"'),
     # docs/reading_a_failure.md
     **{f"moe-ref verify mypkg.{name} --case {CASE}": Run(exit_code=1)
        for name in ("swaps", "rounded", "dirty", "crashes", "twice")},
@@ -96,6 +117,7 @@ COMMANDS: dict[str, Run | Elsewhere | NotHere] = {
     "moe-ref list --models": Run(),
     "moe-ref show deepseek.v3 --tp 8": Run(),
     "moe-ref show v1-mixtral.8x7b.T32-bf16-tp8": Run(),
+    "moe-ref setup moe_fast": Run(),
     "moe-ref verify moe_fast --tier smoke": Elsewhere("ci/oldest", "-m moe_ref verify moe_fast --tier smoke"),
     "moe-ref verify moe_ref.simulated.subjects:pairwise": Run(ONE_CASE),
     "moe-ref verify mypkg.layer --tp 1,2,4,8": Run({"--shard": "1/20"}),

@@ -1,7 +1,5 @@
 """The whole flow of one case without a child process: the same request, reply, measurement and verdict."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,28 +7,8 @@ from moe_ref.contract.case_id import parse_case
 from moe_ref.records.schema import CaseLine, Implementation
 from moe_ref.tiers.tiers import PlannedCase
 from moe_ref.tolerances.load import load_tolerances
-from moe_ref.verify.child.execute import execute
-from moe_ref.verify.child.messages import Request, unpack_runs
 from moe_ref.verify.run.case_runner import RunSettings, run_case
-from moe_ref.verify.run.children import Answer
-
-
-class _InProcess:
-    """Stands where a pool of children stands."""
-
-    def __init__(self, subject: Any) -> None:
-        self.subject = subject
-
-    @contextmanager
-    def lease(self, processes: bool) -> Iterator["_InProcess"]:
-        """Virtual ranks only: a child for process ranks is forked."""
-        assert not processes
-        yield self
-
-    def ask(self, request: Request, tell: Callable[[str], None]) -> Answer:
-        """What a child answers."""
-        reply, payload = execute(self.subject, request, tell)
-        return Answer(reply, unpack_runs(payload, len(reply.ranks)))
+from moe_ref.verify.run.in_process import InProcess
 
 
 def judged(subject: Any, case_id: str, runs: int = 2, other_batches: bool = False, **others: Any) -> CaseLine:
@@ -38,6 +16,6 @@ def judged(subject: Any, case_id: str, runs: int = 2, other_batches: bool = Fals
     implementation = Implementation(name=type(subject).__name__, version="1")
     settings = RunSettings(run="test", implementation=implementation, capabilities=subject.CAPABILITIES, device="cpu",
                            runs=runs, **{"tolerances": load_tolerances(), **others})
-    pool: Any = _InProcess(SimpleNamespace(moe=subject.moe, CAPABILITIES=subject.CAPABILITIES))
+    pool = InProcess(SimpleNamespace(moe=subject.moe, CAPABILITIES=subject.CAPABILITIES))
     planned = PlannedCase(case=parse_case(case_id), purpose="test", other_batches=other_batches)
     return run_case(planned, settings, pool)

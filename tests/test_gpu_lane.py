@@ -31,9 +31,9 @@ from moe_ref.contract.case_id import parse_case
 from moe_ref.score.load import load_catalogue
 from moe_ref.score.run import ScorePlan
 from moe_ref.tiers.tiers import PlannedCase
+from moe_ref.verify.run.in_process import InProcess
 from moe_ref.verify.run.run import Observer, Plan, run_with
 from tests.command_line import command
-from tests.in_process import _InProcess as InProcess
 from tests.subjects.right import round_each_stage
 
 DIES = "import os; os.abort()"

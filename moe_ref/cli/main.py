@@ -12,6 +12,7 @@ from moe_ref.contract.errors import UsageError
 
 _VERBS = {
     "list": "moe_ref.cli.case_commands:list_command", "show": "moe_ref.cli.case_commands:show_command",
+    "setup": "moe_ref.cli.setup_commands:setup_command",
     "verify": "moe_ref.cli.verify_commands:verify_command", "replay": "moe_ref.cli.verify_commands:replay_command",
     "diverge": "moe_ref.cli.diverge_commands:diverge_command",
     "bench": "moe_ref.cli.bench_commands:bench_command",

@@ -56,11 +56,14 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A fault in words, the failing stage of a layer with it, and the share of the error that it explains."""
+    """A fault in words, the failing stage of a layer with it, the share of the error that it explains, and whether it
+    holds in some experts, rows or columns only.
+    """
 
     fault: str
     predicted: torch.Tensor
     share: float
+    local: bool = False
 
 
 def diagnosable(case: Case) -> bool:
@@ -120,14 +123,22 @@ class Comparison:
         """Of the error that a prediction explains."""
         return 1.0 - float(self.error(predicted).norm() / self.error(self.wanted).norm())
 
+    def alike(self, one: Candidate, other: Candidate) -> bool:
+        """Whether a reader of the numbers cannot tell them apart."""
+        differs = torch.where(self.compared, one.predicted - other.predicted, 0.0).norm()
+        return bool(differs <= SAME_PREDICTION * self.error(self.wanted).norm())
+
     def candidates(self) -> Iterator[Candidate]:
         """The best form of every fault that comes no later than the failing stage."""
-        for fault in FAULTS:
-            if ORDER.index(fault.first) <= ORDER.index(self.stage):
-                forms = [form for variant in fault.variants(self.known) for form in self.forms(fault, variant)
-                         if form.predicted[self.compared].isfinite().all()]
-                if forms:
-                    yield max(forms, key=lambda form: form.share)
+        return filter(None, map(self.best_form, FAULTS))
+
+    def best_form(self, fault: type[Layer]) -> Candidate | None:
+        """The one of its forms that explains most; None where the case can have none, or a later stage is failing."""
+        if ORDER.index(fault.first) > ORDER.index(self.stage):
+            return None
+        forms = [form for variant in fault.variants(self.known) for form in self.forms(fault, variant)
+                 if form.predicted[self.compared].isfinite().all()]
+        return max(forms, key=lambda form: form.share, default=None)
 
     def forms(self, fault: type[Layer], variant: object) -> Iterator[Candidate]:
         """One form of a fault, everywhere and where it fits."""
@@ -154,7 +165,7 @@ class Comparison:
             fits_R, where = self.fitting_experts(squares_R, right_R)
         at = fits_R.view(-1, *(1,) * (everywhere.dim() - 1)).transpose(0, axis)
         predicted = torch.where(at, everywhere, self.wanted)
-        return Candidate(words + where, predicted, self.share(predicted))
+        return Candidate(words + where, predicted, self.share(predicted), bool(where))
 
     def fitting_experts(self, squares_R: torch.Tensor, right_R: torch.Tensor) -> tuple[torch.Tensor, str]:
         """Rows of the experts that as a whole are nearer to the fault, and which these are."""
@@ -192,7 +203,7 @@ class Comparison:
         first, last = column_C.nonzero()[[0, -1], 0].tolist()
         whole = int(column_C.sum()) == last - first + 1
         where = f", in columns {first} to {last}" if whole else f", in {int(column_C.sum())} of {width} columns"
-        yield Candidate(words + self.named_experts(experts) + where, predicted, self.share(predicted))
+        yield Candidate(words + self.named_experts(experts) + where, predicted, self.share(predicted), True)
 
     def in_one_expert(self, words: str, layer: Layer) -> Iterator[Candidate]:
         """The fault in each expert alone, where its rows are not shown and their sums are."""
@@ -203,7 +214,7 @@ class Comparison:
             given = {**self.known.given, Stage.IDS: self.right.stage(Stage.IDS), Stage.DOWN: down_PRH,
                      Stage.WEIGHTS: self.right.stage(Stage.WEIGHTS), Stage.SHARED: self.right.stage(Stage.SHARED)}
             predicted = Layer(replace(self.known, given=given)).shown(self.stage)
-            yield Candidate(f"{words}, in expert {e}", predicted, self.share(predicted))
+            yield Candidate(f"{words}, in expert {e}", predicted, self.share(predicted), True)
 
 
 def _by_tile(squares_RC: torch.Tensor) -> torch.Tensor:
@@ -216,12 +227,10 @@ def named(comparison: Comparison, candidates: list[Candidate]) -> Diagnosis | No
     best = max(candidates, key=lambda one: one.share, default=None)
     if best is None or best.share <= LEAST_SHARE:
         return None
-    error = comparison.error(comparison.wanted).norm()
     same, other = [best], []
     for one in candidates:
         if one is not best:
-            differs = torch.where(comparison.compared, one.predicted - best.predicted, 0.0).norm()
-            (same if differs <= SAME_PREDICTION * error else other).append(one)
+            (same if comparison.alike(one, best) else other).append(one)
     next_share = max((one.share for one in other), default=0.0)
     if next_share >= MOST_OF_NEXT or len(same) > _NAMES:
         return None

@@ -64,6 +64,8 @@ class RunSettings:
     replay_options: str = ""
     hardware: str = ""
     num_started: int = 0
+    replay_as: str = ""
+    """How a case is seen again where no command does, with {case} for its id."""
     expectations: Expectations | None = None
 
     def covering(self, case_id: str) -> tuple[KnownFailure, ...]:
@@ -292,6 +294,8 @@ def _line(planned: PlannedCase, settings: RunSettings, judgement: Judgement, ans
         command = f"torchrun --nproc-per-node {planned.case.parallel.size} -m moe_ref"
     replay = (f"{command} replay {case_id} --impl {shlex.quote(settings.implementation.name)} --ranks {planned.ranks} "
               f"--device {settings.device}{settings.replay_options}")
+    if settings.replay_as:
+        replay = settings.replay_as.replace("{case}", case_id)
     numerics = settings.capabilities.numerics.get(planned.case.problem.dtype)
     reason = left_out(planned, settings.capabilities)
     mutants = {name: MutantLine(factor=to_number(one.factor), where=one.where)

@@ -1,0 +1,1 @@
+"""One line in somebody else's test file: assert_conforms."""
