@@ -1,6 +1,7 @@
 """Verdicts of adapters of a library that may not be installed, and of one with a mistake in it."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -19,9 +20,12 @@ def require(*names: str) -> None:
         pytest.skip("; ".join(reasons), allow_module_level=True)
 
 
-def verdict(name: str, case: str) -> str:
-    """The verdict on one case, with the stage in which a failure starts."""
-    line = judged(load_subject(name), case)
+def verdict(name: str, case: str, **declared: Any) -> str:
+    """The verdict on one case, with the stage in which a failure starts; declared: beyond what the adapter does."""
+    subject = load_subject(name)
+    if declared:
+        subject = replace(subject, CAPABILITIES=replace(subject.CAPABILITIES, **declared))
+    line = judged(subject, case)
     return " ".join(filter(None, (line.verdict, line.first_stage)))
 
 

@@ -49,5 +49,5 @@ LAYER = ExpertsLayer(
         name="liger", version=version("liger-kernel"), numerics={dtype: _numerics(dtype) for dtype in Dtype},
         stages=(Stage.LOGITS, Stage.IDS, Stage.WEIGHTS, Stage.MERGED), scores=("softmax", "sigmoid"),
         features=(Feature.RESIDUAL,), directions=tuple(Direction), max_tp=64, ranks=(Ranks.LOCAL, Ranks.GLOO),
-        injected_routing=True, collectives_through_groups=True),
+        injected_routing=True, absent_ids=False, collectives_through_groups=True),
     experts)

@@ -68,5 +68,6 @@ LAYER = ExpertsLayer(
         name="sglang.torch", version=version("sglang"), numerics={dtype: _numerics(dtype) for dtype in Dtype},
         stages=(Stage.IDS, Stage.WEIGHTS, Stage.MERGED), activations=("silu", "gelu"), scores=("softmax", "sigmoid"),
         features=(Feature.RESIDUAL, Feature.LOGIT_BIAS, Feature.MLP_BIAS, Feature.LIMIT, Feature.SCALED_SWIGLU),
-        max_tp=64, ranks=(Ranks.LOCAL, Ranks.GLOO), injected_routing=True, collectives_through_groups=True),
+        max_tp=64, ranks=(Ranks.LOCAL, Ranks.GLOO), injected_routing=True, absent_ids=False,
+        collectives_through_groups=True),
     experts)

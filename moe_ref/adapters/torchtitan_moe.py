@@ -48,7 +48,7 @@ CAPABILITIES = Capabilities(
     scores=("softmax", "sigmoid"), directions=tuple(Direction), max_tp=64, ranks=(Ranks.LOCAL, Ranks.GLOO),
     features=(Feature.LOGIT_BIAS, Feature.GROUPS, Feature.SELECTION_BIAS, Feature.MLP_BIAS, Feature.LIMIT,
               Feature.SCALED_SWIGLU, Feature.SHARED_EXPERT, Feature.RESIDUAL),
-    devices=("cpu",), injected_routing=True, collectives_through_groups=True, hidden_multiple=8,
+    devices=("cpu",), injected_routing=True, absent_ids=False, collectives_through_groups=True, hidden_multiple=8,
     intermediate_multiple=8)
 
 

@@ -55,5 +55,6 @@ LAYER = ExpertsLayer(
         name="triton_kernels.torch", version=version("vllm"), numerics={dtype: _numerics(dtype) for dtype in Dtype},
         stages=(Stage.IDS, Stage.WEIGHTS, Stage.ACT, Stage.MERGED), scores=("softmax", "sigmoid"),
         features=(Feature.RESIDUAL, Feature.LOGIT_BIAS, Feature.MLP_BIAS, Feature.LIMIT, Feature.SCALED_SWIGLU),
-        max_tp=64, ranks=(Ranks.LOCAL, Ranks.GLOO), injected_routing=True, collectives_through_groups=True),
+        max_tp=64, ranks=(Ranks.LOCAL, Ranks.GLOO), injected_routing=True, absent_ids=False,
+        collectives_through_groups=True),
     experts)

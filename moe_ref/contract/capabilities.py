@@ -69,6 +69,7 @@ class Capabilities:
     batch_invariant:             a token's row has the same bits whatever else is in the batch, and in whatever order
     collectives_through_groups:  it communicates through `groups` only, so calls can be counted
     injected_logits:             takes logits in place of those of its router, which all patterns but uniform need
+    absent_ids:                  takes ids that name no expert, as -1, whose slots then contribute nothing
     hidden_multiple:             hidden_size must be a multiple of it
     intermediate_multiple:       so must every tp rank's share of intermediate_size; above 1, none may be empty
     needs:                       what a spec must have, as `traits_of` names it: a block may always renormalise
@@ -101,6 +102,7 @@ class Capabilities:
     batch_invariant: bool = False
     collectives_through_groups: bool = False
     injected_logits: bool = True
+    absent_ids: bool = True
     hidden_multiple: int = 1
     intermediate_multiple: int = 1
     needs: tuple[str, ...] = ()
@@ -153,12 +155,13 @@ class Capabilities:
         return [(rounds and case.direction is Direction.BACKWARD, "gradients with operands in e4m3")]
 
     def _refused_sizes(self, case: Case) -> list[tuple[bool, str]]:
-        """Logits that cannot be handed over, and sizes that are no multiple."""
+        """Logits and ids that cannot be handed over, and sizes that are no multiple."""
         problem, spec = case.problem, case.problem.spec
         injects = spec.router is not None and problem.pattern is not Pattern.UNIFORM and problem.data is not Data.EXACT
         multiple = self.intermediate_multiple
         widths = {stop - start for start, stop in case.parallel.ranges(spec.intermediate_size)}
         return [(injects and not self.injected_logits, "injected logits"),
+                (problem.pattern is Pattern.HOLES and not self.absent_ids, "ids that name no expert"),
                 (spec.hidden_size % self.hidden_multiple != 0,
                  f"hidden size {spec.hidden_size}, no multiple of {self.hidden_multiple}"),
                 *((width % multiple != 0 or width < multiple - 1, f"a rank's intermediate size {width}, no multiple of "
