@@ -25,7 +25,7 @@ def test_native_experts(case: str) -> None:
 
 @pytest.mark.parametrize("case", [f"{LAYER}.K2-bf16-norm-holes-exact", "v1-T0.H128.I256.E8.K2-bf16-norm"])
 def test_what_the_native_experts_do_not_take(case: str) -> None:
-    """scatter_ of counts refuses an id without expert, which is not declared; view(0, K, -1) of no row has no answer."""
+    """scatter_ of counts refuses an id without expert, which is not declared; view(0, K, -1) of no row has no sense."""
     assert verdict("sglang.torch", case, absent_ids=True) == "crash"
 
 
