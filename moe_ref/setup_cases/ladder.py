@@ -116,6 +116,9 @@ def _declared(capabilities: Capabilities, base: Base) -> str:
     return f"asked in {base.dtype} (of {dtypes}): {what}{base.spec.experts.activation} experts, sizes of {base.size}"
 
 
+MORE_TOKENS = 16
+
+
 @dataclass(frozen=True)
 class _Ladder:
     settings: RunSettings
@@ -153,10 +156,17 @@ class _Ladder:
         """With the mistake that explains it, looked for in square sizes too where matrices do not fit."""
         found = self.explain(case)
         if line.verdict in (Verdict.MISMATCH, Verdict.NONDETERMINISTIC):
+            if found is not None and case.problem.num_tokens == 1:
+                # One token has one expert: which order they are in, or whose choice it was, more tokens say.
+                more = replace(case, problem=replace(case.problem, num_tokens=MORE_TOKENS))
+                self.run(more, f"setup: {step.name}, more tokens")
+                found = self.explain(more) or found
             return StepResult(number, step.name, "fail", _blamed(line, found), line, found)
         said = f"{line.verdict}: {line.reason.partition(chr(10))[0]}"
-        if line.verdict is Verdict.HARNESS_ERROR or found is not None:
-            return StepResult(number, step.name, "fail", said, line, found)
+        if line.verdict == Verdict.HARNESS_ERROR:
+            return StepResult(number, step.name, "fail", said, line)
+        if found is not None:
+            return StepResult(number, step.name, "fail", f"adapter: {said}; beside it, {found.words}", line, found)
         for twin in square_twins(case):
             if self.run(twin, f"setup: {step.name}, square").verdict == Verdict.MISMATCH:
                 found = self.explain(twin)

@@ -150,7 +150,7 @@ class BiasesExchanged(Layer):
 
 
 class ExpertsInOtherOrder(Layer):
-    words = "experts in another order: where expert 0, 1, ... belongs, {} stands"
+    words = "experts in another order, {} for 0, 1, ..."
     first = Stage.GATE_UP
 
     @classmethod
