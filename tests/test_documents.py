@@ -91,7 +91,7 @@ def test_the_message_of_the_front_page_is_the_tutorials() -> None:
 def test_documented_expectations_are_read(tmp_path: Path) -> None:
     """By the names of their implementations, on the days that stand there."""
     found = [one for one in blocks("yaml") if "\nentries:" in one.text]
-    assert len(found) == 2
+    assert len(found) >= 2
     for block in found:
         path = tmp_path / "expectations.yaml"
         path.write_text(block.text)
