@@ -42,6 +42,10 @@ DEEPGEMM = Library(distribution="deep_gemm", module="deep_gemm", least="2.1", be
                    hint="built from github.com/deepseek-ai/DeepGEMM")
 TORCHTITAN = Library(distribution="torchtitan", module="torchtitan", least="0.3", below="0.4",
                      hint="it needs spmd_types, tyro and docstring_parser")
+TORCHTITAN = Library(distribution="torchtitan", module="torchtitan", least="0.3", below="0.4")
+SPMD_TYPES = Library(distribution="spmd_types", module="spmd_types", least="0.2.3", below="0.3")
+TYRO = Library(distribution="tyro", module="tyro", least="1.0", below="2")
+DOCSTRING_PARSER = Library(distribution="docstring_parser", module="docstring_parser", least="0.16", below="1")
 JAX = Library(distribution="jax", module="jax", least="0.10", below="0.11")
 TORCHAO = Library(distribution="torchao", module="torchao", least="0.18", below="0.19")
 MLX = Library(distribution="mlx", module="mlx", least="0.32", below="0.33", hint="pip install 'mlx[cpu]'")
@@ -88,7 +92,8 @@ ADAPTERS: tuple[Adapter, ...] = (
     Adapter(name="torch.scaled_grouped_mm", target="moe_ref.adapters.torch_scaled:SCALED_GROUPED_MM",
             libraries=(TORCH,), kernels="own", lineage="torch", devices=("cuda",),
             what="torch.nn.functional.scaled_grouped_mm, operands in e4m3 by row; never run, judged in no dtype"),
-    Adapter(name="torchtitan.moe", target="moe_ref.adapters.torchtitan_moe:LAYER", libraries=(TORCHTITAN, TORCH),
+    Adapter(name="torchtitan.moe", target="moe_ref.adapters.torchtitan_moe:LAYER",
+            libraries=(TORCHTITAN, TORCH, SPMD_TYPES, TYRO, DOCSTRING_PARSER),
             what="MoE: router, dispatcher, grouped or gpt-oss experts, shared expert", kernels="torch",
             lineage="torchtitan", devices=("cpu",)),
     Adapter(name="jax.ragged_dot", target="moe_ref.adapters.jax_ragged:RAGGED_DOT", libraries=(JAX,),
