@@ -33,6 +33,8 @@ FAMILIES = (
                       "sigmoid, selection bias, groups by two; also GLM-4.5, Kimi-K2"),
     ConformanceFamily("gpt_oss", f"{_SIZES}.K4", "norm-routerbias-mlpbias-limit7-alpha1.702-up1-large",
                       "biases, clamped and scaled SwiGLU, values beyond the clamp"),
+    ConformanceFamily("gpt_oss limit 1", f"{_SIZES}.K4", "norm-routerbias-mlpbias-limit1-alpha1.702-up1",
+                      "the same with a clamp that many values reach, at a scale where bf16 says more"),
     ConformanceFamily("llama4", f"{_SIZES}.K1", "sigmoid-sh256-weightinput", "the weight on the input, top-1"),
     ConformanceFamily("nemotron_h", f"{_SIZES}.K3",
                       "sigmoid-norm-eps1em20-bias-scale2.5-relu2-nogate-sh256-shrelu2-shnogate",
