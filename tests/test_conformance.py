@@ -83,7 +83,8 @@ def test_the_tier_has_every_cell_once() -> None:
         assert (case.problem.dtype, case.parallel.tp, case.direction) == (one.dtype, one.tp, one.direction)
     ranks = {one.case_id: one.ranks for one in tier("conformance").cases}
     assert {ranks[one.case_id] for one in cases if one.tp == 2} == {Ranks.GLOO}
-    assert {ranks[one.case_id] for one in cases if one.tp == 1} == {Ranks.LOCAL}
+    assert {ranks[one.case_id] for one in cases if one.kind == "experts over ranks"} == {Ranks.GLOO}
+    assert {ranks[one.case_id] for one in cases if one.tp == 1 and one.kind != "experts over ranks"} == {Ranks.LOCAL}
 
 
 def test_the_page_in_the_documents_is_that_of_its_data() -> None:

@@ -48,13 +48,15 @@ def _summary(document: Conformance, ran: Sequence[Implementation]) -> str:
 
 def _overview(ran: Sequence[Implementation]) -> str:
     names = [family.name for family in FAMILIES]
-    lines = ["## By family", "", "Cases that pass, of those that ran: every dtype, tp 1 and 2, both directions.", "",
-             f"| implementation | packages | {' | '.join(names)} | probes | widths | same bits |",
-             "|" + " --- |" * (len(names) + 5)]
+    lines = ["## By family", "", "Cases that pass, of those that ran: every dtype, tp 1 and 2, both directions; experts "
+             "over ranks: ep 2.", "",
+             f"| implementation | packages | {' | '.join(names)} | experts over ranks | probes | widths | same bits |",
+             "|" + " --- |" * (len(names) + 6)]
     for one in ran:
         by_row = {row: [cell for _, cell in cells] for row, cells in rows(one.cells, "family")}
         groups = [by_row.get(name, []) for name in names]
-        groups += [[cell for _, cells in rows(one.cells, kind) for _, cell in cells] for kind in ("probe", "model")]
+        groups += [[cell for _, cells in rows(one.cells, kind) for _, cell in cells]
+                   for kind in ("experts over ranks", "probe", "model")]
         same = [cell.same_bits for cell in one.executed if cell.same_bits is not None]
         lines.append(f"| {code(one.name)} | {text_cell(', '.join(one.packages))} | "
                      f"{' | '.join(_share(cells) for cells in groups)} | {sum(same)} of {len(same)} |")
@@ -84,7 +86,9 @@ _COLUMNS = [(direction, dtype, tp) for direction in Direction for dtype in Dtype
 
 def _details(one: Implementation) -> str:
     lines = [f"## {one.name}", "", f"{one.what}. {', '.join(one.packages)}.", ""]
-    tables = (("family", _COLUMNS), ("probe", [(Direction.FORWARD, dtype, 1) for dtype in (Dtype.FP32, Dtype.BF16)]),
+    spread = [column for column in _COLUMNS if column[1] is not Dtype.FP16 and column[2] == 1]
+    tables = (("family", _COLUMNS), ("experts over ranks", spread),
+              ("probe", [(Direction.FORWARD, dtype, 1) for dtype in (Dtype.FP32, Dtype.BF16)]),
               ("model", [(Direction.FORWARD, dtype, tp) for dtype in (Dtype.BF16, Dtype.FP16) for tp in (1, 2)]))
     for kind, columns in tables:
         found = [(row, cells) for row, cells in rows(one.cells, kind)

@@ -71,7 +71,7 @@ class ConformanceCase:
     """A case and its place in the table: row is a family, a probe or a published model."""
 
     case_id: str
-    kind: Literal["family", "probe", "model"]
+    kind: Literal["family", "experts over ranks", "probe", "model"]
     row: str
     purpose: str
     dtype: Dtype
@@ -81,7 +81,9 @@ class ConformanceCase:
 
 @cache
 def conformance_cases() -> tuple[ConformanceCase, ...]:
-    """Families in three dtypes, on one rank and two, backward in fp32 and bf16; probes; widths."""
+    """Families in three dtypes, on one rank and two, backward in fp32 and bf16; their experts over two ranks; probes;
+    widths.
+    """
     cases = []
     for family, dtype, tp, direction in product(FAMILIES, Dtype, (1, 2), Direction):
         if direction is Direction.BACKWARD and dtype is Dtype.FP16:
@@ -90,6 +92,11 @@ def conformance_cases() -> tuple[ConformanceCase, ...]:
                  "bwd" * (direction is Direction.BACKWARD)]
         cases.append(ConformanceCase(case_id="-".join(filter(None, words)), kind="family", row=family.name,
                                      purpose=f"{family.name}: {family.purpose}", dtype=dtype, tp=tp,
+                                     direction=direction))
+    for family, dtype, direction in product(FAMILIES, (Dtype.FP32, Dtype.BF16), Direction):
+        words = [f"v1-{family.sizes}", dtype, family.words, "ep2", "bwd" * (direction is Direction.BACKWARD)]
+        cases.append(ConformanceCase(case_id="-".join(filter(None, words)), kind="experts over ranks", row=family.name,
+                                     purpose=f"{family.name}: experts over two ranks", dtype=dtype,
                                      direction=direction))
     cases += [ConformanceCase(case_id="v1-" + text.format(dtype), kind="probe", row=name, purpose=purpose, dtype=dtype)
               for name, text, purpose in PROBES for dtype in (Dtype.FP32, Dtype.BF16)]
