@@ -48,8 +48,8 @@ def _summary(document: Conformance, ran: Sequence[Implementation]) -> str:
 
 def _overview(ran: Sequence[Implementation]) -> str:
     names = [family.name for family in FAMILIES]
-    lines = ["## By family", "", "Cases that pass, of those that ran: every dtype, tp 1 and 2, both directions; experts "
-             "over ranks: ep 2.", "",
+    lines = ["## By family", "", "Cases that pass, of those that ran: every dtype, tp 1 and 2, both directions; "
+             "experts over ranks: ep 2.", "",
              f"| implementation | packages | {' | '.join(names)} | experts over ranks | probes | widths | same bits |",
              "|" + " --- |" * (len(names) + 6)]
     for one in ran:
