@@ -90,6 +90,8 @@ LAYERS = ("mixtral.8x7b.T32", "mixtral.8x7b.T1024.E2", "qwen3.30b.a3b.T256", "de
 BENCH_TOKENS = (1, 16, 256, 4096)
 HANG = ("--time-limit", "120")
 """For small cases, whose kernels may have to be compiled first, while as many others compile."""
+REHEARSED = ("v1-T33.H128.I256.E8.K2-bf16-norm", "v1-T33.H128.I256.E8.K2-fp32-norm-exact")
+"""Of the tier conformance."""
 WORLD_OF_ONE = ("v1-T33.H96.I160.E8.K2-fp32-norm", "v1-T33.H96.I160.E8.K2-bf16-norm")
 
 
@@ -193,6 +195,12 @@ def _sanitizer(place: Place, seconds: float) -> list[Command]:
                     {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})]
 
 
+def _adapters(place: Place, seconds: float) -> list[Command]:
+    chosen = () if place.num_devices else ("--only", "torch.grouped_mm", *_cases(REHEARSED))
+    return _ref("adapters", "run", "--device", place.device, "--lanes", str(place.lanes), *chosen,
+                *_deadline(seconds, 20), "--record", str(place.folder / "adapters"))
+
+
 def _report(place: Place, seconds: float) -> list[Command]:
     return _ref("report", str(place.folder), "--out", str(place.folder / "report"))
 
@@ -233,12 +241,13 @@ STEPS = (
     Step("fingerprint", "how the device's matrix products round", 15, _fingerprint),
     Step("setup", "the smallest cases: where these fail, distrust all others", 35, _setup, goes_on=True),
     Step("compile", "kernels of later steps, side by side", 20, _compile, _needs_gpu, required=False),
-    Step("matrix", "tier quick, tp 1 to 8 on virtual ranks", 120, _matrix, goes_on=True),
+    Step("matrix", "tier quick, tp 1 to 8 on virtual ranks", 110, _matrix, goes_on=True),
     Step("growth", "error against the length of sums", 30, _growth),
     Step("mutants", "defects that only a GPU can show", 50, _mutants, goes_on=True),
-    Step("large", "tensors past 2^31 elements, forward and backward", 70, _large, goes_on=True),
-    Step("layers", "whole layers of published models", 80, _layers, goes_on=True),
+    Step("large", "tensors past 2^31 elements, forward and backward", 60, _large, goes_on=True),
+    Step("layers", "whole layers of published models", 70, _layers, goes_on=True),
     Step("bench", "times beside torch and installed peers", 30, _bench, required=False),
+    Step("adapters", "installed implementations of other projects", 30, _adapters, required=False, goes_on=True),
     Step("graphs", "CUDA graphs against eager calls", 25, _graphs, _needs_gpu, required=False),
     Step("nccl", "process ranks over NCCL", 15, _nccl, _needs_gpu, required=False, goes_on=True),
     Step("sanitizer", "small layers under compute-sanitizer", 15, _sanitizer, _needs_sanitizer, required=False,

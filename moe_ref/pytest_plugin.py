@@ -26,7 +26,7 @@ from moe_ref.conforms.mismatch import Mismatch
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("moe-ref", "mixture-of-experts verification")
     group.addoption("--moe-impl", default="moe_fast", help="implementation: registered name, module or module:attr")
-    group.addoption("--moe-tier", default="smoke", help="smoke, quick, full, nightly, families, ranks")
+    group.addoption("--moe-tier", default="smoke", help="smoke, quick, full, nightly, families, ranks, conformance")
     group.addoption("--moe-case", action="append", default=[], help="a case id instead of a tier; repeatable")
     group.addoption("--moe-ranks", default=None, help="local, gloo or nccl for all cases; torchrun: moe-ref verify")
     group.addoption("--moe-device", default="auto", help="auto, cpu or cuda")

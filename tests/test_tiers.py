@@ -18,7 +18,7 @@ NAMES = ("smoke", "quick", "full", "nightly")
 
 
 @pytest.mark.parametrize(("name", "fewest"), [("smoke", 24), ("quick", 250), ("full", 280), ("nightly", 500),
-                                              ("families", 60), ("ranks", 100)])
+                                              ("families", 60), ("ranks", 100), ("conformance", 20)])
 def test_a_tier_has_enough_cases(name: str, fewest: int) -> None:
     """More cases than must be executed, and the promise is not below the documented one."""
     one = tier(name)
@@ -26,7 +26,7 @@ def test_a_tier_has_enough_cases(name: str, fewest: int) -> None:
     assert len(one.cases) >= one.minimum_executed
 
 
-@pytest.mark.parametrize("name", [*NAMES, "families", "ranks"])
+@pytest.mark.parametrize("name", [*NAMES, "families", "ranks", "conformance"])
 def test_ids_are_unique_and_parse(name: str) -> None:
     """The same id twice would judge one case and count two; every case says why it is there."""
     cases = tier(name).cases
@@ -141,13 +141,13 @@ def test_the_same_cases_in_every_process() -> None:
     """Sets iterate in an order that depends on PYTHONHASHSEED; the tiers must not, nor need torch."""
     hash_seed = "4711" if os.environ.get("PYTHONHASHSEED") == "0" else "0"  # another one than this process has
     script = ("import sys; from moe_ref.tiers.tiers import tier\n"
-              "for n in ('smoke', 'quick', 'full', 'nightly', 'families', 'ranks'):\n"
+              "for n in ('smoke', 'quick', 'full', 'nightly', 'families', 'ranks', 'conformance'):\n"
               "    for c in tier(n).cases: print(n, c.case_id, c.ranks.value, c.purpose)\n"
               "assert 'torch' not in sys.modules")
     output = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": hash_seed},
                             capture_output=True, text=True, check=True).stdout
     assert output.splitlines() == [f"{name} {one.case_id} {one.ranks.value} {one.purpose}"
-                                   for name in (*NAMES, "families", "ranks") for one in tier(name).cases]
+                                   for name in (*NAMES, "families", "ranks", "conformance") for one in tier(name).cases]
 
 
 def test_an_unknown_tier_lists_the_known_ones() -> None:

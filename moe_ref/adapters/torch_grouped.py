@@ -33,7 +33,7 @@ def experts(call: ExpertsCall) -> torch.Tensor:
     call.record(Stage.ACT, act_RI.detach()[order_R])
     call.record(Stage.DOWN, down_RH.detach()[order_R])
     weighted_RH = down_RH.float() * call.weights_TK.flatten()[slot_R, None]
-    y_TH = torch.zeros(call.x_TH.shape, dtype=torch.float32).index_add(0, token_R, weighted_RH)
+    y_TH = torch.zeros(call.x_TH.shape, dtype=torch.float32, device=call.x_TH.device).index_add(0, token_R, weighted_RH)
     return y_TH.to(call.x_TH.dtype)
 
 

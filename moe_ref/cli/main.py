@@ -21,6 +21,7 @@ _VERBS = {
     "score": "moe_ref.cli.score_commands:score_command",
     "compile": "moe_ref.cli.compile_commands:compile_command",
     "tune": "moe_ref.cli.tune_commands:tune_command",
+    "adapters": "moe_ref.cli.adapter_commands:adapters_command",
     "lanes": "moe_ref.cli.lane_commands:lanes_command",
     "fingerprint": "moe_ref.cli.hardware_commands:fingerprint_command",
 }

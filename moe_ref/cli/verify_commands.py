@@ -108,6 +108,11 @@ def verify_command(implementation: str, tier_name: str | None, case_ids: tuple[s
     return _on_ranks(ranks, plan, lambda run: _run(plan, as_json, run))
 
 
+def run_and_tell(plan: Plan) -> int:
+    """The exit code of a run whose summary was printed."""
+    return _run(plan, False, run_plan)
+
+
 def _on_ranks(ranks: str | None, plan: Plan, use: Callable[[Run], int]) -> int:
     """The exit code of use(run); under torchrun that of the first rank, while the others serve it."""
     if ranks != Ranks.TORCHRUN:

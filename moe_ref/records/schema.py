@@ -82,7 +82,8 @@ class StageResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     exact: ids and the like, ratio is then 0 or inf. bad_*: which tokens, experts, ranks and 64-column tiles hold an
     element above 1 (tokens: at most 8 named). sigmas: largest distance in predicted standard deviations, beyond the
     cell of what is stored. statistics: of the output as a whole. bias: mean of error * sign(want) / allowed. scale:
-    best-fit factor got = scale * want. error_map: of the first failing stage of a mismatch.
+    best-fit factor got = scale * want. bits: effective ones, log2 of the root mean square of the truth over that of the
+    error, not below 0; 0 in records that are older. error_map: of the first failing stage of a mismatch.
     """
 
     stage: str
@@ -102,6 +103,7 @@ class StageResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     statistics: list[Statistic] = []
     bias: Number = 0.0
     scale: Number = 1.0
+    bits: Number = 0.0
     note: str = ""
     error_map: ErrorMap | None = None
 

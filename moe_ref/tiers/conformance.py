@@ -5,6 +5,9 @@ mathematics and not the size. Two ranks are process ranks, since most implementa
 """
 
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from typing import Literal
 
 from moe_ref.contract.vocabulary import Direction, Dtype
 
@@ -41,36 +44,54 @@ FAMILIES = (
 _PROBED = f"{_SIZES}.K2"
 
 PROBES = (
-    (f"{_PROBED}-{{}}-norm-zipf", "popular experts, injected logits"),
-    (f"{_PROBED}-{{}}-norm-empty", "experts without a token"),
-    (f"{_PROBED}-{{}}-norm-allone", "every token's first choice is the same expert"),
-    (f"{_PROBED}-{{}}-norm-outlier", "one channel in 64 is 64 times larger"),
-    (f"{_PROBED}-{{}}-norm-large", "large pre-activations"),
-    (f"{_PROBED}-{{}}-norm-exact", "sums that are exact in any order: bits decide"),
-    (f"{_PROBED}-{{}}-norm-holes-exact", "slots that name no expert"),
-    (f"{_PROBED}-{{}}-norm-zipf-nonfinite", "NaN and infinity stay in their rows"),
-    ("T1.H128.I256.E8.K2-{}-norm", "one token"),
-    ("T0.H128.I256.E8.K2-{}-norm", "no token"),
-    ("T257.H128.I256.E8.K2-{}-norm", "more rows than a tile"),
-    ("T33.H128.I256.E64.K8-{}-norm", "many experts, few rows each"),
-    (f"{_PROBED}-{{}}-norm-padded", "tensors inside larger ones of NaN"),
+    ("zipf", f"{_PROBED}-{{}}-norm-zipf", "popular experts, injected logits"),
+    ("empty", f"{_PROBED}-{{}}-norm-empty", "experts without a token"),
+    ("allone", f"{_PROBED}-{{}}-norm-allone", "every token's first choice is the same expert"),
+    ("outlier", f"{_PROBED}-{{}}-norm-outlier", "one channel in 64 is 64 times larger"),
+    ("large", f"{_PROBED}-{{}}-norm-large", "large pre-activations"),
+    ("exact", f"{_PROBED}-{{}}-norm-exact", "sums that are exact in any order: bits decide"),
+    ("holes", f"{_PROBED}-{{}}-norm-holes-exact", "slots that name no expert"),
+    ("nonfinite", f"{_PROBED}-{{}}-norm-zipf-nonfinite", "NaN and infinity stay in their rows"),
+    ("T1", "T1.H128.I256.E8.K2-{}-norm", "one token"),
+    ("T0", "T0.H128.I256.E8.K2-{}-norm", "no token"),
+    ("T257", "T257.H128.I256.E8.K2-{}-norm", "more rows than a tile"),
+    ("E64", "T33.H128.I256.E64.K8-{}-norm", "many experts, few rows each"),
+    ("padded", f"{_PROBED}-{{}}-norm-padded", "tensors inside larger ones of NaN"),
 )
+"""What is tried with the first family's mathematics, in fp32 and bf16: name, rest of the id, what it is there for."""
 
-WIDE = (
-    ("qwen3.30b.a3b.T4.E8-bf16", "published width"), ("qwen3.30b.a3b.T4.E8-bf16-tp2", "published width, two ranks"),
-    ("olmoe.1b.7b.T8.E4-bf16", "published width"), ("olmoe.1b.7b.T8.E4-fp16-tp2", "published width, two ranks"),
-)
+WIDE = (("qwen3.30b.a3b.T4.E8", Dtype.BF16), ("olmoe.1b.7b.T8.E4", Dtype.BF16), ("olmoe.1b.7b.T8.E4", Dtype.FP16))
+"""Published widths, fewer experts."""
 
 
-def conformance_ids() -> list[tuple[str, str]]:
-    """(case id, purpose): families in three dtypes, on one rank and two, backward in fp32 and bf16; probes; widths."""
-    ids = []
-    for family in FAMILIES:
-        for dtype in Dtype:
-            for tp in ("", "-tp2"):
-                stem = "-".join(filter(None, (f"v1-{family.sizes}", dtype, family.words))) + tp
-                ids.append((stem, f"{family.name}: {family.purpose}"))
-                if dtype is not Dtype.FP16:
-                    ids.append((stem + "-bwd", f"{family.name}: {Direction.BACKWARD}"))
-    ids += [("v1-" + text.format(dtype), purpose) for text, purpose in PROBES for dtype in (Dtype.FP32, Dtype.BF16)]
-    return ids + [(f"v1-{text}", purpose) for text, purpose in WIDE]
+@dataclass(frozen=True, kw_only=True)
+class ConformanceCase:
+    """A case and its place in the table: row is a family, a probe or a published model."""
+
+    case_id: str
+    kind: Literal["family", "probe", "model"]
+    row: str
+    purpose: str
+    dtype: Dtype
+    tp: int = 1
+    direction: Direction = Direction.FORWARD
+
+
+@cache
+def conformance_cases() -> tuple[ConformanceCase, ...]:
+    """Families in three dtypes, on one rank and two, backward in fp32 and bf16; probes; widths."""
+    cases = []
+    for family, dtype, tp, direction in product(FAMILIES, Dtype, (1, 2), Direction):
+        if direction is Direction.BACKWARD and dtype is Dtype.FP16:
+            continue
+        words = [f"v1-{family.sizes}", dtype, family.words, f"tp{tp}" * (tp > 1),
+                 "bwd" * (direction is Direction.BACKWARD)]
+        cases.append(ConformanceCase(case_id="-".join(filter(None, words)), kind="family", row=family.name,
+                                     purpose=f"{family.name}: {family.purpose}", dtype=dtype, tp=tp,
+                                     direction=direction))
+    cases += [ConformanceCase(case_id="v1-" + text.format(dtype), kind="probe", row=name, purpose=purpose, dtype=dtype)
+              for name, text, purpose in PROBES for dtype in (Dtype.FP32, Dtype.BF16)]
+    cases += [ConformanceCase(case_id=f"v1-{text}-{dtype}" + f"-tp{tp}" * (tp > 1), kind="model",
+                              row=text.partition(".T")[0], purpose="published width, fewer experts", dtype=dtype, tp=tp)
+              for (text, dtype), tp in product(WIDE, (1, 2))]
+    return tuple(cases)

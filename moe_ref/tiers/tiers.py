@@ -14,7 +14,7 @@ from moe_ref.contract.vocabulary import Dtype, Pattern, Ranks
 from moe_ref.models.registry import models
 from moe_ref.tiers.axes import AXES, COMBINATIONS, PATTERNS, PLAIN, SHAPES, SHARED, SPREADS, Row, row_case
 from moe_ref.tiers.backward import backward_ids, larger_backward_ids
-from moe_ref.tiers.conformance import conformance_ids
+from moe_ref.tiers.conformance import conformance_cases
 from moe_ref.tiers.cover import pairwise_rows, possible_pairs, row_pairs
 from moe_ref.tiers.exact import exact_ids
 from moe_ref.tiers.families import family_ids
@@ -179,7 +179,7 @@ def tier(name: str) -> Tier:
         return _families()
     if name == "conformance":
         planned = [replace(one, ranks=Ranks.GLOO if one.case.parallel.size > 1 else Ranks.LOCAL)
-                   for one in _pinned(conformance_ids())]
+                   for one in _pinned([(case.case_id, case.purpose) for case in conformance_cases()])]
         return Tier(name, tuple(planned), MINIMUM_EXECUTED[name], 0, 0)
     if name == "ranks":
         return Tier(name, tuple({one.case_id: one for one in _rank_cases()}.values()), MINIMUM_EXECUTED[name], 0, 0)

@@ -68,6 +68,7 @@ class StageMeter:
     bias_sum: float = 0.0
     got_want: float = 0.0
     want_want: float = 0.0
+    error_error: float = 0.0
     notes: list[str] = field(default_factory=list)
     statistics: list[Statistic] = field(default_factory=list)
 
@@ -116,8 +117,10 @@ class StageMeter:
         if not bool(finite.all()):
             got, value = torch.where(finite, got, 0.0), torch.where(finite, value, 0.0)
             allowed = torch.where(finite, allowed, 0.0)
-        self.bias_sum += float(((got - value) * value.sign() / allowed.clamp(min=1e-300)).masked_fill(
+        error = got - value
+        self.bias_sum += float((error * value.sign() / allowed.clamp(min=1e-300)).masked_fill(
             allowed == 0, 0.0).sum())
+        self.error_error += float((error * error).sum())
         self.got_want += float((got * value).sum())
         self.want_want += float((value * value).sum())
 
@@ -185,4 +188,11 @@ class StageMeter:
             bad_experts=sorted(self.experts), bad_ranks=sorted(self.ranks), bad_tiles=sorted(self.tiles),
             num_tiles=tiles, sigmas=to_number(self.sigmas), statistics=self.statistics,
             bias=to_number(self.bias_sum / max(1, self.num_checked)),
-            scale=to_number(self.got_want / self.want_want if self.want_want else 1.0), note="; ".join(self.notes))
+            scale=to_number(self.got_want / self.want_want if self.want_want else 1.0),
+            bits=to_number(self._bits()), note="; ".join(self.notes))
+
+    def _bits(self) -> float:
+        """Effective bits; see StageResult."""
+        if not self.error_error:
+            return math.inf if self.want_want else 0.0
+        return max(0.0, 0.5 * math.log2(self.want_want / self.error_error)) if self.want_want else 0.0

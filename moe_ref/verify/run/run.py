@@ -16,6 +16,7 @@ from types import FrameType
 import torch
 
 import moe_ref
+from moe_ref.adapters.catalogue import find
 from moe_ref.contract.capabilities import Capabilities
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import EXECUTED_VERDICTS, RED_VERDICTS, Verdict
@@ -129,13 +130,20 @@ def new_header(plan: Plan, capabilities: Capabilities, source_digest: str) -> Ru
     tolerances = load_tolerances(today=_today())
     return RunLine(run=uuid.uuid4().hex[:12], started=_now(), implementation=implementation, tier=plan.tier,
                    lane=plan.lane, cases=[one.case_id for one in plan.cases], minimum_executed=plan.minimum_executed,
-                   axis_pairs=plan.pairs, environment=environment(plan.device) | _hosts(plan),
+                   axis_pairs=plan.pairs, environment=environment(plan.device) | _hosts(plan) | _packages(plan),
                    tolerances_digest=tolerances.digest, oracle_version=moe_ref.__version__,
                    tolerances={path: to_number(value) for path, value in numbers_of(tolerances.file).items()})
 
 
 def _hosts(plan: Plan) -> dict[str, str]:
     return {"ranks": str(plan.num_started), "hosts": plan.hosts} if plan.num_started else {}
+
+
+def _packages(plan: Plan) -> dict[str, str]:
+    """What an adapter is an adapter of."""
+    adapter = find(plan.implementation)
+    found = [f"{library.distribution} {library.found()}" for library in adapter.libraries] if adapter else []
+    return {"packages": ", ".join(found)} if found else {}
 
 
 def run_settings(plan: Plan, header: RunLine, capabilities: Capabilities) -> RunSettings:
