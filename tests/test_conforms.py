@@ -42,6 +42,7 @@ def test_a_right_function(tmp_path: Path) -> None:
     assert (found.skipped, found.left_out) == ({}, {})
     assert 0 < found.worst_ratio < 1
     assert found.worst_case in run.cases
+    assert 7 < found.bits < 12, "an output in bf16 is the coarsest"
     assert "nothing ends a hang" in found.process
     assert {line.guard["process"] for line in run.cases.values()} == {found.process}
     assert run.header.implementation.name == f"{__name__}:fused_experts"

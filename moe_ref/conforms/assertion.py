@@ -1,5 +1,6 @@
 """assert_conforms: a function of somebody's is judged against the oracle where it stands, in a test of theirs."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -31,8 +32,9 @@ class Conformed:
     """What was judged, all of it right.
 
     executed: cases that ran. skipped: how many did not, by reason. left_out: probes that the layer cannot have, by
-    name. worst_ratio, worst_case: the output nearest to what it may be off, 1 at the limit. lines: of the record.
-    setup: the set-up cases, None where they were not asked for or cases were named. process: in which these ran.
+    name. worst_ratio, worst_case: the output nearest to what it may be off, 1 at the limit. bits: the fewest effective
+    bits of an output, see StageResult; infinite where all are exact. lines: of the record. setup: the set-up cases,
+    None where they were not asked for or cases were named. process: in which these ran.
     """
 
     executed: int
@@ -40,6 +42,7 @@ class Conformed:
     left_out: dict[str, str]
     worst_ratio: float
     worst_case: str
+    bits: float
     lines: tuple[CaseLine, ...]
     setup: SetupResult | None
     process: str = UNPROTECTED
@@ -146,6 +149,8 @@ def _concluded(lines: list[CaseLine], left_out: dict[str, str], ladder: SetupRes
     if not ran:
         reasons = "; ".join(f"{count} cases {reason}" for reason, count in skipped.items())
         raise Mismatch(f"no case ran, which is no pass: {reasons or 'none was planned'}")
-    worst, case = max((from_number(stage.ratio), line.case) for line in ran for stage in line.stages
-                      if stage.stage == Stage.OUTPUT)
-    return Conformed(len(ran), dict(skipped), left_out, worst, case, tuple(lines), ladder)
+    outputs = [(stage, line.case) for line in ran for stage in line.stages if stage.stage == Stage.OUTPUT]
+    worst, case = max((from_number(stage.ratio), name) for stage, name in outputs)
+    # Where nothing is wanted, as of no token, there are no bits to count.
+    bits = min((found for stage, _ in outputs if (found := from_number(stage.bits)) > 0), default=math.inf)
+    return Conformed(len(ran), dict(skipped), left_out, worst, case, bits, tuple(lines), ladder)
