@@ -17,8 +17,8 @@ At = Literal["model", "fp32"]
 Options = Callable[[MoESpec, int], dict[str, Any]]
 """Options of a configuration class, for a spec and a rank's share of its intermediate size."""
 
-ACTIVATIONS: dict[Activation, str] = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu",
-               "relu_squared": "relu2"}
+ACTIVATIONS: dict[Activation, str] = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh",
+                                      "relu": "relu", "relu_squared": "relu2"}
 """Our words and transformers' for the same functions."""
 
 
@@ -54,7 +54,6 @@ class Family:
     features: tuple[Feature, ...] = ()
     needs: tuple[str, ...] = ()
     injected_routing: bool = True
-
 
     def numerics(self, dtype: Dtype, backend: Backend) -> Numerics:
         """Torch rounds what every operation returns; a router in fp32 has its tokens and weights converted first."""
