@@ -58,8 +58,9 @@ def assert_conforms(function: Callable, spec: MoESpec, *, takes: Takes = "expert
     """Judge a function against the fp64 oracle, and raise Mismatch with the failure message unless all of it is right.
 
     takes "experts": function(x_TH, w13_EFH, w2_EHI, weights_TK, ids_TK) -> y_TH in the dtype of x: F = 2 I, gate rows
-    first (F = I without a gate); weights_TK fp32, ids_TK int64, at tp > 1 this rank's columns; with biases of experts
-    the keywords w13_bias_EF and w2_bias_EH. Of the spec's router it is handed the choice of a plain one. takes "layer":
+    first (F = I without a gate); weights_TK in the format that the contract stores them in, else fp32, ids_TK int64, at
+    tp > 1 this rank's columns; with biases of experts the keywords w13_bias_EF and w2_bias_EH, which is zero on all
+    ranks but the first. Of the spec's router it is handed the choice of a plain one. takes "layer":
     a whole layer with the signature of moe_ref.moe; stages: those that it records in `trace`.
 
     numerics: a contract of tolerances.yaml by name, or a Numerics. probes: names of moe_ref.conforms.cases.PROBES.

@@ -10,16 +10,13 @@ import torch
 from moe_ref.adapters.experts_layer import ExpertsCall, ExpertsLayer
 from moe_ref.adapters.routed import SCORES
 from moe_ref.contract.capabilities import Capabilities, Numerics
-from moe_ref.contract.collectives import enter
-from moe_ref.contract.comm import Groups
 from moe_ref.contract.errors import raise_faults
 from moe_ref.contract.features import features_of
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.router_spec import Router
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.trace import Trace
-from moe_ref.contract.vocabulary import Direction, Dtype, Format, Stage, Storage
-from moe_ref.contract.weights import MoEWeights
+from moe_ref.contract.vocabulary import Direction, Dtype, Stage, Storage
 
 Takes = Literal["experts", "layer"]
 
@@ -85,9 +82,7 @@ def subject_of(function: Callable, spec: MoESpec, takes: Takes, numerics: dict[D
                deterministic: bool) -> ExpertsLayer | Layer:
     """What the harness judges; the function is asked for what the spec needs and nothing beyond."""
     if takes == "experts":
-        # Where a contract rounds routing weights, the function does: it is handed, and shown are, those of fp32.
-        weights = {kind.storage.get(Stage.WEIGHTS, Format.FP32) for kind in numerics.values()}
-        stages = (Stage.IDS, *(Stage.WEIGHTS,) * (weights == {Format.FP32}), Stage.MERGED)
+        stages = (Stage.IDS, Stage.WEIGHTS, Stage.MERGED)
     try:
         taken = inspect.signature(function).parameters
     except ValueError:
@@ -107,21 +102,7 @@ def subject_of(function: Callable, spec: MoESpec, takes: Takes, numerics: dict[D
         hidden_multiple=aligned(spec.hidden_size), intermediate_multiple=min(map(aligned, widths)))
     if takes == "layer":
         return Layer(capabilities, function)
-    return FieldExperts(capabilities, lambda call: _called(function, call))
-
-
-@dataclass(frozen=True)
-class FieldExperts(ExpertsLayer):
-    """A function that knows of no ranks: of a bias of w2, which every rank holds, it is handed one whole."""
-
-    def moe(self, x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, parallel: Parallel | None = None,
-            groups: Groups | None = None, *, trace: Trace | None = None, **others: Any) -> torch.Tensor:
-        """As of any ExpertsLayer."""
-        if groups is not None and groups.tp.size > 1 and weights.w2_bias_EH is not None:
-            bias_EH = enter(weights.w2_bias_EH, groups.tp) * float(groups.tp.rank == 0)
-            weights = replace(weights, w2_bias_EH=bias_EH)
-        shown = DeclaredTrace(trace, self.CAPABILITIES.stages) if trace is not None else None
-        return super().moe(x_TH, weights, spec, parallel, groups, trace=shown, **others)
+    return ExpertsLayer(capabilities, lambda call: _called(function, call))
 
 
 def _called(function: Callable, call: ExpertsCall) -> torch.Tensor:
