@@ -16,7 +16,7 @@ from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.router_spec import Router
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.trace import Trace
-from moe_ref.contract.vocabulary import Direction, Dtype, Stage, Storage
+from moe_ref.contract.vocabulary import Direction, Dtype, Format, Stage, Storage
 
 Takes = Literal["experts", "layer"]
 
@@ -83,6 +83,9 @@ def subject_of(function: Callable, spec: MoESpec, takes: Takes, numerics: dict[D
     """What the harness judges; the function is asked for what the spec needs and nothing beyond."""
     if takes == "experts":
         stages = (Stage.IDS, Stage.WEIGHTS, Stage.MERGED)
+        # The router is ours, whatever a contract of whole layers says of its own: its logits are in fp32.
+        numerics = {dtype: replace(kind, storage={**kind.storage, Stage.LOGITS: Format.FP32})
+                    for dtype, kind in numerics.items()}
     try:
         taken = inspect.signature(function).parameters
     except ValueError:
