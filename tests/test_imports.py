@@ -129,6 +129,19 @@ def test_arithmetic_and_simulated_layers_know_no_answers() -> None:
     assert forbidden(("moe_ref/simulated", "moe_ref/numerics"), answers) == []
 
 
+def test_adapters_know_the_contract_and_their_libraries() -> None:
+    """An adapter translates; the list of all needs no package at all, and is what the rest knows of them."""
+    answers = ("moe_ref.oracle", "moe_ref.verify", "moe_ref.report", "moe_ref.inputs", "moe_ref.simulated")
+    assert forbidden(("moe_ref/adapters",), answers) == []
+    listed = ("moe_ref/adapters/catalogue.py", "moe_ref/adapters/library.py")
+    assert outside(listed, ("moe_ref.adapters.library",)) == []
+    known = ("moe_ref.adapters.catalogue", "moe_ref.adapters.experts_layer", "moe_ref.adapters.routed")
+    others = tuple(f"moe_ref/{one.name}" for one in (ROOT / "moe_ref").iterdir()
+                   if one.name not in ("adapters", "__pycache__") and (one.is_dir() or one.suffix == ".py"))
+    named = forbidden((*others, "moe_fast"), ("moe_ref.adapters",))
+    assert [line for line in named if not inside(line.partition(": ")[2], known)] == []
+
+
 def test_the_child_knows_neither_oracle_nor_judge() -> None:
     """The process that runs the subject must not hold the answers."""
     answers = ("moe_ref.oracle", "moe_ref.verify.measure", "moe_ref.verify.bounds", "moe_ref.verify.judge")
