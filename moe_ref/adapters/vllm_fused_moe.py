@@ -8,6 +8,7 @@ Translated: gate and up interleaved for swigluoai, which is clamped at 7 with al
 numbers; ids that name no expert are -1, which moe_align_block_size ignores.
 """
 
+from dataclasses import replace
 from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from moe_ref.adapters.experts_layer import ExpertsCall, ExpertsLayer
 from moe_ref.adapters.vllm_files import activations, fused_moe
 from moe_ref.contract.capabilities import Capabilities, Numerics
 from moe_ref.contract.errors import raise_faults
-from moe_ref.contract.features import Feature
+from moe_ref.contract.features import GPT_OSS_CLAMP, Feature
 from moe_ref.contract.spec import MLP
 from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Stage
 
@@ -95,12 +96,12 @@ def experts(call: ExpertsCall) -> torch.Tensor:
     return y_TH
 
 
-LAYER = ExpertsLayer(
-    Capabilities(
-        name="vllm.fused_moe", version=version("vllm"), numerics={dtype: _numerics(dtype) for dtype in Dtype},
-        stages=(Stage.LOGITS, Stage.IDS, Stage.WEIGHTS, *(() if _ON_GPU else (Stage.ACT, Stage.DOWN)), Stage.MERGED),
-        activations=("silu", "gelu", "gelu_tanh"), scores=("softmax", "sigmoid"),
-        features=(Feature.RESIDUAL, Feature.LOGIT_BIAS, Feature.MLP_BIAS, Feature.LIMIT, Feature.SCALED_SWIGLU,
-                  Feature.WEIGHT_ON_INPUT),
-        max_tp=64, ranks=(Ranks.LOCAL, Ranks.GLOO), injected_routing=True, collectives_through_groups=True),
-    experts)
+_PLAIN = Capabilities(
+    name="vllm.fused_moe", version=version("vllm"), numerics={dtype: _numerics(dtype) for dtype in Dtype},
+    stages=(Stage.LOGITS, Stage.IDS, Stage.WEIGHTS, *(() if _ON_GPU else (Stage.ACT, Stage.DOWN)), Stage.MERGED),
+    activations=("silu", "gelu", "gelu_tanh"), scores=("softmax", "sigmoid"),
+    features=(Feature.RESIDUAL, Feature.LOGIT_BIAS, Feature.MLP_BIAS, Feature.WEIGHT_ON_INPUT),
+    max_tp=64, ranks=(Ranks.LOCAL, Ranks.GLOO), injected_routing=True, collectives_through_groups=True)
+_CLAMPED = replace(_PLAIN, features=(*_PLAIN.features, Feature.LIMIT, Feature.SCALED_SWIGLU), needs=(GPT_OSS_CLAMP,))
+
+LAYER = ExpertsLayer(replace(_PLAIN, others=(_CLAMPED,)), experts)

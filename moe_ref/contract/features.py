@@ -50,6 +50,7 @@ def features_of(spec: MoESpec) -> frozenset[Feature]:
 RENORMALIZED = "renormalised weights"
 NOT_RENORMALIZED = "weights that are not renormalised"
 GATED_SHARED_EXPERT = "a shared expert with a sigmoid gate"
+GPT_OSS_CLAMP = "the clamped SwiGLU of gpt-oss, limit 7 and scale 1.702"
 
 
 def traits_of(spec: MoESpec) -> frozenset[str]:
@@ -59,6 +60,9 @@ def traits_of(spec: MoESpec) -> frozenset[str]:
         traits.add(RENORMALIZED if spec.router.renormalize else NOT_RENORMALIZED)
     if spec.shared and spec.shared.gate == "sigmoid":
         traits.add(GATED_SHARED_EXPERT)
+    mlp = spec.experts
+    if (mlp.limit, mlp.limit_at, mlp.sigmoid_scale, mlp.up_offset) == (7.0, "before", 1.702, 1.0):
+        traits.add(GPT_OSS_CLAMP)
     return frozenset(traits)
 
 
