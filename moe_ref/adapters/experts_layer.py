@@ -38,12 +38,33 @@ class ExpertsCall:
     record: Callable[[Stage, torch.Tensor], None]
 
 
+def _nothing(call: ExpertsCall, weighted: bool, stages: tuple[Stage, ...]) -> torch.Tensor:
+    """What a rank without columns adds: zeros, or the bias of w2; functions of experts refuse such a share.
+
+    In the graph of everything it is handed, so that the backward pass communicates on every rank. weighted: rows are
+    shown with their routing weight.
+    """
+    weights, dtype = call.weights, call.x_TH.dtype
+    served_TK = (call.ids_TK >= 0) & (call.ids_TK < call.spec.num_experts)
+    rows_TKH = torch.zeros_like(call.x_TH)[:, None].expand(-1, call.ids_TK.shape[1], -1)
+    if weights.w2_bias_EH is not None:
+        rows_TKH = weights.w2_bias_EH[torch.where(served_TK, call.ids_TK, 0)]
+    weights_TK1 = torch.where(served_TK, call.weights_TK, 0.0).float()[..., None]
+    shown_TKH = rows_TKH * weights_TK1.to(dtype) if weighted else rows_TKH
+    gate_up_RGI = weights.w13_EGIH[call.ids_TK[served_TK], ..., 0]
+    shown = {Stage.GATE_UP: gate_up_RGI, Stage.ACT: gate_up_RGI[:, 0], Stage.DOWN: shown_TKH[served_TK]}
+    for stage in set(shown) & set(stages):
+        call.record(stage, shown[stage].detach())
+    held = [tensor.sum() for tensor in (weights.w13_EGIH, weights.w2_EHI, weights.w13_bias_EGI) if tensor is not None]
+    return once(call.x_TH, False) + ((rows_TKH.float() * weights_TK1).sum(1) + sum(held)).to(dtype)
+
+
 @dataclass(frozen=True)
 class ExpertsLayer:
     """An implementation made of a function `experts`: call -> this rank's weighted sum (T, H), in the dtype of x.
 
     Its tp ranks hold columns of the activation, as the contract's shards are cut, and the sum is completed by one
-    all-reduce. Differentiable where `experts` is.
+    all-reduce. Differentiable where `experts` is, which is not called where a rank has no columns.
     """
 
     CAPABILITIES: Capabilities
@@ -56,18 +77,20 @@ class ExpertsLayer:
         """The whole layer, (T, H) in x's dtype, as the contract's `moe`; raises what `experts` raises."""
         groups = groups or Groups()
         chosen = routed(x_TH, weights, spec, routing, logits_TE)
-        stored = self.CAPABILITIES.numerics[_NAMES[x_TH.dtype]].storage.get(Stage.WEIGHTS, Format.FP32)
+        numerics, stages = self.CAPABILITIES.numerics[_NAMES[x_TH.dtype]], self.CAPABILITIES.stages
+        stored = numerics.storage.get(Stage.WEIGHTS, Format.FP32)
         weights_TK = enter(chosen.weights_TK.to(TORCH_DTYPES[stored]), groups.tp)
         if weights.w2_bias_EH is not None:
             # Whole on every rank, and once in the sum over ranks.
             weights = replace(weights, w2_bias_EH=once(enter(weights.w2_bias_EH, groups.tp), groups.tp.rank == 0))
         call = ExpertsCall(enter(x_TH, groups.tp), chosen.ids_TK.long(), weights_TK, weights, spec,
                            trace.record if trace is not None else lambda stage, tensor: None)
-        if Stage.LOGITS in self.CAPABILITIES.stages and routing is None and chosen.logits_TE is not None:
+        if Stage.LOGITS in stages and routing is None and chosen.logits_TE is not None:
             call.record(Stage.LOGITS, chosen.logits_TE.detach())
         call.record(Stage.IDS, call.ids_TK)
         call.record(Stage.WEIGHTS, weights_TK.detach())
-        merged_TH = self.experts(call)
+        has_columns = weights.w2_EHI.shape[2] > 0
+        merged_TH = self.experts(call) if has_columns else _nothing(call, numerics.weight_at == "down", stages)
         call.record(Stage.MERGED, merged_TH.detach())
         y_TH = leave(merged_TH, groups.tp)
         return y_TH if residual_TH is None else y_TH + residual_TH

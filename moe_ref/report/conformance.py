@@ -13,7 +13,8 @@ from moe_ref.report.words import one_line
 from moe_ref.tiers.conformance import ConformanceCase, conformance_cases
 
 SCHEMA = 1
-_SAID = 240
+SAID = 800
+"""Characters of a reason."""
 
 
 class Cell(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -111,7 +112,7 @@ def _short(value: float) -> Number:
 
 def said(line: CaseLine) -> str:
     """What a record gives as the reason of a case that did not pass: its first line, and the diagnosis."""
-    first = one_line(line.reason.partition("\n")[0], _SAID)
+    first = one_line(line.reason.partition("\n")[0], SAID)
     if line.diagnosis is not None:
         return f"{first}; {line.diagnosis.fault} explains {100 * float(line.diagnosis.share):.0f} %"
     return first

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from moe_ref.contract.vocabulary import EXECUTED_VERDICTS, Direction, Dtype, Verdict
-from moe_ref.report.conformance import Cell, Conformance, Implementation, rows
+from moe_ref.report.conformance import SAID, Cell, Conformance, Implementation, rows
 from moe_ref.report.markdown import cell as text_cell
 from moe_ref.report.markdown import code
 from moe_ref.report.words import format_ratio
@@ -133,6 +133,6 @@ def _failures(one: Implementation) -> str:
     lines = ["", "| cases | verdict | why | replay |", "| --- | --- | --- | --- |"]
     for cells in grouped.values():
         first = cells[0]
-        lines.append(f"| {len(cells)} | {text_cell(first.verdict)} {text_cell(first.stage)} | {text_cell(first.said)} "
+        lines.append(f"| {len(cells)} | {text_cell(first.verdict)} {text_cell(first.stage)} | {text_cell(first.said, SAID)} "
                      f"| {code(first.replay)} |")
     return "\n".join(lines) + "\n"

@@ -11,9 +11,9 @@ CELL_LIMIT = 300
 """Characters of foreign text in one cell; the whole text is in index.html and report.json."""
 
 
-def cell(text: str) -> str:
+def cell(text: str, limit: int = CELL_LIMIT) -> str:
     """Foreign text as plain words in a table cell: no HTML, no Markdown, no column break, no mention."""
-    safe = html.escape(one_line(text, CELL_LIMIT), quote=False)
+    safe = html.escape(one_line(text, limit), quote=False)
     return re.sub(r"([\\`*_{}\[\]()#!|~])", r"\\\1", safe).replace("@", "&#64;")
 
 
