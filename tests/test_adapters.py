@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import silu
 
 from moe_ref.adapters.catalogue import ADAPTERS, TORCH, Adapter, find
 from moe_ref.adapters.experts_layer import ExpertsCall, ExpertsLayer
@@ -127,6 +128,34 @@ def test_an_unknown_score_is_refused() -> None:
 def test_a_layer_around_a_function_of_experts(case: str) -> None:
     """Slots without an expert, no token at all, gradients: judged like any implementation."""
     assert judged(load_subject("torch.grouped_mm"), case).verdict == Verdict.PASS
+
+
+def biased(call: ExpertsCall) -> torch.Tensor:
+    """Experts with biases of w2, row by row, as libraries compute them that refuse a share without columns."""
+    assert call.weights.w2_EHI.shape[2]
+    assert call.weights.w2_bias_EH is not None
+    assert call.weights.w13_bias_EGI is not None
+    y_TH = torch.zeros_like(call.x_TH)
+    for expert in range(call.spec.num_experts):
+        token_R, slot_R = (call.ids_TK == expert).nonzero(as_tuple=True)
+        gate_RI, up_RI = (call.x_TH[token_R] @ call.weights.w13_EGIH[expert, which].T
+                          + call.weights.w13_bias_EGI[expert, which] for which in range(2))
+        row_RH = (silu(gate_RI) * up_RI) @ call.weights.w2_EHI[expert].T + call.weights.w2_bias_EH[expert]
+        y_TH = y_TH.index_add(0, token_R, call.weights_TK[token_R, slot_R, None] * row_RH)
+    return y_TH
+
+
+@pytest.mark.parametrize("words", ["tp2-split1.0", "tp2-split0.1", "tp3-split0.1.1-bwd"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_rank_without_columns(words: str, bias: bool) -> None:
+    """The function is not called there; the bias of w2 is the first rank's to add, whether it has columns or not."""
+    right = load_subject("torch.grouped_mm")
+    free = replace(right.CAPABILITIES, hidden_multiple=1, intermediate_multiple=1)
+    shown = (Stage.IDS, Stage.WEIGHTS, Stage.MERGED)
+    layer = replace(right, CAPABILITIES=free) if not bias else ExpertsLayer(
+        replace(free, features=(*free.features, Feature.MLP_BIAS), stages=shown), biased)
+    line = judged(layer, f"v1-T33.H96.I160.E8.K2-fp32-norm-{'mlpbias-' * bias}{words}")
+    assert (line.verdict, line.reason) == (Verdict.PASS, "")
 
 
 def test_a_mistake_in_an_adapter_is_no_pass() -> None:

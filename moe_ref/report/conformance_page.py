@@ -133,6 +133,6 @@ def _failures(one: Implementation) -> str:
     lines = ["", "| cases | verdict | why | replay |", "| --- | --- | --- | --- |"]
     for cells in grouped.values():
         first = cells[0]
-        lines.append(f"| {len(cells)} | {text_cell(first.verdict)} {text_cell(first.stage)} | {text_cell(first.said, SAID)} "
-                     f"| {code(first.replay)} |")
+        lines.append(f"| {len(cells)} | {text_cell(first.verdict)} {text_cell(first.stage)} | "
+                     f"{text_cell(first.said, SAID)} | {code(first.replay)} |")
     return "\n".join(lines) + "\n"
