@@ -101,7 +101,7 @@ def test_a_child_that_is_gone_is_excused_too(raised: Exception, verdict: str, mo
     """It has no answer to be judged."""
     def ask(*arguments: Any) -> Any:
         raise raised
-    monkeypatch.setattr("tests.in_process._InProcess.ask", ask)
+    monkeypatch.setattr("tests.in_process.InProcess.ask", ask)
     assert line(TorchMoE(), entry(verdict, contains="child was")).verdict == Verdict.KNOWN_FAILURE
     assert line(TorchMoE(), entry(verdict, contains="another")).verdict == verdict
 
