@@ -3,21 +3,10 @@
 import json
 from pathlib import Path
 
-import pytest
-
-from moe_ref.adapters.catalogue import find
 from tests.command_line import command
 
 LAYER = "v1-T33.H128.I256.E8.K2"
 """A layer of the tier without its dtype and words."""
-
-
-def needs(name: str) -> None:
-    """Skip the calling module, with the reason, where the library of an adapter is not installed."""
-    adapter = find(name)
-    assert adapter is not None
-    if lacking := adapter.lacking():
-        pytest.skip(f"{name}: {lacking}", allow_module_level=True)
 
 
 def verdicts(implementation: str, folder: Path, *cases: str) -> dict[str, str]:

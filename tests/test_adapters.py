@@ -18,7 +18,7 @@ from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.features import Feature
 from moe_ref.contract.vocabulary import Direction, Dtype, Format, Ranks, Stage, Verdict
 from moe_ref.inputs.build import build_inputs
-from moe_ref.verify.run.subjects import known_names, load_subject
+from moe_ref.verify.run.subjects import known_names, load_subject, source_digest
 from tests.in_process import judged
 
 ABSENT = Library(distribution="no-such-distribution", module="no_such_module", least="1", below="2")
@@ -156,6 +156,12 @@ def test_a_rank_without_columns(words: str, bias: bool) -> None:
         replace(free, features=(*free.features, Feature.MLP_BIAS), stages=shown), biased)
     line = judged(layer, f"v1-T33.H96.I160.E8.K2-fp32-norm-{'mlpbias-' * bias}{words}")
     assert (line.verdict, line.reason) == (Verdict.PASS, "")
+
+
+def test_a_record_names_the_sources_of_an_adapter() -> None:
+    """Adapters share the class of their layer: its file alone would call all of them one implementation."""
+    layer = load_subject("torch.grouped_mm")
+    assert source_digest(layer) != source_digest(replace(layer, experts=biased))
 
 
 def test_a_mistake_in_an_adapter_is_no_pass() -> None:

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from tests.adapter_runs import LAYER, needs, verdicts
+from tests.adapter_mistakes import require
+from tests.adapter_runs import LAYER, verdicts
 
-needs("jax.ragged_dot")
+require("jax.ragged_dot")
 
 CASES = (f"{LAYER}-bf16-norm-tp2-bwd", f"{LAYER}-fp16-norm", f"{LAYER}-fp32-norm-zipf-nonfinite",
          f"{LAYER}-fp32-norm-holes-exact", "v1-T0.H128.I256.E8.K2-bf16-norm")

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from tests.adapter_runs import LAYER, needs, verdicts
+from tests.adapter_mistakes import require
+from tests.adapter_runs import LAYER, verdicts
 
-needs("torchao.mxfp8")
+require("torchao.mxfp8")
 
 CASES = (f"{LAYER}-bf16-norm-tp2", f"{LAYER}-bf16-norm-outlier", "v1-T0.H128.I256.E8.K2-bf16-norm")
 

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 
-from tests.adapter_runs import LAYER, needs, verdicts
+from tests.adapter_mistakes import require
+from tests.adapter_runs import LAYER, verdicts
 
-needs("torchtitan.moe")
+require("torchtitan.moe")
 
 CASES = (f"{LAYER}-bf16-norm-tp2-bwd", f"{LAYER}-bf16-norm-zipf", f"{LAYER}-bf16-norm-exact",
          "v1-T33.H128.I256.E8.K4-bf16-sigmoid-norm-eps1em20-bias-g4.2-top2sum-scale2.5-sh256-tp2",

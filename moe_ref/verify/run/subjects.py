@@ -56,15 +56,22 @@ def load_subject(name: str) -> ModuleType:
     return subject
 
 
-def source_digest(subject: ModuleType) -> str:
-    """16 hex digits over the Python sources of the subject's package, so that a record says what was judged."""
-    module = sys.modules.get(getattr(subject, "__module__", "") or "")
-    file = getattr(subject, "__file__", None) or getattr(module, "__file__", None)
-    if not file:
-        return ""
-    path = Path(file)
-    sources = sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]
+def source_digest(subject: object) -> str:
+    """16 hex digits over the Python sources of what is judged, so that a record says what it was.
+
+    The package of a module; of an object the files of its class and of the functions that it holds.
+    """
+    parts = [subject] if isinstance(subject, ModuleType) else [
+        subject, *(value for value in getattr(subject, "__dict__", {}).values() if callable(value))]
+    files = dict.fromkeys(filter(None, map(_file_of, parts)))
     hasher = hashlib.sha256()
-    for source in sources:
-        hasher.update(source.relative_to(path.parent).as_posix().encode() + source.read_bytes())
-    return hasher.hexdigest()[:16]
+    for path in files:
+        for source in sorted(path.parent.rglob("*.py")) if path.name == "__init__.py" else [path]:
+            hasher.update(source.relative_to(path.parent).as_posix().encode() + source.read_bytes())
+    return hasher.hexdigest()[:16] if files else ""
+
+
+def _file_of(part: object) -> Path | None:
+    module = sys.modules.get(getattr(part, "__module__", "") or "")
+    file = getattr(part, "__file__", None) or getattr(module, "__file__", None)
+    return Path(file) if file else None
