@@ -60,9 +60,6 @@ COMMANDS: dict[str, Run | Elsewhere | NotHere] = {
     "moe-ref verify moe_fast --tier quick": Elsewhere("ci/verify", "moe_ref verify moe_fast --tier"),
     "moe-ref show mixtral.8x7b --tp 8": Run(),
     "python -m tests.third_party.table mixtral": Elsewhere("tests/test_third_party.py", "from tests.third_party"),
-    # docs/adapters.md
-    "moe-ref verify transformers.eager --tier conformance --minimum 1": Elsewhere(
-        "tests/test_adapters_transformers.py", "from moe_ref.tiers.conformance import"),
     # docs/tutorial.md
     "pip install -e '.[triton,reports,dev]'": INSTALLS,
     "moe-ref list": Run(),

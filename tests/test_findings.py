@@ -20,7 +20,8 @@ PAGES = {page.name: page for page in pages()}
 ENVIRONMENT = ("torch", "triton", "transformers")
 """Packages that the tests have in the versions of constraints.txt."""
 
-LONG = ("transformers_eager_expert_parallel", "transformers_selection_bias_bf16", "transformers_sonicmoe_gate")
+LONG = tuple(name for name, page in PAGES.items() if page.package == "transformers" and name not in (
+    "transformers_grouped_mm_ids", "transformers_bias_gradient"))
 """Half a minute each on a machine with other work, most of it for the import of transformers."""
 
 ROW = re.compile(r"^\| \[.+?\]\((\w+)\.md\) \| (\S+) (\S+) \| (\w+) \| (\S+) \| \[(\w+)\.py\]\((\w+)\.py\) \|$",

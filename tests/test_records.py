@@ -63,7 +63,7 @@ GOLDEN = (
     b'checked":4,"num_bad":1,"worst":{"rank":0,"token":3,"row":null,"slot":1,"expert":1,"column":130,"got":"nan","'
     b'want":1.0,"allowed":0.25},"num_bad_tokens":1,"bad_tokens":[3],"bad_experts":[1],"bad_ranks":[0],"bad_tiles":'
     b'[2],"num_tiles":3,"sigmas":40.0,"statistics":[{"name":"slots","value":9.0,"allowed":7.0,"number":4,"token":3'
-    b',"expert":1,"rank":null}],"bias":0.5,"scale":1.0,"note":"n","error_map":{"rows":"r","num_rows":3,"num_colum'
+    b',"expert":1,"rank":null}],"bias":0.5,"scale":1.0,"bits":0.0,"note":"n","error_map":{"rows":"r","num_rows":3,"num_colum'
     b'ns":2,"row_step":1,"column_step":1,"cells":"x","experts":[[0,1]],"ranks":[[1,1]],"row_ranks":[[2,0]],"profil'
     b'e":"y","tails":[16]}}],"collectives":[{"operation":"all_reduce","calls":1,"num_elements":4,"num_bytes":8}],"guard":{"poison":"nan"},"runs":2,"same_bits":true,"batches":{},"numer'
     b'ics":{"act":"bf16"},"power":12.5,"mutants":{"k_tile":{"factor":3.0,"where":"act"}},"signal":26.0,"semantic":'

@@ -169,7 +169,12 @@ class Capabilities:
 
     def refused_mathematics(self, spec: MoESpec) -> list[str]:
         """What of a spec is not declared, in words; of several declarations by the one that comes closest."""
-        return min((one._refused_mathematics(spec) for one in (self, *self.others)), key=len)
+        # No min with a key: torch.compile traces this, and cannot follow one (torch 2.13).
+        fewest = self._refused_mathematics(spec)
+        for other in self.others:
+            refused = other._refused_mathematics(spec)
+            fewest = refused if len(refused) < len(fewest) else fewest
+        return fewest
 
     def _refused_mathematics(self, spec: MoESpec) -> list[str]:
         activations = [spec.experts.activation] + ([spec.shared.mlp.activation] if spec.shared else [])
