@@ -164,8 +164,8 @@ class Capabilities:
                 (problem.pattern is Pattern.HOLES and not self.absent_ids, "ids that name no expert"),
                 (spec.hidden_size % self.hidden_multiple != 0,
                  f"hidden size {spec.hidden_size}, no multiple of {self.hidden_multiple}"),
-                *((width % multiple != 0 or width < multiple - 1, f"a rank's intermediate size {width}, no multiple of "
-                   f"{multiple}") for width in sorted(widths))]
+                *((width % multiple != 0 or (multiple > 1 and width == 0),
+                   f"a rank's intermediate size {width}, no multiple of {multiple}") for width in sorted(widths))]
 
     def refused_mathematics(self, spec: MoESpec) -> list[str]:
         """What of a spec is not declared, in words; of several declarations by the one that comes closest."""
