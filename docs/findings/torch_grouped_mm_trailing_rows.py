@@ -45,7 +45,8 @@ def main() -> int:
     print(f"the gradient of those rows of mat_a, whose incoming gradient is 0, was not 0 in {backward} of 20 calls")
     if not right:
         raise RuntimeError("rows below offs[-1] are wrong: this script does not measure what it says")
-    seen = found > 0
+    # Which memory a call gets is the allocator's choice, so that either of the two may be without luck.
+    seen = found > 0 or backward > 0
     print("SEEN" if seen else "NOT SEEN")
     return 0 if seen else 1
 
