@@ -118,7 +118,7 @@ def climb(case: Case, inputs: Inputs, truth_TH: torch.Tensor, predicted: Predict
     with torch.no_grad():
         ranks = run_virtual_ranks(parallel.size, body)
     capabilities = moe_fast.CAPABILITIES
-    model = RoundingModel(load_tolerances(), "cpu", capabilities.numerics[case.problem.dtype].accumulate)
+    model = RoundingModel(load_tolerances(), "cpu", capabilities.contract(case.problem).accumulate)
     stages = {stage.stage: stage for stage in measure(case, inputs, ranks, capabilities, model).stages}
     error, sigma = ranks[0][Stage.REDUCED].double() - truth_TH, predicted.of(case).sqrt()
     return Rung(float(error.square().mean().sqrt() / sigma.square().mean().sqrt()), float((error.abs() / sigma).max()),

@@ -192,7 +192,7 @@ def test_the_wanted_values_are_the_written_out_gradients(words: str) -> None:
     shown = {gradient_stage(name): torch.zeros_like(leaf) if written[name] is None else written[name].to(leaf.dtype)
              for name, leaf in leaves.items() if leaf is not None and name != "selection_bias_E"}
     capabilities = moe_ref.CAPABILITIES
-    model = RoundingModel(load_tolerances(), "cpu", capabilities.numerics[case.problem.dtype].accumulate)
+    model = RoundingModel(load_tolerances(), "cpu", capabilities.contract(case.problem).accumulate)
     found = measure_case(case, inputs, [trace.tensors | shown], capabilities, model)
     assert found.struct_faults == ()
     assert {stage.stage for stage in found.stages} >= set(shown)

@@ -1,11 +1,12 @@
 """What an implementation declares of itself: what it can do, what it promises, how it rounds. Imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from moe_ref.contract.case import Case
+from moe_ref.contract.case import Case, Problem
 from moe_ref.contract.exact import LONG_SUMS, NARROW
 from moe_ref.contract.features import Feature, features_of, traits_of
+from moe_ref.contract.schemes import cuts_blocks
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.vocabulary import (
     Data,
@@ -16,11 +17,17 @@ from moe_ref.contract.vocabulary import (
     Pattern,
     Ranks,
     Schedule,
+    Scheme,
     SharedPlacement,
     Stage,
     Storage,
     Tokens,
 )
+
+
+Products = Literal["exact", "tf32", "tf32x3", "mxfp8", "fp8_tensor", "fp8_row", "fp8_block", "int8_row"]
+ROUNDED_OPERANDS: tuple[Products, ...] = ("mxfp8", "fp8_tensor", "fp8_row", "fp8_block", "int8_row")
+"""Those that round operands to 8 bits under scales."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +40,12 @@ class Numerics:
     products: what long products of a layer in fp32 multiply: "exact", operands as they are; "tf32", rounded or cut to
     tf32 as the hardware does; "tf32x3", three products of tf32 parts. In any dtype "mxfp8": both
     operands of experts are rounded to e4m3 in blocks of 32 along the sum, each under its largest magnitude over 448,
-    rounded up to a power of two; forward only.
+    rounded up to a power of two; forward only. Of encoded weights the other operand alone is rounded. "fp8_row",
+    "fp8_block", "int8_row": to e4m3, or to int8, under a scale in fp32 for every row that a rank holds, or for every
+    128 of its columns: the largest magnitude over 448 or 127. "fp8_tensor": to e4m3 under the input scale that the
+    weights name; what is beyond saturates.
+    decoded: format to which the numbers that codes stand for are rounded before a product; None: codes are multiplied,
+    their scales join exactly.
     accumulate: format of every long sum, in any order. reduce: format of partial sums between ranks.
     weight_at: "down": the routing weight multiplies in the down product's accumulator, before the store;
     "merge": down rows are stored without it and weighted when they are summed; "act": it multiplies the
@@ -44,12 +56,13 @@ class Numerics:
     """
 
     storage: dict[Stage, Format]
-    products: Literal["exact", "tf32", "tf32x3", "mxfp8"] = "exact"
+    products: Products = "exact"
     accumulate: Format = Format.FP32
     reduce: Format = Format.FP32
     weight_at: Literal["down", "merge", "act"] = "down"
     activation: Format | None = None
     merge: Format | None = None
+    decoded: Format | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +86,8 @@ class Capabilities:
     hidden_multiple:             hidden_size must be a multiple of it
     intermediate_multiple:       so must every tp rank's share of intermediate_size; above 1, none may be empty
     needs:                       what a spec must have, as `traits_of` names it: a block may always renormalise
+    schemes:                     encoded weights that it takes, with the numerics of each dtype
+    whole_blocks:                a rank's part of an encoded matrix must end where a block does
     others:                      further declarations, for cases that those before refuse: a library of blocks of which
                                  each rounds in its own way is one implementation; they promise what the first one does
     """
@@ -106,7 +121,20 @@ class Capabilities:
     hidden_multiple: int = 1
     intermediate_multiple: int = 1
     needs: tuple[str, ...] = ()
+    schemes: dict[Scheme, dict[Dtype, Numerics]] = field(default_factory=dict)
+    whole_blocks: bool = False
     others: tuple["Capabilities", ...] = ()
+
+    def numerics_of(self, problem: Problem) -> Numerics | None:
+        """The rounding contract for a problem; None where its dtype or scheme is not declared."""
+        of_scheme = self.numerics if problem.scheme is Scheme.PLAIN else self.schemes.get(problem.scheme, {})
+        return of_scheme.get(problem.dtype)
+
+    def contract(self, problem: Problem) -> Numerics:
+        """numerics_of a problem that is not refused."""
+        numerics = self.numerics_of(problem)
+        assert numerics is not None
+        return numerics
 
     def serving(self, case: Case, ranks: Ranks, device: str) -> "Capabilities":
         """The declaration that `case` is judged by: the first that does not refuse it, or this one."""
@@ -119,7 +147,7 @@ class Capabilities:
 
     def _refusal(self, case: Case, ranks: Ranks, device: str) -> str | None:
         refused = [
-            (case.problem.dtype not in self.numerics, f"dtype {case.problem.dtype}"),
+            *self._refused_scheme(case),
             (case.direction not in self.directions, f"direction {case.direction}"),
             (case.parallel.tp > self.max_tp, f"tp {case.parallel.tp} above {self.max_tp}"),
             (case.parallel.ep > self.max_ep, f"ep {case.parallel.ep}" + f" above {self.max_ep}" * (self.max_ep > 1)),
@@ -137,21 +165,33 @@ class Capabilities:
         reasons = [reason for refuses, reason in refused if refuses] + self._refused_mathematics(case.problem.spec)
         return "not declared: " + ", ".join(reasons) if reasons else None
 
+    def _refused_scheme(self, case: Case) -> list[tuple[bool, str]]:
+        """Dtypes and schemes without a contract, and cuts inside blocks."""
+        problem = case.problem
+        dtype, scheme = problem.dtype, problem.scheme
+        if scheme is Scheme.PLAIN:
+            return [(dtype not in self.numerics, f"dtype {dtype}")]
+        declared = self.schemes.get(scheme)
+        if declared is None:
+            return [(True, f"scheme {scheme}")]
+        return [(dtype not in declared, f"dtype {dtype} with scheme {scheme}"),
+                (self.whole_blocks and cuts_blocks(case), f"a cut inside a block of {scheme}")]
+
     def _refused_exact(self, case: Case) -> list[tuple[bool, str]]:
         """What of exact data a contract cannot hold: exactness is proven for 8 stored bits and sums in fp32."""
-        numerics = self.numerics.get(case.problem.dtype)
+        numerics = self.numerics_of(case.problem)
         if case.problem.data is not Data.EXACT or numerics is None:
             return []
         stored = [*numerics.storage.values(), numerics.reduce, numerics.activation, numerics.merge]
         return [(case.problem.spec.router is not None and not self.injected_routing, "an injected routing"),
                 (numerics.accumulate not in LONG_SUMS, f"exact data with sums in {numerics.accumulate}"),
-                (numerics.products == "mxfp8", "exact data with operands in e4m3"),
+                (numerics.products in ROUNDED_OPERANDS, "exact data with operands in e4m3"),
                 *((one in stored, f"exact data with rows in {one}") for one in NARROW)]
 
     def _refused_backward(self, case: Case) -> list[tuple[bool, str]]:
         """Gradients whose products have operands in blocks: their bounds do not know these."""
-        numerics = self.numerics.get(case.problem.dtype)
-        rounds = numerics is not None and numerics.products == "mxfp8"
+        numerics = self.numerics_of(case.problem)
+        rounds = numerics is not None and numerics.products in ROUNDED_OPERANDS
         return [(rounds and case.direction is Direction.BACKWARD, "gradients with operands in e4m3")]
 
     def _refused_sizes(self, case: Case) -> list[tuple[bool, str]]:

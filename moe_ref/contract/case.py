@@ -6,7 +6,7 @@ from moe_ref.contract.errors import is_integer, raise_faults
 from moe_ref.contract.exact import exact_faults
 from moe_ref.contract.parallel import Parallel, share_faults
 from moe_ref.contract.spec import MoESpec
-from moe_ref.contract.vocabulary import Data, Direction, Dtype, Pattern, Storage, Tokens
+from moe_ref.contract.vocabulary import Data, Direction, Dtype, Pattern, Scheme, Storage, Tokens
 from moe_ref.models.registry import cut_experts, find_model
 
 
@@ -14,7 +14,7 @@ from moe_ref.models.registry import cut_experts, find_model
 class Problem:
     """Everything that fixes the inputs and the mathematical result.
 
-    model names the published model whose dimensions `spec` has; "" for none. residual: a residual
+    scheme: how the experts' matrices are encoded; they are drawn as codes and scales. model names the published model whose dimensions `spec` has; "" for none. residual: a residual
     stream is handed in and added once.
     """
 
@@ -26,6 +26,7 @@ class Problem:
     residual: bool = False
     seed: int = 0
     model: str = ""
+    scheme: Scheme = Scheme.PLAIN
 
     def __post_init__(self) -> None:
         faults = []
@@ -48,7 +49,15 @@ class Problem:
             faults += exact_faults(self.spec, self.residual)
         elif self.pattern is Pattern.HOLES:
             faults.append(f"pattern holes with data {self.data}, but it is of an injected routing: data exact")
-        raise_faults("Problem", faults)
+        raise_faults("Problem", faults + self._scheme_faults())
+
+    def _scheme_faults(self) -> list[str]:
+        if self.scheme is Scheme.PLAIN:
+            of_encoded = self.data in (Data.EQUAL, Data.EXTREME)
+            return [f"data {self.data}, but it is of encoded weights, and these are plain"] if of_encoded else []
+        if self.data is Data.EXACT:
+            return [f"data exact with scheme {self.scheme}, but exact weights are drawn as numbers, not as codes"]
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +77,11 @@ class Case:
         if self.direction is Direction.BACKWARD and self.problem.data is Data.NON_FINITE:
             raise_faults("Case", [f"direction {self.direction} with data {self.problem.data}, but one token that is "
                                   "not finite makes every gradient of a parameter so"])
+        if self.direction is Direction.BACKWARD and self.problem.scheme is not Scheme.PLAIN:
+            raise_faults("Case", [f"direction {self.direction} with scheme {self.problem.scheme}, but codes have no "
+                                  "gradient: training in fp8 encodes plain weights as it goes"])
+        if self.storage is not Storage.OUT_IN and self.problem.scheme is not Scheme.PLAIN:
+            raise_faults("Case", [f"storage {self.storage} with scheme {self.problem.scheme}, but codes have one order"])
         if self.direction is Direction.BACKWARD and self.problem.data is Data.EXACT:
             raise_faults("Case", [f"direction {self.direction} with data exact, but gradients are exact in no order"])
         router, tokens = self.problem.spec.router, self.parallel.tokens

@@ -2,14 +2,15 @@
 
 Grammar, sections joined by "-", defaults left out, order fixed:
 
-    v1 - SIZES - DTYPE [- router words] [- mlp words] [-res] [-PATTERN] [-DATA] [-sSEED] [-tpN] [-epN] [-splitA.B]
+    v1 - SIZES - DTYPE [-SCHEME] [- router words] [- mlp words] [-res] [-PATTERN] [-DATA] [-sSEED] [-tpN] [-epN] [-splitA.B]
       [-SCHEDULE] [-TOKENS] [-shareA.B] [-HOSTING] [-copyE.E] [-wholeshared] [-STORAGE] [-bwd]
 
     SIZES   T33.H96.I160.E8.K2   tokens, hidden, intermediate, experts, top-k; without E and K: a dense MLP
             mixtral.8x7b.T32     a published model; .E4 cuts the number of experts, never a width
+    scheme  fp8tensor | fp8row | fp8block | int8 | gptq | gptq32 | gptqorder | awq | mxfp4 | mxfp8 | nvfp4 ...
     router  sigmoid | norm | eps1em20 | bias | g8.4 (groups.kept) | top2sum | scale2.5 ... see spec_words.py
     mlp     gelu | gelutanh ... ; shared expert: sh256 | shgate | shgelu | shgelutanh ... ; weightinput | outbias
-    others  zipf | onehot | empty | allone | ties ; outlier | large | nonfinite | exact ; s7 ; tp4 ; ep2 ; split60.40
+    others  zipf | onehot | empty | allone | ties ; outlier | large | nonfinite | exact | equal | extreme ; s7 ; tp4 ; ep2 ; split60.40
     spread  allreducerows | reducescatter | gather ; tokenstp | tokensep | tokensboth ; share3.0.1 (of the tokens)
             roundrobin ; copy0.3 (experts 0 and 3 have one copy more) ; wholeshared
     bwd     the gradients too
@@ -34,6 +35,7 @@ from moe_ref.contract.vocabulary import (
     Hosting,
     Pattern,
     Schedule,
+    Scheme,
     SharedPlacement,
     Storage,
     Tokens,
@@ -90,6 +92,7 @@ def format_problem(problem: Problem) -> str:
         experts = f".E{spec.num_experts}.K{spec.top_k}" if spec.router else ""
         words = [PREFIX, f"T{problem.num_tokens}.H{spec.hidden_size}.I{spec.intermediate_size}{experts}"]
     words.append(problem.dtype)
+    words += [problem.scheme] * (problem.scheme is not Scheme.PLAIN)
     if not problem.model:
         words += spec_words(spec)
     words += ["res"] * problem.residual
@@ -114,7 +117,8 @@ def parse_case(text: str) -> Case:
     problem = Problem(spec=spec, num_tokens=num_tokens, dtype=Dtype(words[2]), model=model,
                       residual="res" in options, seed=int(options.get("s", "0")),
                       pattern=Pattern(options.get("pattern", Pattern.UNIFORM)),
-                      data=Data(options.get("data", Data.UNIT)))
+                      data=Data(options.get("data", Data.UNIT)),
+                      scheme=Scheme(options.get("scheme", Scheme.PLAIN)))
     lists = {name: tuple(int(number) for number in options[name].split("."))
              for name in ("split", "share", "copy") if name in options}
     named = {name: words[options[name]] for name, words in _SPREAD_WORDS.items() if name in options}
@@ -152,7 +156,8 @@ def _read_word(word: str) -> tuple[str, str] | None:
         return word, ""
     if word == Direction.BACKWARD:
         return "direction", word
-    for name, values in (("pattern", tuple(Pattern)), ("data", tuple(Data)), ("storage", tuple(Storage))):
+    for name, values in (("pattern", tuple(Pattern)), ("data", tuple(Data)), ("storage", tuple(Storage)),
+                         ("scheme", tuple(Scheme))):
         if word in values:
             return name, word
     for name, spread in _SPREAD_WORDS.items():

@@ -124,7 +124,8 @@ class Data(StrEnum):
     channel of x in 64 is scaled by 64; `large`: gate and up weights are 8 times larger, so that
     pre-activations pass the clamps of released models; `nonfinite`: token 1 holds a NaN and token 2 an infinity,
     as far as there are so many tokens; `exact`: sums are exact in any order, so results must agree to the bit, and the
-    routing is injected.
+    routing is injected. Of encoded weights alone: `equal` gives all blocks one scale, which hides a scale read from
+    another place; `extreme` has rows whose scales are tiny or huge, blocks of zeros, and codes at their largest.
     """
 
     UNIT = "unit"
@@ -132,6 +133,30 @@ class Data(StrEnum):
     LARGE = "large"
     NON_FINITE = "nonfinite"
     EXACT = "exact"
+    EQUAL = "equal"
+    EXTREME = "extreme"
+
+
+class Scheme(StrEnum):
+    """How the matrices of experts are encoded; contract/schemes.py has what each word means.
+
+    `plain`: they are not. Numbers in names are sizes of groups where they are not the usual 128.
+    """
+
+    PLAIN = "plain"
+    FP8_TENSOR = "fp8tensor"
+    FP8_ROW = "fp8row"
+    FP8_BLOCK = "fp8block"
+    INT8 = "int8"
+    GPTQ = "gptq"
+    GPTQ_32 = "gptq32"
+    GPTQ_ORDER = "gptqorder"
+    GPTQ_ORDER_32 = "gptqorder32"
+    AWQ = "awq"
+    AWQ_32 = "awq32"
+    MXFP4 = "mxfp4"
+    MXFP8 = "mxfp8"
+    NVFP4 = "nvfp4"
 
 
 class Storage(StrEnum):

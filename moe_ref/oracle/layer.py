@@ -29,12 +29,14 @@ from moe_ref.contract.collectives import enter, leave
 from moe_ref.contract.comm import Groups
 from moe_ref.contract.dtypes import PLAIN_DTYPES
 from moe_ref.contract.parallel import Parallel
+from moe_ref.contract.quantised import QuantisedWeights, check_held
 from moe_ref.contract.rank import Rank
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Stage
-from moe_ref.contract.weights import WeightSource, check_weights
+from moe_ref.contract.weights import WeightSource
+from moe_ref.oracle.decode import decoded
 from moe_ref.oracle.dispatch import send, send_back
 from moe_ref.oracle.gather_form import gathered_sums
 from moe_ref.oracle.routed import Slots, add_identity, expert_sums, places, tie
@@ -53,7 +55,7 @@ from moe_ref.oracle.tokens import (
 from moe_ref.oracle.unbound import unbound
 
 
-def moe(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, parallel: Parallel | None = None,
+def moe(x_TH: torch.Tensor, weights: WeightSource | QuantisedWeights, spec: MoESpec, parallel: Parallel | None = None,
         groups: Groups | None = None, *, routing: Routing | None = None, logits_TE: torch.Tensor | None = None,
         residual_TH: torch.Tensor | None = None, trace: Trace | None = None,
         check: str = "metadata") -> torch.Tensor:
@@ -65,7 +67,8 @@ def moe(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, parallel: Para
     """
     check_tokens(x_TH, spec, PLAIN_DTYPES, "moe_ref")
     parallel, groups = check_groups(parallel, groups)
-    check_weights(weights, spec, parallel, groups.rank)
+    check_held(weights, spec, parallel, groups.rank)
+    weights = decoded(weights)
     check_injected(routing, logits_TE)
     if residual_TH is not None:
         check_residual(residual_TH, x_TH)
@@ -82,7 +85,7 @@ def moe(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, parallel: Para
     return y_TH
 
 
-def experts(x_TH: torch.Tensor, routing: Routing, weights: WeightSource, spec: MoESpec,
+def experts(x_TH: torch.Tensor, routing: Routing, weights: WeightSource | QuantisedWeights, spec: MoESpec,
             parallel: Parallel | None = None, groups: Groups | None = None, *, reduce: bool = True,
             trace: Trace | None = None, check: str = "metadata") -> torch.Tensor:
     """Experts, shared expert and weighted merge, (T, H) in fp64; reduce=False returns this rank's partial sum.
@@ -93,7 +96,8 @@ def experts(x_TH: torch.Tensor, routing: Routing, weights: WeightSource, spec: M
     """
     check_tokens(x_TH, spec, PLAIN_DTYPES, "moe_ref")
     parallel, groups = check_groups(parallel, groups)
-    check_weights(weights, spec, parallel, groups.rank)
+    check_held(weights, spec, parallel, groups.rank)
+    weights = decoded(weights)
     rank = Rank(parallel, groups)
     if not reduce:
         check_partial(parallel)

@@ -181,7 +181,7 @@ class _Ladder:
         settings, [*answers] = self.settings, self.pool.last
         if not answers or not answers[0].runs:
             return None
-        numerics = settings.capabilities.numerics[case.problem.dtype]
+        numerics = settings.capabilities.contract(case.problem)
         model = RoundingModel.of(settings.tolerances, settings.hardware or settings.device, numerics,
                                  case.problem.dtype)
         try:

@@ -59,7 +59,7 @@ class RoundingModel:
     @classmethod
     def of(cls, tolerances: Tolerances, hardware: str, numerics: Numerics, dtype: Dtype) -> "RoundingModel":
         """The model of a contract: what is multiplied has the dtype of the case, or tf32 if that is narrower."""
-        if dtype is not Dtype.FP32 or numerics.products in ("exact", "mxfp8"):
+        if dtype is not Dtype.FP32 or numerics.products not in ("tf32", "tf32x3"):
             return cls(tolerances, hardware, numerics.accumulate, Format(dtype.value))
         return cls(tolerances, hardware, numerics.accumulate, Format.TF32, numerics.products == "tf32x3")
 

@@ -188,7 +188,7 @@ def measure_map(case: Case, inputs: Inputs, ranks: list[RankTensors], capabiliti
 def _ids(case: Case, inputs: Inputs, ranks: list[RankTensors], capabilities: Capabilities,
          model: RoundingModel) -> torch.Tensor:
     """The choice of experts that the comparison follows, (T, K)."""
-    shares, numerics = rank_shares(case), capabilities.numerics[case.problem.dtype]
+    shares, numerics = rank_shares(case), capabilities.contract(case.problem)
     expanded = over_all_tokens(ranks, shares, case.problem.num_tokens)
     return measure_routing(inputs, expanded, [share.tokens for share in shares], numerics, capabilities, model,
                            math.inf).followed.ids_TK

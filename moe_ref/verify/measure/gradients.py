@@ -257,7 +257,7 @@ def measure_case(case: Case, inputs: Inputs, ranks: list[RankTensors], capabilit
         return forward
     if faults := gradient_faults(case, inputs, ranks):
         return replace(forward, struct_faults=tuple(faults))
-    shares, numerics = rank_shares(case), capabilities.numerics[case.problem.dtype]
+    shares, numerics = rank_shares(case), capabilities.contract(case.problem)
     expanded = over_all_tokens(shown, shares, case.problem.num_tokens)
     followed = measure_routing(inputs, expanded, [one.tokens for one in shares], numerics, capabilities, model,
                                math.inf).followed

@@ -325,7 +325,7 @@ def measure(case: Case, inputs: Inputs, ranks: list[RankTensors], capabilities: 
 
     watched: what is told the ratios of every block of a stage.
     """
-    numerics = capabilities.numerics[case.problem.dtype]
+    numerics = capabilities.contract(case.problem)
     if faults := struct_faults(case, ranks, capabilities):
         return Measurement((), tuple(faults))
     shares, limits = rank_shares(case), likely_limits(model.tolerances, case)

@@ -48,7 +48,7 @@ def expected_stages(case: Case, capabilities: Capabilities) -> set[Stage]:
 
 def struct_faults(case: Case, ranks: list[RankTensors], capabilities: Capabilities) -> list[str]:
     """One line per stage that is missing or undeclared, or of wrong shape or dtype, with both."""
-    numerics, faults = capabilities.numerics[case.problem.dtype], []
+    numerics, faults = capabilities.contract(case.problem), []
     expected, shares = expected_stages(case, capabilities), rank_shares(case)
     for rank, tensors in enumerate(ranks):
         if missing := expected - tensors.keys():

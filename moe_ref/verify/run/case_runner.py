@@ -174,7 +174,7 @@ def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> Case
     if inputs.digest() != answer.reply.inputs_digest:
         raise RuntimeError(f"inputs digest {answer.reply.inputs_digest} in the child, {inputs.digest()} here")
     model = RoundingModel.of(settings.tolerances, settings.hardware or settings.device,
-                             capabilities.numerics[case.problem.dtype], case.problem.dtype)
+                             capabilities.contract(case.problem), case.problem.dtype)
     file = settings.tolerances.file
     covering = settings.covering(planned.case_id)
     judged: list[Judgement] = []
@@ -187,7 +187,7 @@ def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> Case
                                    lambda text: settings.tell(planned.case_id, text))
         facts = _facts(case, settings, answer, measurement)
         judgement = judge(measurement, facts, file.limits.ratio.max, file.power_guard.zeros.factor,
-                          needed(file, capabilities.numerics[case.problem.dtype]))
+                          needed(file, capabilities.contract(case.problem)))
         if is_untraced and judgement.verdict is not Verdict.MISMATCH:
             # An output alone may leave nothing to say, and what else is wrong the other runs say.
             continue
@@ -199,7 +199,7 @@ def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> Case
     index, judgement = speaks_for_all(judged, covering)
     compared = []
     if judgement.verdict is Verdict.MISMATCH and small_enough(case):
-        numerics = capabilities.numerics[case.problem.dtype]
+        numerics = capabilities.contract(case.problem)
         compared = _semantic_lines(semantic(case, inputs, runs[index], numerics))
     found = _diagnosed(case, inputs, runs[index], capabilities, judgement)
     measurement = measured[index]
@@ -222,7 +222,7 @@ def _diagnosed(case: Case, inputs: Inputs, ranks: list[RankTensors], capabilitie
     """The fault that explains a mismatch of a small case."""
     if judgement.verdict is not Verdict.MISMATCH or judgement.first_stage is None or not diagnosable(case):
         return None
-    numerics = capabilities.numerics[case.problem.dtype]
+    numerics = capabilities.contract(case.problem)
     try:
         found = diagnose(case, inputs, ranks, numerics, Stage(judgement.first_stage))
     except Exception:
@@ -296,7 +296,7 @@ def _line(planned: PlannedCase, settings: RunSettings, judgement: Judgement, ans
               f"--device {settings.device}{settings.replay_options}")
     if settings.replay_as:
         replay = settings.replay_as.replace("{case}", case_id)
-    numerics = settings.capabilities.numerics.get(planned.case.problem.dtype)
+    numerics = settings.capabilities.numerics_of(planned.case.problem)
     reason = left_out(planned, settings.capabilities)
     mutants = {name: MutantLine(factor=to_number(one.factor), where=one.where)
                for name, one in measurement.mutants.items()} if measurement else {}
@@ -327,6 +327,6 @@ def numerics_words(numerics: Numerics | None) -> dict[str, str]:
         return {}
     stored = {stage.value: stored.value for stage, stored in numerics.storage.items()}
     inner = {name: stored.value for name, stored in (("inside_activation", numerics.activation),
-                                                     ("inside_merge", numerics.merge)) if stored is not None}
+                                                     ("inside_merge", numerics.merge), ("decoded", numerics.decoded)) if stored is not None}
     return {**stored, "accumulate": numerics.accumulate.value, "between_ranks": numerics.reduce.value,
             "weight_at": numerics.weight_at, "products": numerics.products, **inner}
