@@ -6,6 +6,8 @@ from enum import StrEnum
 class Stage(StrEnum):
     """Observable stages of a layer, in the order in which data passes them.
 
+    Where operands are rounded to 8 bits, *_scales and *_codes are those of the rows that the first and second product
+    take: scales (R, blocks) in fp32, codes (R, H or I) as the numbers that they stand for, without their scales.
     `shared` is the shared expert's output before the merge; the others follow the routed path. Each is
     judged from its own inputs; `output` is the result of the whole layer, judged from the layer's inputs. grad_* are
     gradients of the layer's inputs and parameters, judged from the layer's inputs too, the nearest to the output first.
@@ -15,8 +17,12 @@ class Stage(StrEnum):
     IDS = "ids"
     WEIGHTS = "weights"
     PERMUTE = "permute"
+    PERMUTE_SCALES = "permute_scales"
+    PERMUTE_CODES = "permute_codes"
     GATE_UP = "gate_up"
     ACT = "act"
+    ACT_SCALES = "act_scales"
+    ACT_CODES = "act_codes"
     DOWN = "down"
     SHARED = "shared"
     MERGED = "merged"
