@@ -17,7 +17,8 @@ import torch
 
 import moe_fast
 from moe_ref.contract.case_id import parse_case
-from moe_ref.inputs.build import build_inputs, build_shards
+from moe_ref.inputs.build import build_inputs
+from moe_ref.inputs.shards import build_shards
 
 CASES = {
     "v1-T1.H256.I128.E8.K2-bf16-norm": "a decode step: one kernel groups the rows",

@@ -30,7 +30,8 @@ from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.shares import rank_shares
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Format, Schedule, Stage
-from moe_ref.inputs.build import Inputs, build_inputs, build_shards, cut_tokens
+from moe_ref.inputs.build import Inputs, build_inputs, cut_tokens
+from moe_ref.inputs.shards import build_shards
 from moe_ref.oracle import expert as formula
 from moe_ref.oracle.router import route
 from moe_ref.records.schema import from_number

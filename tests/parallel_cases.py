@@ -13,7 +13,8 @@ from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.comm import CommCall, grid_groups
 from moe_ref.contract.local_comm import LocalComm, run_virtual_ranks
 from moe_ref.contract.shares import RankShare, rank_shares
-from moe_ref.inputs.build import build_inputs, build_shards
+from moe_ref.inputs.build import build_inputs
+from moe_ref.inputs.shards import build_shards
 
 Result = TypeVar("Result")
 

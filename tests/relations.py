@@ -21,7 +21,8 @@ from moe_ref.contract.shares import rank_shares
 from moe_ref.contract.spec import Router
 from moe_ref.contract.vocabulary import Data, Hosting, Pattern, Schedule, Tokens
 from moe_ref.contract.weights import EXPERT_PARAMETERS, MoEWeights
-from moe_ref.inputs.build import build_inputs, build_shards
+from moe_ref.inputs.build import build_inputs
+from moe_ref.inputs.shards import build_shards
 from moe_ref.oracle.router import route
 from moe_ref.tolerances.load import load_tolerances
 from moe_ref.verify.bounds.output_chain import OutputChain

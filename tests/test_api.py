@@ -16,7 +16,8 @@ from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.local_comm import LocalComm, run_virtual_ranks
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.weights import parameter_shapes
-from moe_ref.inputs.build import Inputs, build_inputs, build_shards
+from moe_ref.inputs.build import Inputs, build_inputs
+from moe_ref.inputs.shards import build_shards
 
 PACKAGES = [moe_ref, moe_fast]
 

@@ -12,7 +12,8 @@ from moe_fast.invariance import batch_invariant
 from moe_fast.tiles import Load, gemm_tile
 from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.vocabulary import Verdict
-from moe_ref.inputs.build import build_inputs, build_shards
+from moe_ref.inputs.build import build_inputs
+from moe_ref.inputs.shards import build_shards
 from moe_ref.verify.run.batches import SAME
 from tests.in_process import judged
 from tests.test_gpu_tiles import on_gpu

@@ -30,7 +30,8 @@ from moe_ref import Router
 from moe_ref.cli.compile_commands import compile_command
 from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.errors import UsageTypeError, UsageValueError
-from moe_ref.inputs.build import build_inputs, build_shards
+from moe_ref.inputs.build import build_inputs
+from moe_ref.inputs.shards import build_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "v1-T64.H128.I96.E4.K2-bf16-norm-bwd"

@@ -12,7 +12,8 @@ from moe_ref.contract.routing import Routing
 from moe_ref.contract.shares import rank_shares
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Stage
-from moe_ref.inputs.build import Inputs, build_inputs, build_shards, cut_tokens
+from moe_ref.inputs.build import Inputs, build_inputs, cut_tokens
+from moe_ref.inputs.shards import build_shards
 from moe_ref.oracle.layer import moe
 from moe_ref.simulated.subjects import usual_numerics
 from moe_ref.verify.diagnosis.diagnose import FAULTS

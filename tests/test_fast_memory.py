@@ -16,7 +16,8 @@ from moe_fast.operators.arguments import ExpertsArguments
 from moe_fast.operators.experts import experts_forward
 from moe_fast.operators.experts_backward import _mlp_gradients
 from moe_ref.contract.case_id import parse_case
-from moe_ref.inputs.build import build_inputs, build_shards
+from moe_ref.inputs.build import build_inputs
+from moe_ref.inputs.shards import build_shards
 
 LAYERS = {
     # tokens, top-k, experts, hidden, intermediate and shared size of a rank

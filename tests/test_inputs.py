@@ -12,9 +12,10 @@ from moe_ref.contract.dtypes import TORCH_DTYPES
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.vocabulary import Data, Dtype, Storage
 from moe_ref.contract.weights import MoEWeights
-from moe_ref.inputs.build import GeneratedWeights, build_inputs, build_shards, inverse_root
+from moe_ref.inputs.build import GeneratedWeights, build_inputs, inverse_root
 from moe_ref.inputs.patterns import empty_experts, favourite_expert
 from moe_ref.inputs.philox import SHIFTS, SIGNIFICANT_BITS, grid_tensor, random_integers
+from moe_ref.inputs.shards import build_shards
 from moe_ref.oracle.router import route
 from moe_ref.tiers.axes import SHAPES
 

@@ -15,7 +15,8 @@ from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Data, Dtype, Format, Stage
-from moe_ref.inputs.build import Inputs, build_inputs, build_shards
+from moe_ref.inputs.build import Inputs, build_inputs
+from moe_ref.inputs.shards import build_shards
 from moe_ref.oracle.layer import experts
 from moe_ref.tiers.tiers import tier
 from moe_ref.tolerances.load import load_tolerances

@@ -10,7 +10,8 @@ from moe_ref import Groups, run_virtual_ranks
 from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.comm import Comm, CountingComm
 from moe_ref.contract.vocabulary import Verdict
-from moe_ref.inputs.build import build_inputs, build_shards
+from moe_ref.inputs.build import build_inputs
+from moe_ref.inputs.shards import build_shards
 from tests.in_process import judged
 
 LAYER = "H80.I48.E4.K2-bf16-norm-sh32-shgate-tp2"

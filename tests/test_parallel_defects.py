@@ -15,7 +15,8 @@ from moe_ref.contract.comm import grid_groups
 from moe_ref.contract.local_comm import LocalComm, run_virtual_ranks
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.vocabulary import Stage, Verdict
-from moe_ref.inputs.build import build_inputs, build_shards
+from moe_ref.inputs.build import build_inputs
+from moe_ref.inputs.shards import build_shards
 from moe_ref.records.schema import CaseLine
 from moe_ref.verify.likely import likely
 from tests.in_process import judged

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.comm import Groups
-from moe_ref.inputs.build import build_shards
+from moe_ref.inputs.shards import build_shards
 from moe_ref.verify.child.process_ranks import RankPool, RanksHung
 from moe_ref.verify.child.rank_watch import Entered, Left, RankError, RankWatch, Returned
 

@@ -17,7 +17,8 @@ from moe_ref.contract.local_comm import LocalComm, run_virtual_ranks
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Stage, Verdict
-from moe_ref.inputs.build import build_inputs, build_shards
+from moe_ref.inputs.build import build_inputs
+from moe_ref.inputs.shards import build_shards
 from moe_ref.numerics.formats import is_representable
 from moe_ref.numerics.summation import ORDERS, Order, matmul
 from moe_ref.records.schema import from_number

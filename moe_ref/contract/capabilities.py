@@ -24,7 +24,6 @@ from moe_ref.contract.vocabulary import (
     Tokens,
 )
 
-
 Products = Literal["exact", "tf32", "tf32x3", "mxfp8", "fp8_tensor", "fp8_row", "fp8_block", "int8_row"]
 ROUNDED_OPERANDS: tuple[Products, ...] = ("mxfp8", "fp8_tensor", "fp8_row", "fp8_block", "int8_row")
 """Those that round operands to 8 bits under scales."""

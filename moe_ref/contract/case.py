@@ -14,8 +14,9 @@ from moe_ref.models.registry import cut_experts, find_model
 class Problem:
     """Everything that fixes the inputs and the mathematical result.
 
-    scheme: how the experts' matrices are encoded; they are drawn as codes and scales. model names the published model whose dimensions `spec` has; "" for none. residual: a residual
-    stream is handed in and added once.
+    model names the published model whose dimensions `spec` has; "" for none. residual: a residual
+    stream is handed in and added once. scheme: how the experts' matrices are encoded; they are drawn as codes and
+    scales.
     """
 
     spec: MoESpec
@@ -81,7 +82,8 @@ class Case:
             raise_faults("Case", [f"direction {self.direction} with scheme {self.problem.scheme}, but codes have no "
                                   "gradient: training in fp8 encodes plain weights as it goes"])
         if self.storage is not Storage.OUT_IN and self.problem.scheme is not Scheme.PLAIN:
-            raise_faults("Case", [f"storage {self.storage} with scheme {self.problem.scheme}, but codes have one order"])
+            raise_faults("Case", [f"storage {self.storage} with scheme {self.problem.scheme}, but codes have one "
+                                  "order"])
         if self.direction is Direction.BACKWARD and self.problem.data is Data.EXACT:
             raise_faults("Case", [f"direction {self.direction} with data exact, but gradients are exact in no order"])
         router, tokens = self.problem.spec.router, self.parallel.tokens

@@ -2,15 +2,16 @@
 
 Grammar, sections joined by "-", defaults left out, order fixed:
 
-    v1 - SIZES - DTYPE [-SCHEME] [- router words] [- mlp words] [-res] [-PATTERN] [-DATA] [-sSEED] [-tpN] [-epN] [-splitA.B]
-      [-SCHEDULE] [-TOKENS] [-shareA.B] [-HOSTING] [-copyE.E] [-wholeshared] [-STORAGE] [-bwd]
+    v1 - SIZES - DTYPE [-SCHEME] [- router words] [- mlp words] [-res] [-PATTERN] [-DATA] [-sSEED] [-tpN] [-epN]
+      [-splitA.B] [-SCHEDULE] [-TOKENS] [-shareA.B] [-HOSTING] [-copyE.E] [-wholeshared] [-STORAGE] [-bwd]
 
     SIZES   T33.H96.I160.E8.K2   tokens, hidden, intermediate, experts, top-k; without E and K: a dense MLP
             mixtral.8x7b.T32     a published model; .E4 cuts the number of experts, never a width
     scheme  fp8tensor | fp8row | fp8block | int8 | gptq | gptq32 | gptqorder | awq | mxfp4 | mxfp8 | nvfp4 ...
     router  sigmoid | norm | eps1em20 | bias | g8.4 (groups.kept) | top2sum | scale2.5 ... see spec_words.py
     mlp     gelu | gelutanh ... ; shared expert: sh256 | shgate | shgelu | shgelutanh ... ; weightinput | outbias
-    others  zipf | onehot | empty | allone | ties ; outlier | large | nonfinite | exact | equal | extreme ; s7 ; tp4 ; ep2 ; split60.40
+    others  zipf | onehot | empty | allone | ties ; outlier | large | nonfinite | exact | equal | extreme ; s7 ; tp4
+            ep2 ; split60.40
     spread  allreducerows | reducescatter | gather ; tokenstp | tokensep | tokensboth ; share3.0.1 (of the tokens)
             roundrobin ; copy0.3 (experts 0 and 3 have one copy more) ; wholeshared
     bwd     the gradients too

@@ -156,3 +156,10 @@ def _check_dtypes(name: str, encoded: Encoded) -> None:
                                  f"{' or '.join(str(dtype) for dtype in allowed[part])} [{encoded.scheme}]")
         if one.device != encoded.codes.device:
             raise UsageTypeError(f"{name}: {part}: device {one.device}, but should be {encoded.codes.device} as codes")
+
+
+def stacked(parts: list[Encoded], count: int) -> Encoded:
+    """The first `count` of these side by side along a new first axis; at least one is given, for its shape."""
+    first = parts[0]
+    return replace(first, **{name: torch.stack([part.tensors[name] for part in parts])[:count]
+                             for name in first.tensors})

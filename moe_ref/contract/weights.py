@@ -88,6 +88,15 @@ class MoEWeights:
                                     memory_format=torch.contiguous_format)
                                 for name, tensor in self.named_tensors() if name not in kept})
 
+    @property
+    def device(self) -> torch.device:
+        """Where the experts are; checks see to it that the rest is there too."""
+        return self.w2_EHI.device
+
+    def to(self, device: torch.device | str) -> "MoEWeights":
+        """The same on a device."""
+        return MoEWeights(**{name: tensor.to(device) for name, tensor in self.named_tensors()})
+
     def named_tensors(self) -> list[tuple[str, torch.Tensor]]:
         """The parameters that are present, by field name."""
         pairs = ((field.name, getattr(self, field.name)) for field in fields(self))

@@ -1,35 +1,31 @@
 """A problem's tokens, weights, logits and residual; sharding cuts them, nothing is redrawn."""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
 from moe_ref.contract.case import Problem
 from moe_ref.contract.case_id import format_problem
-from moe_ref.contract.dtypes import TORCH_DTYPES
-from moe_ref.contract.parallel import Parallel, Range
-from moe_ref.contract.placements import rank_part
+from moe_ref.contract.encoded import Encoded
+from moe_ref.contract.parallel import Range
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MLP
-from moe_ref.contract.vocabulary import Data, Dtype, Storage
+from moe_ref.contract.vocabulary import Data, Dtype, Scheme
 from moe_ref.contract.weights import (
-    EXPERT_PARAMETERS,
-    SHARED_PARAMETERS,
-    WHOLE_PARAMETERS,
     ExpertWeights,
-    MoEWeights,
     parameter_shapes,
 )
+from moe_ref.inputs.encoded import encoded_matrix, input_scale
 from moe_ref.inputs.exact import exact_expert, exact_residual, exact_routing, exact_tokens
 from moe_ref.inputs.patterns import pattern_logits, pattern_selection_bias
 from moe_ref.inputs.philox import grid_tensor
-from moe_ref.inputs.storage import empty_stored, padded
 
 TOKEN_AMPLITUDE = WEIGHT_AMPLITUDE = 4.0
 BIAS_AMPLITUDE = 1.0
+ENCODED_AMPLITUDE = 1.0
 LARGE_FACTOR = 8.0
 OUTLIER_EVERY, OUTLIER_FACTOR, OUTLIER_DAMPING = 64, 64.0, 0.125
 
@@ -40,6 +36,17 @@ def inverse_root(size: int) -> float:
     while 4**exponent < size:
         exponent += 1
     return 2.0**-exponent
+
+
+class EncodedExpert(NamedTuple):
+    """One expert's encoded w13 (G, I, H) and w2 (H, I), the fixed scales of the rows they take, and plain biases."""
+
+    w13: Encoded
+    w2: Encoded
+    w13_input_scale: torch.Tensor
+    w2_input_scale: torch.Tensor
+    w13_bias_GI: torch.Tensor | None = None
+    w2_bias_H: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -78,12 +85,36 @@ class GeneratedWeights:
         projections, factor = mlp.num_projections, LARGE_FACTOR if problem.data is Data.LARGE else 1.0
         matrices = (self._draw(prefix + "w13", (projections, intermediate_size, hidden), index, True, factor),
                     self._draw(prefix + "w2", (hidden, intermediate_size), index))
+        return ExpertWeights(*matrices, *self._biases(prefix, mlp, intermediate_size, index))
+
+    def _biases(self, prefix: str, mlp: MLP, intermediate_size: int, index: int) -> tuple[torch.Tensor, ...]:
+        """Of w13 and w2; none where the MLP has none."""
         if not mlp.bias:
-            return ExpertWeights(*matrices)
-        shapes = {"w13_bias": (projections, intermediate_size), "w2_bias": (hidden,)}
-        return ExpertWeights(*matrices, *(
-            grid_tensor(self._name, prefix + bias, shape, problem.dtype, BIAS_AMPLITUDE, index)
-            for bias, shape in shapes.items()))
+            return ()
+        shapes = {"w13_bias": (mlp.num_projections, intermediate_size), "w2_bias": (self.problem.spec.hidden_size,)}
+        return tuple(grid_tensor(self._name, prefix + bias, shape, self.problem.dtype, BIAS_AMPLITUDE, index)
+                     for bias, shape in shapes.items())
+
+    def encoded_expert(self, e: int) -> EncodedExpert:
+        """Expert e of a scheme, drawn anew at every call; inputs decode nothing."""
+        return self._encoded_mlp("", self.problem.spec.experts, self.problem.spec.intermediate_size, e)
+
+    def encoded_shared_expert(self) -> EncodedExpert | None:
+        """The shared expert of a scheme, or None."""
+        shared = self.problem.spec.shared
+        return self._encoded_mlp("shared_", shared.mlp, shared.intermediate_size, 0) if shared else None
+
+    def _encoded_mlp(self, prefix: str, mlp: MLP, intermediate_size: int, index: int) -> EncodedExpert:
+        problem, hidden = self.problem, self.problem.spec.hidden_size
+        factor = LARGE_FACTOR if problem.data is Data.LARGE else 1.0
+        damped = OUTLIER_DAMPING if problem.data is Data.OUTLIER else 1.0
+        shapes = {"w13": (mlp.num_projections, intermediate_size, hidden), "w2": (hidden, intermediate_size)}
+        amplitudes = {"w13": factor * damped, "w2": 1.0}
+        w13, w2 = (encoded_matrix(self._name, prefix + name, problem.scheme, problem.dtype, problem.data, shape,
+                                  ENCODED_AMPLITUDE * inverse_root(shape[-1]) * amplitudes[name], index)
+                   for name, shape in shapes.items())
+        return EncodedExpert(w13, w2, input_scale(index, 1.0), input_scale(index + 3, 4.0),
+                             *(self._biases(prefix, mlp, intermediate_size, index)))
 
     def expert(self, e: int) -> ExpertWeights:
         """Expert e, drawn anew at every call."""
@@ -143,13 +174,19 @@ class Inputs:
     def digest(self) -> str:
         """16 hex digits over the bits of tokens, logits, residual, routing and the first expert."""
         injected = (self.routing.ids_TK, self.routing.weights_TK) if self.routing else ()
-        expert = self.weights.expert(0)
         hasher = hashlib.sha256()
-        for tensor in (self.x_TH, self.logits_TE, self.residual_TH, *injected, expert.w13_GIH[:, :1],
-                       expert.w2_HI[:1]):
+        for tensor in (self.x_TH, self.logits_TE, self.residual_TH, *injected, *self._first_expert()):
             if tensor is not None:
                 hasher.update(tensor.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes())
         return hasher.hexdigest()[:16]
+
+    def _first_expert(self) -> list[torch.Tensor]:
+        """What of it tells whether weights are the same: first rows, or all codes and scales."""
+        if self.problem.scheme is Scheme.PLAIN:
+            expert = self.weights.expert(0)
+            return [expert.w13_GIH[:, :1], expert.w2_HI[:1]]
+        encoded = self.weights.encoded_expert(0)
+        return [tensor for matrix in encoded[:2] for tensor in matrix.tensors.values()]
 
 
 def build_inputs(problem: Problem) -> Inputs:
@@ -172,48 +209,6 @@ def output_gradient(problem: Problem) -> torch.Tensor:
     """Gradient of the output, (T, H), that a backward pass of `problem` starts from, on the CPU."""
     shape = (problem.num_tokens, problem.spec.hidden_size)
     return grid_tensor(format_problem(problem), "grad_y", shape, problem.dtype, TOKEN_AMPLITUDE)
-
-
-def build_shards(problem: Problem, parallel: Parallel, device: torch.device | str = "cpu",
-                 progress: Callable[[int], None] = lambda expert: None,
-                 storage: Storage = Storage.OUT_IN, *, only: frozenset[int] | None = None) -> list[MoEWeights]:
-    """Every rank's weights, or those of the ranks in `only`, filled expert by expert, so that no unsharded copy exists.
-
-    Experts that a rank hosts more than once are copied as often. With another storage the matrices are strided views of
-    memory in that order; padded, every parameter is a part of a larger tensor.
-    """
-    weights, options = GeneratedWeights(problem), {"dtype": TORCH_DTYPES[problem.dtype], "device": device}
-    shards: dict[int, dict[str, torch.Tensor]] = {
-        rank: {name: empty_stored(name, shape, storage, **options)
-               for name, shape in parameter_shapes(problem.spec, parallel, rank).items()}
-        for rank in range(parallel.size) if only is None or rank in only}
-    for name in WHOLE_PARAMETERS:
-        tensor = getattr(weights, name)
-        if tensor is not None:
-            tensor = padded(tensor.to(device)) if storage is Storage.PADDED else tensor.to(device)
-            for shard in shards.values():
-                shard[name] = tensor
-    if shared := weights.shared_expert():
-        for rank, shard in shards.items():
-            _copy_part(shared, SHARED_PARAMETERS, shard, parallel, rank)
-    hosted = parallel.hosted(problem.spec.num_experts)
-    for e in range(problem.spec.num_experts):
-        places = [(rank, index) for rank in shards
-                  for index, held in enumerate(hosted[parallel.coordinates(rank)[0]]) if held == e]
-        if places:
-            expert = weights.expert(e)
-            for rank, index in places:
-                _copy_part(expert, EXPERT_PARAMETERS, shards[rank], parallel, rank, index)
-        progress(e)
-    return [MoEWeights(**shard) for shard in shards.values()]
-
-
-def _copy_part(expert: ExpertWeights, names: tuple[str, ...], shard: dict[str, torch.Tensor], parallel: Parallel,
-               rank: int, index: int | None = None) -> None:
-    for name, tensor in zip(names, expert, strict=True):
-        if tensor is not None:
-            target = shard[name] if index is None else shard[name][index]
-            target.copy_(rank_part(name, tensor, parallel, rank))
 
 
 def cut_tokens(inputs: Inputs, tokens: Range) -> dict[str, torch.Tensor | None]:

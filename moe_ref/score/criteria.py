@@ -11,7 +11,8 @@ from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.shares import rank_shares
 from moe_ref.contract.vocabulary import Data, Direction, Ranks, Stage
 from moe_ref.contract.weights import MoEWeights
-from moe_ref.inputs.build import Inputs, build_shards, inverse_root
+from moe_ref.inputs.build import Inputs, inverse_root
+from moe_ref.inputs.shards import build_shards
 from moe_ref.oracle.layer import moe
 from moe_ref.tolerances.load import load_tolerances
 from moe_ref.tolerances.published import Published, published

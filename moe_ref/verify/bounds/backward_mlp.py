@@ -106,7 +106,7 @@ class MLPBackward:
     def _passed(self, rows: MLPRows) -> _Passed:
         back, grad = self.back, exact(rows.grad_RH)
         tokens = self.steps.tokens(rows.x_RH, rows.weight) if rows.on_input and rows.weight else exact(rows.x_RH)
-        gate_up = back.saved(self.steps.gate_up(tokens, self.expert), Stage.GATE_UP)
+        gate_up = back.saved(self.steps.gate_up(tokens, self.expert, None), Stage.GATE_UP)
         taken = act = back.saved(self.steps.act(gate_up, self.mlp), Stage.ACT)
         weight, relative = None if rows.on_input else rows.weight, None
         grad_down = complete_down = grad

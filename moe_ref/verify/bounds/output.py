@@ -43,7 +43,7 @@ def output_rows(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: Rows, gate
             continue
         weight = weights_TK.mapped(lambda one, at=(token_R, slot_R): one[*at, None])
         if e < spec.num_experts:
-            chain.routed(token_R, weights.expert(e), weight, torch.zeros_like(token_R))
+            chain.routed(token_R, weights.expert(e), weight, torch.zeros_like(token_R), e)
         else:
             chain.identity(token_R, weight)
     if expert := weights.shared_expert():

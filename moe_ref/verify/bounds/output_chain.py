@@ -1,10 +1,12 @@
 """The output chain: truth of the unsharded layer and the propagated bound, for a given routing."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from moe_ref.contract.capabilities import ROUNDED_OPERANDS
 from moe_ref.contract.parallel import Parallel, Range
 from moe_ref.contract.shares import RankShare
 from moe_ref.contract.vocabulary import SharedPlacement
@@ -50,15 +52,15 @@ class OutputChain:
                number: int = 0) -> ExpertRows:
         """Add the rows of expert `number`; server_R: the ep rank that serves each."""
         steps, spec = self.steps, self.steps.spec
-        gate_up = steps.gate_up(steps.tokens(self.x_TH[token_R], weight), expert)
+        gate_up = steps.gate_up(steps.tokens(self.x_TH[token_R], weight), expert, number)
         act = steps.act(gate_up, spec.experts, steps.act_weight(weight))
         shares, parts = self.shares[:self.parallel.tp], []
         for share in shares:
             inner = (0, spec.intermediate_size) if self.summing.by_output else share.columns
             part = down_part(expert, inner, share.outputs)
             adds_bias = self.summing.by_output or share.tp_rank == 0
-            parts.append(steps.down(act.columns(*inner), part, weight, adds_bias).addend)
-        added_RH = parts[0].value if len(parts) == 1 else self._whole(gate_up, expert, weight)
+            parts.append(steps.down(act.columns(*inner), part, weight, adds_bias, number, inner[0]).addend)
+        added_RH = self._added(parts, lambda: self._whole(gate_up, expert, weight))
         self.truth_TH.index_add_(0, token_R, added_RH)
         self._observe(token_R, expert, act, weight, added_RH, parts, number)
         self.summing.add_routed(parts, token_R, server_R)
@@ -86,6 +88,19 @@ class OutputChain:
     def _observe_drift(self, token_R: torch.Tensor, outputs: Range, rows: Rows) -> None:
         if self.observer is not None and rows.drift is not None:
             self.observer.drifts(token_R, outputs, rows.drift)
+
+    def _added(self, parts: list[Rows], whole: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What rows of all tp ranks add to the truth: that of the whole expert.
+
+        Where every rank rounds its own activation under scales of its own, what they multiply has no whole: then it is
+        the sum of the parts, of which each is cut from the whole decoded expert.
+        """
+        if len(parts) == 1:
+            return parts[0].value
+        if self.steps.numerics.products not in ROUNDED_OPERANDS:
+            return whole()
+        values = [part.value for part in parts]
+        return torch.cat(values, 1) if self.summing.by_output else torch.stack(values).sum(0)
 
     def _whole(self, gate_up: Rows, expert: ExpertWeights, weight: Rows) -> torch.Tensor:
         """What routed rows add to the truth, of the whole expert: cut on no rank."""
@@ -115,19 +130,30 @@ class OutputChain:
         """
         steps, shared = self.steps, self.steps.spec.shared
         assert shared is not None
-        act = steps.act(steps.gate_up(exact(self.x_TH), expert), shared.mlp)
-        added_TH = self._shared_truth(act, expert, gate)
+        act = steps.act(steps.gate_up(exact(self.x_TH), expert, None), shared.mlp)
+        parts = self._shared_parts(act, expert, gate)
+        added_TH = self._shared_truth(act, expert, gate, parts)
         self.truth_TH += added_TH
         if self.observer is not None and shared.gate == "router":
             self.observer.unpredicted(torch.arange(len(self.x_TH)), exact(torch.ones_like(added_TH[:, :1])), added_TH)
         elif self.observer is not None:
             self.observer.shared(expert.w2_HI, act, gate or exact(torch.ones_like(added_TH[:, :1])), added_TH)
         if self.parallel.shared is SharedPlacement.REPLICATED:
-            inner, outputs = (0, shared.intermediate_size), (0, steps.spec.hidden_size)
-            whole = self._shared_rows(act, expert, gate, inner, outputs, True)
-            self.summing.add_shared([whole])
-            self._observe_drift(torch.arange(len(self.x_TH)), outputs, whole)
-            return [whole.rows(slice(*share.tokens)) for share in self.shares]
+            self.summing.add_shared(parts)
+            self._observe_drift(torch.arange(len(self.x_TH)), (0, steps.spec.hidden_size), parts[0])
+            return [parts[0].rows(slice(*share.tokens)) for share in self.shares]
+        for share, part in zip(self.shares, parts, strict=True):
+            self._observe_drift(torch.arange(*share.merged_tokens), share.outputs, part)
+        self.summing.add_shared(parts)
+        return parts
+
+    def _shared_parts(self, act: Rows, expert: ExpertWeights, gate: Rows | None) -> list[Rows]:
+        """Rows of the shared expert as every rank adds them; of one that is whole on every rank, one for all."""
+        shared = self.steps.spec.shared
+        assert shared is not None
+        if self.parallel.shared is SharedPlacement.REPLICATED:
+            inner, outputs = (0, shared.intermediate_size), (0, self.steps.spec.hidden_size)
+            return [self._shared_rows(act, expert, gate, inner, outputs, True)]
         by_output, parts = self.summing.by_output, []
         for share in self.shares:
             first = share.tp_rank == 0 and (share.ep_rank == 0 or self.parallel.tokens.over_ep)
@@ -135,8 +161,6 @@ class OutputChain:
             token_T = slice(*share.merged_tokens)
             gate_T = None if gate is None else gate.rows(token_T)
             parts.append(self._shared_rows(act.rows(token_T), expert, gate_T, inner, share.outputs, by_output or first))
-            self._observe_drift(torch.arange(*share.merged_tokens), share.outputs, parts[-1])
-        self.summing.add_shared(parts)
         return parts
 
     def _shared_rows(self, act: Rows, expert: ExpertWeights, gate: Rows | None, inner: Range, outputs: Range,
@@ -146,11 +170,13 @@ class OutputChain:
         if shared is not None and shared.gate == "router":
             assert gate is not None
             return self._shared_blocks(act, expert._replace(w2_HI=expert.w2_HI[slice(*outputs)]), gate, *inner)
-        return self.steps.shared(act.columns(*inner), down_part(expert, inner, outputs), gate, adds_bias)
+        return self.steps.shared(act.columns(*inner), down_part(expert, inner, outputs), gate, adds_bias, inner[0])
 
-    def _shared_truth(self, act: Rows, expert: ExpertWeights, gate: Rows | None) -> torch.Tensor:
+    def _shared_truth(self, act: Rows, expert: ExpertWeights, gate: Rows | None, parts: list[Rows]) -> torch.Tensor:
         shared = self.steps.spec.shared
         assert shared is not None
+        if self.steps.numerics.products in ROUNDED_OPERANDS:
+            return self._sum_of_shared(parts)
         if shared.gate == "router":
             assert gate is not None
             width = shared.intermediate_size // shared.num_experts
@@ -159,6 +185,15 @@ class OutputChain:
         if expert.w2_bias_H is not None:
             down_TH = down_TH + expert.w2_bias_H.double()
         return down_TH if gate is None else gate.value * down_TH
+
+    def _sum_of_shared(self, parts: list[Rows]) -> torch.Tensor:
+        """As _added: of activations that every rank rounds by itself."""
+        if self.parallel.shared is SharedPlacement.REPLICATED:
+            return parts[0].value
+        total_TH = torch.zeros_like(self.truth_TH)
+        for share, part in zip(self.shares, parts, strict=True):
+            total_TH[slice(*share.merged_tokens), slice(*share.outputs)] += part.value
+        return total_TH
 
     def _shared_blocks(self, act: Rows, expert: ExpertWeights, gate: Rows, start: int, stop: int) -> Rows:
         """Rows of one rank whose columns may hold parts of several shared experts."""

@@ -1,20 +1,43 @@
 """The steps of a layer with the error of each, under one rounding contract: what both chains are made of."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from moe_ref.contract.capabilities import Numerics
+from moe_ref.contract.capabilities import ROUNDED_OPERANDS, Numerics
 from moe_ref.contract.spec import MLP, MoESpec
 from moe_ref.contract.vocabulary import Format, Stage
 from moe_ref.contract.weights import ExpertWeights, WeightSource
+from moe_ref.inputs.build import Inputs
 from moe_ref.numerics.accumulation import ROUNDING
 from moe_ref.numerics.gauges import gauges_and_products
 from moe_ref.numerics.magnitudes import Left
 from moe_ref.verify.bounds.activation import activated
-from moe_ref.verify.bounds.operands import RULES, rounded_operand, rounded_rows
+from moe_ref.verify.bounds.operands import RULES, OperandRule, rounded_operand, rounded_rows
 from moe_ref.verify.bounds.rounding import FLUSH, RoundingModel
 from moe_ref.verify.bounds.rows import DownRows, Rows, exact, relative_variance, total_drift, total_variance
+from moe_ref.verify.decoded import DecodedWeights
+
+SCALED = 3
+"""Roundings beside those of the sum, of products whose scales join afterwards: both scales, and the sum times them."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Whether weights are encoded, and the scales that are fixed for rows: by expert (None: shared), and product."""
+
+    is_encoded: bool = False
+    fixed_scales: Mapping[tuple[int | None, bool], float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, inputs: Inputs) -> "Encoded":
+        """What the decoded weights of a case say."""
+        weights = inputs.weights
+        return cls(True, weights.fixed_scales) if isinstance(weights, DecodedWeights) else PLAIN
+
+
+PLAIN = Encoded()
 
 
 @dataclass(frozen=True)
@@ -24,6 +47,7 @@ class Steps:
     spec: MoESpec
     numerics: Numerics
     model: RoundingModel
+    encoded: Encoded = PLAIN
 
     def stored_in(self, stage: Stage) -> Format | None:
         """The declared format of a stage; None while it stays in registers."""
@@ -69,15 +93,27 @@ class Steps:
         drift = None if rows.drift is None else factor.value * rows.drift
         return self.stored_as(Rows(value, error, variance, drift=drift), rounded_to)
 
-    def linear(self, rows: Rows, w_NK: torch.Tensor, bias: Rows | None, stage: Stage) -> Rows:
-        """rows @ w^T + bias before the store of `stage`; a bias may be added to the product once stored.
+    def rule(self, expert: int | None, is_first: bool, start: int = 0) -> OperandRule | None:
+        """How the rows of an expert's first or second product are rounded before it; None: they are not.
 
-        Operands are rounded first where the contract says so, but for those of a router or a shared expert's gate.
+        expert: None for the shared one. start: the column of the whole matrix at which the rank's part begins.
         """
-        rule = None if stage is Stage.LOGITS else RULES.get(self.numerics.products)
-        if rule is not None:
-            rows, w_NK = rounded_rows(rows, rule), rounded_operand(w_NK, rule)
-        terms = max(1, w_NK.shape[1])
+        rule = RULES.get(self.numerics.products)
+        if rule is None or not self.encoded.is_encoded:
+            return rule
+        return replace(rule.at(start), fixed=self.encoded.fixed_scales.get((expert, is_first)))
+
+    def _operands(self, rows: Rows, w_NK: torch.Tensor, rule: OperandRule | None,
+                  given: Rows | None) -> tuple[Rows, torch.Tensor]:
+        """Both as they are multiplied; codes of encoded weights already are 8 bits wide."""
+        if rule is None:
+            return rows, w_NK
+        w_NK = w_NK if self.encoded.is_encoded else rounded_operand(w_NK, rule)
+        return rounded_rows(rows, rule) if given is None else given, w_NK
+
+    def linear(self, rows: Rows, w_NK: torch.Tensor, bias: Rows | None, stage: Stage) -> Rows:
+        """rows @ w^T + bias before the store of `stage`; a bias may be added to the product once stored."""
+        terms = max(1, w_NK.shape[1]) + SCALED * (self.numerics.products in ROUNDED_OPERANDS)
         lost = float(self.model.summed(torch.ones((), dtype=torch.float64), terms + (bias is not None)))
         carried = [Left.of(rows.bound + lost * rows.largest, 1)]
         if rows.variance is not None and bool(rows.variance.any()):
@@ -97,9 +133,13 @@ class Steps:
             self.model.accumulation.unit * value).square()
         return Rows(value, bound + before, total_variance(variance, bias.variance, joined), drift=drift)
 
-    def gate_up(self, tokens: Rows, expert: ExpertWeights) -> Rows:
-        """Both projections as they are stored, (R, G, I)."""
+    def gate_up(self, tokens: Rows, expert: ExpertWeights, number: int | None, operand: Rows | None = None) -> Rows:
+        """Both projections as they are stored, (R, G, I).
+
+        number: of the expert, None for the shared one. operand: the tokens as they are multiplied, where that is known.
+        """
         w_NH, shape = expert.w13_GIH.flatten(0, 1), expert.w13_GIH.shape[:2]
+        tokens, w_NH = self._operands(tokens, w_NH, self.rule(number, True), operand)
         bias = None if expert.w13_bias_GI is None else exact(expert.w13_bias_GI.flatten())
         rows = self.stored(self.linear(tokens, w_NH, bias, Stage.GATE_UP), Stage.GATE_UP)
         return rows.mapped(lambda one: one.unflatten(1, shape))
@@ -118,13 +158,18 @@ class Steps:
         """The weight that routed activations are multiplied with; None where it joins elsewhere."""
         return weight if self.numerics.weight_at == "act" and not self.on_input else None
 
-    def down(self, act: Rows, expert: ExpertWeights, weight: Rows, adds_bias: bool) -> DownRows:
-        """Routed rows of one rank from its activation; weighted before or after the store, or there."""
+    def down(self, act: Rows, expert: ExpertWeights, weight: Rows, adds_bias: bool, number: int | None, start: int,
+             operand: Rows | None = None) -> DownRows:
+        """Routed rows of one rank from its activation; weighted before or after the store, or there.
+
+        number, start: of the expert, and its column at which the activation begins. operand: as in gate_up.
+        """
         joined = self.on_input or self.numerics.weight_at == "act"
         bias = None if expert.w2_bias_H is None or not adds_bias else exact(expert.w2_bias_H)
         if bias is not None and joined:
             bias = self.product(bias, weight, None)
-        rows = self.linear(act, expert.w2_HI, bias, Stage.DOWN)
+        act, w2_HI = self._operands(act, expert.w2_HI, self.rule(number, False, start), operand)
+        rows = self.linear(act, w2_HI, bias, Stage.DOWN)
         if joined:
             stored = self.stored(self._sharing_weight(rows, weight), Stage.DOWN)
             return DownRows(stored, stored)
@@ -161,10 +206,11 @@ class Steps:
         """weight * rows, rounded as the merge declares."""
         return self.product(rows, weight, self.numerics.merge)
 
-    def shared(self, act: Rows, expert: ExpertWeights, gate: Rows | None, adds_bias: bool) -> Rows:
+    def shared(self, act: Rows, expert: ExpertWeights, gate: Rows | None, adds_bias: bool, start: int) -> Rows:
         """Rows of a shared expert on one rank as they are stored, times its sigmoid gate if it has one."""
         bias = None if expert.w2_bias_H is None or not adds_bias else exact(expert.w2_bias_H)
-        rows = self.linear(act, expert.w2_HI, bias, Stage.SHARED)
+        act, w2_HI = self._operands(act, expert.w2_HI, self.rule(None, False, start), None)
+        rows = self.linear(act, w2_HI, bias, Stage.SHARED)
         if gate is None:
             return self.stored(rows, Stage.SHARED)
         if self.numerics.weight_at != "down":
@@ -183,6 +229,7 @@ class Steps:
         for act, w2_HI, gate in zip(acts, w2_HIs, gates, strict=True):
             weighted = self.weigh(act, gate)
             weighted = self.stored(self.stored(weighted, Stage.ACT), Stage.ACT)
+            weighted, w2_HI = self._operands(weighted, w2_HI, self.rule(None, False), None)
             rows = self._sharing_weight(self.linear(weighted, w2_HI, None, Stage.SHARED), gate)
             stores = 1 + 2 * gate.largest.clamp(min=1.0)
             half = self.model.rounded(rows.largest, self.stored_in(Stage.SHARED))

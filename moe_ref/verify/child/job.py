@@ -1,7 +1,7 @@
 """What a rank does with a case: makes its inputs, calls the subject under guard, and checks what came back."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 
@@ -10,12 +10,14 @@ import torch
 from moe_ref.contract.case import Case
 from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.comm import CommCall, CountingComm, Groups
+from moe_ref.contract.quantised import QuantisedWeights
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.shares import rank_shares
 from moe_ref.contract.trace import Trace
-from moe_ref.contract.vocabulary import Direction, Schedule, Stage, Storage
+from moe_ref.contract.vocabulary import Direction, Schedule, Scheme, Stage, Storage
 from moe_ref.contract.weights import MoEWeights
-from moe_ref.inputs.build import Inputs, build_inputs, build_shards, cut_tokens, output_gradient
+from moe_ref.inputs.build import Inputs, build_inputs, cut_tokens, output_gradient
+from moe_ref.inputs.shards import build_encoded_shards, build_shards
 from moe_ref.inputs.storage import padded
 from moe_ref.verify.child.changed import changed, precedes
 from moe_ref.verify.child.gradient_call import call_with_gradients
@@ -36,9 +38,14 @@ class Job:
         self.shares = rank_shares(self.case)
         # A process rank makes its own weights only.
         ranks = range(self.case.parallel.size) if rank is None else [rank]
-        made = build_shards(self.case.problem, self.case.parallel, device or request.device, self._tell_expert,
-                            self.case.storage, only=frozenset(ranks))
-        self.shards: dict[int, MoEWeights] = dict(zip(ranks, made, strict=True))
+        problem, parallel, only = self.case.problem, self.case.parallel, frozenset(ranks)
+        made: Sequence[MoEWeights | QuantisedWeights]
+        if problem.scheme is Scheme.PLAIN:
+            made = build_shards(problem, parallel, device or request.device, self._tell_expert, self.case.storage,
+                                only=only)
+        else:
+            made = build_encoded_shards(problem, parallel, device or request.device, self._tell_expert, only=only)
+        self.shards: dict[int, MoEWeights | QuantisedWeights] = dict(zip(ranks, made, strict=True))
 
     def _tell_expert(self, expert: int) -> None:
         self.tell(f"weights of expert {expert + 1} of {self.case.problem.spec.num_experts}")
@@ -62,8 +69,8 @@ class Job:
         self.tell(f"{'other inputs before ' if is_changed else ''}run {run + 1} of {self.request.runs}, "
                   f"rank {groups.rank + 1} of {self.case.parallel.size}")
         weights = self.shards[groups.rank]
-        if weights.w2_EHI.device != device:
-            weights = MoEWeights(**{name: tensor.to(device) for name, tensor in weights.named_tensors()})
+        if weights.device != device:
+            weights = weights.to(device)
         cut = cut_tokens(self.inputs, self.shares[groups.rank].tokens)
         if token_T is not None:
             cut = {name: None if tensor is None else tensor[token_T] for name, tensor in cut.items()}
@@ -114,9 +121,11 @@ class Job:
             shown[stage] = _plain(name, tensor, most)
         return shown
 
-    def _gradients(self, handed: dict[str, torch.Tensor | None], weights: MoEWeights, groups: Groups) -> RankTensors:
+    def _gradients(self, handed: dict[str, torch.Tensor | None], weights: MoEWeights | QuantisedWeights,
+                   groups: Groups) -> RankTensors:
         """Of all that this rank is handed; collectives are not counted, since no schedule says what they should be."""
         assert handed["x_TH"] is not None
+        assert isinstance(weights, MoEWeights)  # a case of encoded weights has no backward direction
         grad_y_TH = output_gradient(self.case.problem)[slice(*self.shares[groups.rank].tokens)]
         # A call with other inputs may have fewer tokens, or two for one.
         grad_y_TH = grad_y_TH[torch.arange(len(handed["x_TH"])) % max(len(grad_y_TH), 1)]

@@ -9,7 +9,8 @@ from moe_ref.contract.vocabulary import Stage, Tokens
 
 RankTensors = dict[Stage, torch.Tensor]
 
-ROW_STAGES = (Stage.GATE_UP, Stage.ACT, Stage.DOWN)
+ROW_STAGES = (Stage.PERMUTE_SCALES, Stage.PERMUTE_CODES, Stage.GATE_UP, Stage.ACT, Stage.ACT_SCALES, Stage.ACT_CODES,
+              Stage.DOWN)
 ROUTING_STAGES = (Stage.LOGITS, Stage.IDS, Stage.WEIGHTS)
 
 

@@ -24,9 +24,11 @@ from moe_ref.verify.bounds.limits import Limits, likely_limits
 from moe_ref.verify.bounds.output_chain import ExpertRows, OutputChain, down_part
 from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.bounds.rows import DownRows, Partials, Rows, exact, joined_columns
-from moe_ref.verify.bounds.steps import Steps
+from moe_ref.verify.bounds.steps import Encoded, Steps
 from moe_ref.verify.bounds.summing import Summing
+from moe_ref.verify.decoded import decoded_inputs
 from moe_ref.verify.measure.measurement import Measurement
+from moe_ref.verify.measure.operand_stages import OperandStages
 from moe_ref.verify.measure.output_statistics import Beside, OutputStatistics
 from moe_ref.verify.measure.placing import RankTensors, over_all_tokens, row_positions, servers, whole_output
 from moe_ref.verify.measure.power import Mutants, zeros
@@ -63,7 +65,7 @@ class Comparison:
         self.case, self.inputs, self.ranks, self.followed = case, inputs, ranks, followed
         self.spec, self.shares = case.problem.spec, rank_shares(case)
         self.routing = over_all_tokens(ranks, self.shares, case.problem.num_tokens)
-        self.steps = Steps(self.spec, numerics, model)
+        self.steps = Steps(self.spec, numerics, model, Encoded.of(inputs))
         self.statistics = OutputStatistics(whole_output(ranks, self.shares, len(inputs.x_TH)),
                                            model.tolerances.file.checks.output, self.routed_rows,
                                            coarsest_sum(numerics, model), beside(case))
@@ -74,7 +76,7 @@ class Comparison:
         self.positions = [row_positions(shown_TK, share, case.parallel.ep) for share in self.shares]
         self.differing_ranks: list[int] = []
         intermediate, projections = self.spec.intermediate_size, self.spec.experts.num_projections
-        widths = {Stage.GATE_UP: projections * intermediate, Stage.ACT: intermediate}
+        widths = {Stage.GATE_UP: projections * intermediate, Stage.ACT: intermediate, Stage.ACT_CODES: intermediate}
         stored = {**numerics.storage, Stage.OUTPUT: numerics.storage.get(Stage.REDUCED)}
         self.tainted_T = tainted_tokens(inputs)
         self.meters = {stage: StageMeter(stage, widths.get(stage, self.spec.hidden_size),
@@ -83,6 +85,7 @@ class Comparison:
                                          whole_layer=stage is Stage.OUTPUT,
                                          exact=inputs.problem.data is Data.EXACT, watch=watched.get(stage))
                        for stage in Stage}
+        self.operands = OperandStages(self.steps, self.shows, self.judge_rows)
         self.mutants = Mutants(inputs, self.steps, self.shares, followed, self.meters, ranks[0])
 
     @property
@@ -131,8 +134,9 @@ class Comparison:
         parts = []
         for share, act, columns in zip(shares, acts, inner, strict=True):
             own_weight = self._own_weight(share.rank, chosen, weight)
+            operand = self.operands.fed(Stage.ACT, share, chosen, act, columns[0])
             want = self.steps.down(act, down_part(expert, columns, share.outputs), own_weight,
-                                   self.fed.by_output or share.tp_rank == 0)
+                                   self.fed.by_output or share.tp_rank == 0, chosen.expert, columns[0], operand)
             parts.append(self._judge_down(share, chosen, want, own_weight))
         if chosen.expert == self.mutants.expert and tp > 1:
             first_R = torch.zeros_like(chosen.token_R) if self.fed.reduces_rows else tp * self.fed.home_ep(
@@ -145,13 +149,13 @@ class Comparison:
         """The activation of one rank, judged where it is shown and then taken as the subject's."""
         start, stop = share.columns
         own_weight = self._own_weight(share.rank, chosen, weight)
-        gate_up = self._fed_gate_up(share.rank, chosen, expert, real, own_weight).columns(start, stop)
+        gate_up = self._fed_gate_up(share, chosen, expert, real, own_weight).columns(start, stop)
         if self.shows(Stage.GATE_UP):
             gate_up = self._judge_gate_up(share, chosen, gate_up)
         act = self._fed_act(gate_up, real.act.columns(start, stop), own_weight)
-        return self._judge_rows(Stage.ACT, share, chosen, act, start)
+        return self.judge_rows(Stage.ACT, share, chosen, act, start)
 
-    def _judge_rows(self, stage: Stage, share: RankShare, chosen: Chosen, want: Rows, column: int) -> Rows:
+    def judge_rows(self, stage: Stage, share: RankShare, chosen: Chosen, want: Rows, column: int) -> Rows:
         """What the subject shows of these rows, after its comparison; what is wanted where it shows nothing.
 
         A token without finite logits may have lost its rows; nothing is said of them then.
@@ -171,12 +175,15 @@ class Comparison:
             return weight
         return exact(self.routing[rank][Stage.WEIGHTS][chosen.token_R, chosen.slot_R, None])
 
-    def _fed_gate_up(self, rank: int, chosen: Chosen, expert: ExpertWeights, real: ExpertRows,
+    def _fed_gate_up(self, share: RankShare, chosen: Chosen, expert: ExpertWeights, real: ExpertRows,
                      weight: Rows) -> Rows:
-        """What gate_up should be: the output chain's, unless the rank's own weights are part of its input."""
-        if not (self.steps.on_input and self.shows(Stage.WEIGHTS)):
+        """What gate_up should be: the output chain's, unless the rank's own weights or codes are part of its input."""
+        with_weights = self.steps.on_input and self.shows(Stage.WEIGHTS)
+        if not with_weights and not self.shows(Stage.PERMUTE_CODES):
             return real.gate_up
-        return self.steps.gate_up(self.steps.tokens(self.inputs.x_TH[chosen.token_R], weight), expert)
+        tokens = self.steps.tokens(self.inputs.x_TH[chosen.token_R], weight)
+        operand = self.operands.fed(Stage.PERMUTE, share, chosen, tokens, 0)
+        return self.steps.gate_up(tokens, expert, chosen.expert, operand)
 
     def _judge_gate_up(self, share: RankShare, chosen: Chosen, want: Rows) -> Rows:
         halves = [self._judge_rows_of(g, share, chosen, want) for g in range(want.value.shape[1])]
@@ -200,7 +207,8 @@ class Comparison:
     def _fed_act(self, gate_up: Rows, real: Rows, weight: Rows) -> Rows:
         """What act should be: from the subject's gate_up and weights where they are shown."""
         weighted = self.steps.on_input or self.steps.act_weight(weight) is not None
-        if not self.shows(Stage.GATE_UP) and not (weighted and self.shows(Stage.WEIGHTS)):
+        known = self.shows(Stage.GATE_UP) or self.shows(Stage.PERMUTE_CODES)
+        if not known and not (weighted and self.shows(Stage.WEIGHTS)):
             return real
         return self.steps.act(gate_up, self.spec.experts, self.steps.act_weight(weight))
 
@@ -224,7 +232,7 @@ class Comparison:
         """What the rank adds to its sum."""
         if not self.shows(Stage.DOWN):
             return want.addend
-        got = self._judge_rows(Stage.DOWN, share, chosen, want.stored, share.outputs[0])
+        got = self.judge_rows(Stage.DOWN, share, chosen, want.stored, share.outputs[0])
         return self.steps.weigh(got, weight) if self.steps.weighs_later else got
 
     def _shared(self, expert: ExpertWeights) -> None:
@@ -326,6 +334,7 @@ def measure(case: Case, inputs: Inputs, ranks: list[RankTensors], capabilities: 
     watched: what is told the ratios of every block of a stage.
     """
     numerics = capabilities.contract(case.problem)
+    inputs = decoded_inputs(inputs, numerics)
     if faults := struct_faults(case, ranks, capabilities):
         return Measurement((), tuple(faults))
     shares, limits = rank_shares(case), likely_limits(model.tolerances, case)

@@ -4,17 +4,19 @@ from collections.abc import Collection
 
 import torch
 
-from moe_ref.contract.capabilities import Capabilities
+from moe_ref.contract.capabilities import Capabilities, Products
 from moe_ref.contract.case import Case
 from moe_ref.contract.dtypes import TORCH_DTYPES
 from moe_ref.contract.parallel import Range
 from moe_ref.contract.shares import RankShare, rank_shares
-from moe_ref.contract.vocabulary import Data, SharedPlacement, Stage
+from moe_ref.contract.vocabulary import Data, Schedule, Scheme, SharedPlacement, Stage
+from moe_ref.verify.bounds.operands import RULES
+from moe_ref.verify.measure.operand_stages import STAGES
 from moe_ref.verify.measure.placing import ROW_STAGES, RankTensors, over_all_tokens, servers
 from moe_ref.verify.measure.row_counts import likely_rows
 
 
-def stage_shapes(case: Case, share: RankShare) -> dict[Stage, tuple[int, ...]]:
+def stage_shapes(case: Case, share: RankShare, products: Products = "exact") -> dict[Stage, tuple[int, ...]]:
     """What each stage of a rank should look like; sharded stages have the rank's own width.
 
     Of routed rows with expert parallelism the number is left out: it depends on the ids.
@@ -28,8 +30,21 @@ def stage_shapes(case: Case, share: RankShare) -> dict[Stage, tuple[int, ...]]:
         Stage.GATE_UP: (*rows, spec.experts.num_projections, columns),
         Stage.ACT: (*rows, columns), Stage.DOWN: (*rows, outputs),
         Stage.SHARED: (own, spec.hidden_size) if whole_shared else (merged, outputs), Stage.MERGED: (merged, outputs),
-        Stage.REDUCED: (own, spec.hidden_size),
+        Stage.REDUCED: (own, spec.hidden_size), **{
+            stage: (*rows, width) for stage, width in _operand_widths(case, share, products).items()},
     }
+
+
+def _operand_widths(case: Case, share: RankShare, products: Products) -> dict[Stage, int]:
+    """Columns of scales and codes of what is multiplied, where it is rounded."""
+    rule, spec = RULES.get(products), case.problem.spec
+    if rule is None:
+        return {}
+    by_output = case.parallel.schedule is Schedule.GATHER
+    start, stop = (0, spec.intermediate_size) if by_output else share.columns
+    first = start if case.problem.scheme is not Scheme.PLAIN else 0
+    return {Stage.PERMUTE_SCALES: rule.num_blocks(spec.hidden_size), Stage.PERMUTE_CODES: spec.hidden_size,
+            Stage.ACT_SCALES: rule.at(first).num_blocks(stop - start), Stage.ACT_CODES: stop - start}
 
 
 def _length(part: Range) -> int:
@@ -43,6 +58,8 @@ def expected_stages(case: Case, capabilities: Capabilities) -> set[Stage]:
         expected -= {Stage.LOGITS}
     if spec.shared is None:
         expected -= {Stage.SHARED}
+    if capabilities.contract(case.problem).products not in RULES:
+        expected -= {stage for stages in STAGES.values() for stage in stages}
     return expected
 
 
@@ -56,7 +73,7 @@ def struct_faults(case: Case, ranks: list[RankTensors], capabilities: Capabiliti
         if extra := tensors.keys() - expected:
             faults.append(f"rank {rank} shows {_names(extra)}, but should not, since it is not declared for this layer")
     for rank, tensors in enumerate(ranks):
-        shapes = stage_shapes(case, shares[rank])
+        shapes = stage_shapes(case, shares[rank], numerics.products)
         if rows := [stage for stage in (Stage.WEIGHTS, *ROW_STAGES)
                     if stage in tensors and Stage.IDS not in tensors]:
             faults.append(f"{_names(rows)} shown without ids, so nobody can say which expert a row belongs to")

@@ -327,6 +327,7 @@ def numerics_words(numerics: Numerics | None) -> dict[str, str]:
         return {}
     stored = {stage.value: stored.value for stage, stored in numerics.storage.items()}
     inner = {name: stored.value for name, stored in (("inside_activation", numerics.activation),
-                                                     ("inside_merge", numerics.merge), ("decoded", numerics.decoded)) if stored is not None}
+                                                     ("inside_merge", numerics.merge),
+                                                     ("decoded", numerics.decoded)) if stored is not None}
     return {**stored, "accumulate": numerics.accumulate.value, "between_ranks": numerics.reduce.value,
             "weight_at": numerics.weight_at, "products": numerics.products, **inner}

@@ -13,7 +13,8 @@ from moe_ref.contract.local_comm import LocalComm, run_virtual_ranks
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import RED_VERDICTS, Data, Dtype, Stage
 from moe_ref.contract.weights import MoEWeights
-from moe_ref.inputs.build import Inputs, build_shards
+from moe_ref.inputs.build import Inputs
+from moe_ref.inputs.shards import build_shards
 from moe_ref.numerics.summation import Order, matmul
 from moe_ref.simulated.fault import Fault
 from moe_ref.simulated.faults import FAULTS

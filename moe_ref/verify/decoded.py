@@ -1,0 +1,63 @@
+"""Encoded weights of a case as the oracle and its bounds see them: the numbers that a contract multiplies."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+
+from moe_ref.contract.capabilities import Numerics
+from moe_ref.contract.encoded import Encoded
+from moe_ref.contract.schemes import ENCODINGS
+from moe_ref.contract.vocabulary import Format, Scheme
+from moe_ref.contract.weights import ExpertWeights
+from moe_ref.inputs.build import EncodedExpert, GeneratedWeights, Inputs
+from moe_ref.numerics.formats import round_to
+from moe_ref.oracle.decode import decode
+
+
+class DecodedWeights(GeneratedWeights):
+    """Generated codes, decoded exactly and then rounded to the format that a contract declares, one expert at a time.
+
+    What is no matrix of an expert is as generated.
+    """
+
+    def __init__(self, weights: GeneratedWeights, stored: Format | None) -> None:
+        super().__init__(weights.problem)
+        object.__setattr__(self, "_stored", stored)
+
+    def _decoded(self, matrix: Encoded) -> torch.Tensor:
+        value, stored = decode(matrix), self.__dict__["_stored"]
+        return value if stored is None else round_to(value, stored)
+
+    def _plain(self, expert: EncodedExpert) -> ExpertWeights:
+        biases = (None if bias is None else bias.double() for bias in (expert.w13_bias_GI, expert.w2_bias_H))
+        return ExpertWeights(self._decoded(expert.w13), self._decoded(expert.w2), *biases)
+
+    def expert(self, e: int) -> ExpertWeights:
+        """Expert e in fp64, drawn and decoded anew at every call."""
+        return self._plain(self.encoded_expert(e))
+
+    def shared_expert(self) -> ExpertWeights | None:
+        """The shared expert in fp64, or None."""
+        expert = self.encoded_shared_expert()
+        return None if expert is None else self._plain(expert)
+
+    @cached_property
+    def fixed_scales(self) -> Mapping[tuple[int | None, bool], float]:
+        """(expert, or None for the shared one; whether of w13) -> the fixed scale of the rows that it takes."""
+        if not ENCODINGS[self.problem.scheme].input_scale:
+            return {}
+        experts: dict[int | None, EncodedExpert] = {
+            e: self.encoded_expert(e) for e in range(self.problem.spec.num_experts)}
+        if shared := self.encoded_shared_expert():
+            experts[None] = shared
+        return {(e, is_first): float(expert.w13_input_scale if is_first else expert.w2_input_scale)
+                for e, expert in experts.items() for is_first in (True, False)}
+
+
+def decoded_inputs(inputs: Inputs, numerics: Numerics) -> Inputs:
+    """The inputs, their weights decoded as the contract multiplies them where they are encoded."""
+    if inputs.problem.scheme is Scheme.PLAIN or isinstance(inputs.weights, DecodedWeights):
+        return inputs
+    return replace(inputs, weights=DecodedWeights(inputs.weights, numerics.decoded))
