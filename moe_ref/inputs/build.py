@@ -113,7 +113,8 @@ class GeneratedWeights:
         w13, w2 = (encoded_matrix(self._name, prefix + name, problem.scheme, problem.dtype, problem.data, shape,
                                   ENCODED_AMPLITUDE * inverse_root(shape[-1]) * amplitudes[name], index)
                    for name, shape in shapes.items())
-        return EncodedExpert(w13, w2, input_scale(index, 1.0), input_scale(index + 3, 4.0),
+        # An activation is a product of two that are so much larger.
+        return EncodedExpert(w13, w2, input_scale(index, 1.0), input_scale(index + 3, 4.0 * factor**2),
                              *(self._biases(prefix, mlp, intermediate_size, index)))
 
     def expert(self, e: int) -> ExpertWeights:
@@ -177,7 +178,7 @@ class Inputs:
         hasher = hashlib.sha256()
         for tensor in (self.x_TH, self.logits_TE, self.residual_TH, *injected, *self._first_expert()):
             if tensor is not None:
-                hasher.update(tensor.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes())
+                hasher.update(tensor.reshape(-1).clone().view(torch.uint8).numpy().tobytes())
         return hasher.hexdigest()[:16]
 
     def _first_expert(self) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ from typing import Protocol
 import msgspec
 import torch
 
-from moe_ref.contract.capabilities import Capabilities, Numerics
+from moe_ref.contract.capabilities import ROUNDED_OPERANDS, Capabilities, Numerics
 from moe_ref.contract.case import Case
 from moe_ref.contract.shares import rank_shares
 from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Stage, Verdict
@@ -248,7 +248,8 @@ def needed(file: TolerancesFile, numerics: Numerics) -> Guard:
     """
     narrow = file.formats[Format.FP16].significand_bits
     declared = [*numerics.storage.values(), numerics.reduce, numerics.activation, numerics.merge,
-                Format.TF32 if numerics.products == "tf32" else None]
+                Format.TF32 if numerics.products == "tf32" else None,
+                Format.E4M3 if numerics.products in ROUNDED_OPERANDS else None]
     bits = min(file.formats[one].significand_bits for one in declared if one is not None)
     dtype = next((dtype for dtype in (Dtype.BF16, Dtype.FP16)
                   if bits <= file.formats[Format(dtype.value)].significand_bits), Dtype.FP32)
