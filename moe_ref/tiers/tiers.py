@@ -1,6 +1,6 @@
 """The tiers: smoke, quick, full, nightly, each of pinned cases plus covers, each holding the one before it;
-families, pinned layers of released families; encoded, quantised experts; ranks, every way to spread a layer on real processes; conformance, what
-other people's implementations are asked for."""
+families, pinned layers of released families; encoded, quantised experts under every degree; ranks, every way to spread
+a layer on real processes; conformance, what other people's implementations are asked for."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
