@@ -32,3 +32,30 @@ class EncodedMLP:
     def output_weights_R(self) -> torch.Tensor | None:
         """Weights of the rows of w2, in (token, slot) order; None where they are on the input."""
         return None if self.form.weight_on_input else self.weights_TK.reshape(-1)
+
+
+@dataclass(frozen=True)
+class EncodedGateUp:
+    """The first half of an EncodedMLP; weights_TK are given where the form has them on the input."""
+
+    x_TH: torch.Tensor
+    ids_TK: torch.Tensor
+    hosted_E: torch.Tensor
+    w13: Encoded
+    form: Form
+    weights_TK: torch.Tensor | None = None
+    w13_bias_EGI: torch.Tensor | None = None
+    w13_input_scale_E: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class EncodedDown:
+    """The second half, of rows of act in (token, slot) order, R = T * K; weights_TK multiply its rows."""
+
+    act_RI: torch.Tensor
+    ids_TK: torch.Tensor
+    weights_TK: torch.Tensor
+    hosted_E: torch.Tensor
+    w2: Encoded
+    w2_bias_EH: torch.Tensor | None = None
+    w2_input_scale_E: torch.Tensor | None = None
