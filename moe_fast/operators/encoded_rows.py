@@ -14,10 +14,23 @@ from dataclasses import dataclass
 import torch
 
 from moe_fast.kernels.align import Alignment
+from moe_ref.contract.vocabulary import Stage
+
+CODES = {"permute_codes_RH": Stage.PERMUTE_CODES, "permute_scales_RQ": Stage.PERMUTE_SCALES,
+         "act_codes_RI": Stage.ACT_CODES, "act_scales_RQ": Stage.ACT_SCALES}
+"""Fields, and the stages that they are."""
+
+
+class _WithCodes:
+    @property
+    def codes(self) -> dict[Stage, torch.Tensor]:
+        """Those of CODES that there are."""
+        held = ((stage, getattr(self, name, None)) for name, stage in CODES.items())
+        return {stage: tensor for stage, tensor in held if tensor is not None}
 
 
 @dataclass(frozen=True)
-class EncodedActRows:
+class EncodedActRows(_WithCodes):
     """act_RI in expert order and x's dtype; codes and scales of the rows that the first product took."""
 
     alignment: Alignment
@@ -27,7 +40,7 @@ class EncodedActRows:
 
 
 @dataclass(frozen=True)
-class EncodedDownRows:
+class EncodedDownRows(_WithCodes):
     """down_RH in (token, slot) order and x's dtype, weighted; codes and scales of the rows of act."""
 
     alignment: Alignment
@@ -37,7 +50,7 @@ class EncodedDownRows:
 
 
 @dataclass(frozen=True)
-class EncodedRows:
+class EncodedRows(_WithCodes):
     """Of both products: act_RI in expert order, down_RH in (token, slot) order, both in x's dtype."""
 
     alignment: Alignment
