@@ -9,17 +9,16 @@ import triton.language as tl
 
 @triton.jit
 def e4m3_of(value):
-    """Code (uint8) of fp32: to nearest, ties to even; what is finite saturates at 448, anything else is NaN."""
+    """Code (uint8) of fp32: to nearest, ties to even; what is beyond 448 becomes 448, and NaN stays NaN."""
     bits = value.to(tl.int32, bitcast=True)
-    size = tl.abs(value)
-    is_finite = size < float("inf")
-    size = tl.where(is_finite, tl.minimum(size, 448.0), 0.0)
+    is_number = value == value
+    size = tl.where(is_number, tl.minimum(tl.abs(value), 448.0), 0.0)
     # Below 2^-6 codes are multiples of 2^-9, the last place of 2^14: this addition rounds to one.
     small = (size + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
     wide = size.to(tl.int32, bitcast=True)
     normal = ((wide + 0x7FFFF + ((wide >> 20) & 1)) >> 20) - (120 << 3)
     code = tl.where(size < 0.015625, small, normal)
-    return (tl.where(is_finite, code, 0x7F) | ((bits >> 24) & 0x80)).to(tl.uint8)
+    return (tl.where(is_number, code, 0x7F) | ((bits >> 24) & 0x80)).to(tl.uint8)
 
 
 @triton.jit

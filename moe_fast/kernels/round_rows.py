@@ -19,8 +19,8 @@ SIZES = {Scheme.FP8_TENSOR: FIXED, Scheme.FP8_ROW: WHOLE_ROW,
          **{scheme: ENCODINGS[scheme].columns or WHOLE_ROW for scheme in (Scheme.FP8_BLOCK, Scheme.MXFP8)}}
 """Schemes whose products take rounded rows, and how many columns share a scale."""
 _BLOCK_R, _BLOCK_R_INTERPRETED, _COLUMNS, _WARPS = 4, 64, 512, 4
-NATIVE = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120", "")
-"""Architectures whose compiler has e4m3; the interpreter is one."""
+NATIVE = ("sm_89", "sm_90", "sm_100", "sm_103", "sm_120")
+"""Architectures for which Triton has e4m3, and multiplies it on matrix units."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,9 @@ def round_rows(rows_RK: torch.Tensor, scheme: Scheme, column_start: int, input_s
 
 def as_operand(codes: torch.Tensor) -> torch.Tensor:
     """Codes of e4m3 as kernels take them on that device: as such, or as bytes."""
-    device = codes.device
-    native = device.type == "cpu" or architecture(device) in NATIVE
-    return codes.view(torch.float8_e4m3fn if native else torch.uint8)
+    return codes.view(torch.float8_e4m3fn if multiplies_codes(codes.device) else torch.uint8)
+
+
+def multiplies_codes(device: torch.device) -> bool:
+    """Whether Triton has products of e4m3 there; elsewhere kernels decode it."""
+    return device.type == "cpu" or architecture(device) in NATIVE

@@ -5,15 +5,18 @@ of a sum, hence no sum in them is longer than a block (DeepSeek-V3, arXiv 2412.1
 of the weight's own grid, in which a rank's part may begin anywhere; both operands' scales change where one ends.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 
 from moe_fast.kernels.e4m3 import operand, scale_in_single
-from moe_fast.kernels.round_rows import RoundedRows, as_operand
+from moe_fast.kernels.round_rows import RoundedRows, as_operand, multiplies_codes
 from moe_fast.tiles import Load, Tile, gemm_tile
 from moe_ref.contract.encoded import Encoded
 from moe_ref.contract.schemes import ENCODINGS
+from moe_ref.contract.vocabulary import Scheme
 
 LONGEST_SUM = 128
 """Products that a sum in a matrix unit has where scales do not change along K."""
@@ -32,33 +35,45 @@ def scales_of_rows(scales, row, in_rows, block, stride_B):
 
 
 @triton.jit
-def scales_of_columns(scales, expert, n, in_columns, block, row_start, stride_E, stride_N, stride_K,
-                      SCALE_ROWS: tl.constexpr):
+def scales_of_columns(scales, expert, column, block, num_columns, row_start, stride_E, stride_N, stride_K,
+                      SCALE_ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
     """Each result column's scale of a block along K: that of a row of the weight, which begins `row_start` inside."""
-    row = ((n + row_start) // SCALE_ROWS).to(tl.int64)
-    at = scales + expert.to(tl.int64) * stride_E + row * stride_N + tl.cast(block, tl.int64) * stride_K
-    return scale_in_single(tl.load(at, mask=in_columns, other=0))
+    first = column * BLOCK_N
+    n = first + tl.arange(0, BLOCK_N)
+    at = scales + expert.to(tl.int64) * stride_E + tl.cast(block, tl.int64) * stride_K
+    if SCALE_ROWS >= BLOCK_N:
+        # Two scalars at most, where a vector of scales would take a register of its own for every column.
+        row = (first + row_start) // SCALE_ROWS
+        border = (row + 1) * SCALE_ROWS - row_start
+        at += row.to(tl.int64) * stride_N
+        upper = tl.load(at + stride_N, mask=border < tl.minimum(first + BLOCK_N, num_columns), other=0)
+        return tl.where(n < border, scale_in_single(tl.load(at)), scale_in_single(upper))
+    else:
+        row = ((n + row_start) // SCALE_ROWS).to(tl.int64)
+        return scale_in_single(tl.load(at + row * stride_N, mask=n < num_columns, other=0))
 
 
 @triton.jit
-def joined(total, rows, weights, row_scale, column_scale, IN_BLOCKS: tl.constexpr):
-    """total + rows @ weights, times their scales where these change along K."""
-    part = tl.dot(operand(rows), operand(weights))
-    if IN_BLOCKS:
-        part = part * row_scale[:, None] * column_scale[None, :]
-    return total + part
+def block_sum(rows, weights):
+    """rows @ weights of codes, in a sum of its own."""
+    return tl.dot(operand(rows), operand(weights))
 
 
 def scaled_tile(device: torch.device, load: Load, encoded: Encoded, accumulators: int, kernel: str,
                 block_m: int | None = None) -> Tile:
-    """The tile of a product of codes: as that of bf16, with blocks of the scheme along the sum.
+    """The tile of a product of codes: as that of bf16, with no more than a block of the scheme along the sum.
 
-    Beside every accumulator there is the sum of a block, so that columns are half as many.
+    Beside every accumulator there is the sum of a block, so that columns are fewer; half of these where every row of
+    the weight has scales along K, and with codes that are decoded first, which also are fewer at a time.
     """
     (num_rows, num_columns), size = encoded.shape[-2:], ENCODINGS[encoded.scheme].columns or LONGEST_SUM
     tile = gemm_tile(device, torch.bfloat16, load, num_rows, num_columns, accumulators, kernel=kernel, block_m=block_m)
-    columns = tile.block_n if device.type == "cpu" else min(tile.block_n, 128 // accumulators)
-    return Tile(tile.block_m, columns, size, tile.num_warps, tile.num_stages, tile.group)
+    if device.type == "cpu":
+        return replace(tile, block_k=size)
+    decodes = not multiplies_codes(device)
+    widest = 64 if decodes or encoded.scheme is Scheme.MXFP8 else 128
+    return replace(tile, block_n=min(tile.block_n, widest // accumulators), block_k=min(size, 64 if decodes else size),
+                   descriptors=False, persistent=False)
 
 
 def product_arguments(rounded: RoundedRows, encoded: Encoded, name: str) -> dict[str, object]:
@@ -71,6 +86,6 @@ def product_arguments(rounded: RoundedRows, encoded: Encoded, name: str) -> dict
     return {"codes": rounded.codes_RK, "scales": rounded.scales_RB, name: as_operand(encoded.codes.view(torch.uint8)),
             f"{name}_scales": encoded.scales, "row_start": encoded.row_start, "column_start": encoded.column_start,
             "stride_scales_B": rounded.scales_RB.stride(1), "SCALE_ROWS": encoding.rows or 1,
-            "IN_BLOCKS": encoding.columns is not None,
+            "SCALE_COLUMNS": encoding.columns or 0,
             **{f"stride_w_{letter}": stride for letter, stride in zip(letters, encoded.codes.stride(), strict=True)},
             **{f"stride_s_{letter}": stride for letter, stride in zip(letters, strides, strict=True)}}

@@ -8,7 +8,7 @@ from moe_fast.kernels.align import Alignment
 from moe_fast.kernels.described import weights_at
 from moe_fast.kernels.grouped import block_rows, grouped_tile, launch_grouped
 from moe_fast.kernels.round_rows import RoundedRows
-from moe_fast.kernels.scaled import codes_at, joined, product_arguments, scales_of_columns, scales_of_rows
+from moe_fast.kernels.scaled import block_sum, codes_at, product_arguments, scales_of_columns, scales_of_rows
 from moe_fast.tiles import Tile
 from moe_ref.contract.encoded import Encoded
 
@@ -18,8 +18,8 @@ def scaled_down_kernel(codes, scales, w2, w2_scales, w2_bias, down, row_weights,
                        block_row_end, block_count, hidden_size, intermediate_size, row_start, column_start,
                        stride_scales_B, stride_w_E, stride_w_H, stride_w_I, stride_s_E, stride_s_H, stride_s_I,
                        stride_bias_E, stride_bias_H, HAS_BIAS: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-                       SCALE_ROWS: tl.constexpr, IN_BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr,
-                       BLOCK_I: tl.constexpr, GROUP: tl.constexpr, PERSISTENT: tl.constexpr):
+                       SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr,
+                       BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, GROUP: tl.constexpr, PERSISTENT: tl.constexpr):
     """down[row] as down_kernel's, of codes times scales; codes of rows lie by position."""
     num_blocks, num_columns = tl.load(block_count), tl.cdiv(hidden_size, BLOCK_H)
     for tile in tl.range(tl.program_id(0), num_blocks * num_columns, tl.num_programs(0), flatten=PERSISTENT):
@@ -31,21 +31,23 @@ def scaled_down_kernel(codes, scales, w2, w2_scales, w2_bias, down, row_weights,
         act_at = codes_at(codes, position, i, intermediate_size)
         w_at = weights_at(w2, expert, h, i, stride_w_E, stride_w_H, stride_w_I, "addresses")
         total = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
-        row_scale = scales_of_rows(scales, position, in_rows, 0, stride_scales_B)
-        w_scale = scales_of_columns(w2_scales, expert, h, in_columns, 0, row_start, stride_s_E, stride_s_H, stride_s_I,
-                                    SCALE_ROWS)
-        for along in range(0, tl.cdiv(column_start + intermediate_size, BLOCK_I)):
-            in_inner = (i + along * BLOCK_I >= 0) & (i + along * BLOCK_I < intermediate_size)
-            if IN_BLOCKS:
-                row_scale = scales_of_rows(scales, position, in_rows, along, stride_scales_B)
-                w_scale = scales_of_columns(w2_scales, expert, h, in_columns, along, row_start, stride_s_E, stride_s_H,
-                                            stride_s_I, SCALE_ROWS)
+        for start in range(0, column_start + intermediate_size, BLOCK_I):
+            in_inner = (i + start >= 0) & (i + start < intermediate_size)
             act_tile = tl.load(act_at, mask=in_rows[:, None] & in_inner[None, :], other=0.0)
             w_tile = tl.load(w_at, mask=in_inner[:, None] & in_columns[None, :], other=0.0)
-            total = joined(total, act_tile, w_tile, row_scale, w_scale, IN_BLOCKS)
+            part = block_sum(act_tile, w_tile)
+            if SCALE_COLUMNS != 0:
+                row_scale = scales_of_rows(scales, position, in_rows, start // SCALE_COLUMNS, stride_scales_B)
+                w_scale = scales_of_columns(w2_scales, expert, column, start // SCALE_COLUMNS, hidden_size, row_start,
+                                            stride_s_E, stride_s_H, stride_s_I, SCALE_ROWS, BLOCK_H)
+                part = part * row_scale[:, None] * w_scale[None, :]
+            total += part
             act_at += BLOCK_I
             w_at += BLOCK_I * stride_w_I
-        if not IN_BLOCKS:
+        if SCALE_COLUMNS == 0:
+            row_scale = scales_of_rows(scales, position, in_rows, 0, stride_scales_B)
+            w_scale = scales_of_columns(w2_scales, expert, column, 0, hidden_size, row_start, stride_s_E, stride_s_H,
+                                        stride_s_I, SCALE_ROWS, BLOCK_H)
             total = total * row_scale[:, None] * w_scale[None, :]
         if HAS_BIAS:
             bias_at = w2_bias + expert.to(tl.int64) * stride_bias_E + h.to(tl.int64) * stride_bias_H

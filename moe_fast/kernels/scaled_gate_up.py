@@ -10,7 +10,7 @@ from moe_fast.kernels.align import Alignment
 from moe_fast.kernels.described import weights_at
 from moe_fast.kernels.grouped import block_rows, grouped_tile, launch_grouped
 from moe_fast.kernels.round_rows import RoundedRows
-from moe_fast.kernels.scaled import codes_at, joined, product_arguments, scales_of_columns, scales_of_rows
+from moe_fast.kernels.scaled import block_sum, codes_at, product_arguments, scales_of_columns, scales_of_rows
 from moe_fast.tiles import Tile
 from moe_ref.contract.encoded import Encoded
 
@@ -21,8 +21,8 @@ def scaled_gate_up_kernel(codes, scales, w13, w13_scales, w13_bias, row_weights,
                           column_start, stride_scales_B, stride_w_E, stride_w_G, stride_w_I, stride_w_H, stride_s_E,
                           stride_s_G, stride_s_I, stride_s_H, stride_bias_E, stride_bias_G, stride_bias_I,
                           FORM: tl.constexpr, HAS_BIAS: tl.constexpr, GATHERED: tl.constexpr, SCALE_ROWS: tl.constexpr,
-                          IN_BLOCKS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr,
-                          GROUP: tl.constexpr, PERSISTENT: tl.constexpr):
+                          SCALE_COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr,
+                          BLOCK_H: tl.constexpr, GROUP: tl.constexpr, PERSISTENT: tl.constexpr):
     """act[position] as gate_up_kernel's, of codes times scales; GATHERED: codes of rows lie by token, not position."""
     num_blocks, num_columns = tl.load(block_count), tl.cdiv(intermediate_size, BLOCK_I)
     for tile in tl.range(tl.program_id(0), num_blocks * num_columns, tl.num_programs(0), flatten=PERSISTENT):
@@ -36,33 +36,36 @@ def scaled_gate_up_kernel(codes, scales, w13, w13_scales, w13_bias, row_weights,
         w_at = weights_at(w13, expert, i, h, stride_w_E, stride_w_I, stride_w_H, "addresses")
         gate = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
-        row_scale = scales_of_rows(scales, source, in_rows, 0, stride_scales_B)
-        w1_scale = scales_of_columns(w13_scales, expert, i, in_columns, 0, row_start, stride_s_E, stride_s_I,
-                                     stride_s_H, SCALE_ROWS)
-        w3_scale = w1_scale
-        if FORM.gated:
-            w3_scale = scales_of_columns(w13_scales + stride_s_G, expert, i, in_columns, 0, row_start, stride_s_E,
-                                         stride_s_I, stride_s_H, SCALE_ROWS)
-        for along in range(0, tl.cdiv(column_start + hidden_size, BLOCK_H)):
-            in_hidden = (h + along * BLOCK_H >= 0) & (h + along * BLOCK_H < hidden_size)
+        for start in range(0, column_start + hidden_size, BLOCK_H):
+            in_hidden = (h + start >= 0) & (h + start < hidden_size)
             w_mask = in_hidden[:, None] & in_columns[None, :]
             x_tile = tl.load(x_at, mask=in_rows[:, None] & in_hidden[None, :], other=0.0)
-            if IN_BLOCKS:
-                row_scale = scales_of_rows(scales, source, in_rows, along, stride_scales_B)
-                w1_scale = scales_of_columns(w13_scales, expert, i, in_columns, along, row_start, stride_s_E,
-                                             stride_s_I, stride_s_H, SCALE_ROWS)
-            gate = joined(gate, x_tile, tl.load(w_at, mask=w_mask, other=0.0), row_scale, w1_scale, IN_BLOCKS)
+            gate_part = block_sum(x_tile, tl.load(w_at, mask=w_mask, other=0.0))
+            if SCALE_COLUMNS != 0:
+                row_scale = scales_of_rows(scales, source, in_rows, start // SCALE_COLUMNS, stride_scales_B)[:, None]
+                w_scale = scales_of_columns(w13_scales, expert, column, start // SCALE_COLUMNS, intermediate_size,
+                                            row_start, stride_s_E, stride_s_I, stride_s_H, SCALE_ROWS, BLOCK_I)
+                gate_part = gate_part * row_scale * w_scale[None, :]
+            gate += gate_part
             if FORM.gated:
-                if IN_BLOCKS:
-                    w3_scale = scales_of_columns(w13_scales + stride_s_G, expert, i, in_columns, along, row_start,
-                                                 stride_s_E, stride_s_I, stride_s_H, SCALE_ROWS)
-                up = joined(up, x_tile, tl.load(w_at + stride_w_G, mask=w_mask, other=0.0), row_scale, w3_scale,
-                            IN_BLOCKS)
+                up_part = block_sum(x_tile, tl.load(w_at + stride_w_G, mask=w_mask, other=0.0))
+                if SCALE_COLUMNS != 0:
+                    w_scale = scales_of_columns(w13_scales + stride_s_G, expert, column, start // SCALE_COLUMNS,
+                                                intermediate_size, row_start, stride_s_E, stride_s_I, stride_s_H,
+                                                SCALE_ROWS, BLOCK_I)
+                    up_part = up_part * row_scale * w_scale[None, :]
+                up += up_part
             x_at += BLOCK_H
             w_at += BLOCK_H * stride_w_H
-        if not IN_BLOCKS:
-            gate = gate * row_scale[:, None] * w1_scale[None, :]
-            up = up * row_scale[:, None] * w3_scale[None, :]
+        if SCALE_COLUMNS == 0:
+            row_scale = scales_of_rows(scales, source, in_rows, 0, stride_scales_B)[:, None]
+            w_scale = scales_of_columns(w13_scales, expert, column, 0, intermediate_size, row_start, stride_s_E,
+                                        stride_s_I, stride_s_H, SCALE_ROWS, BLOCK_I)
+            gate = gate * row_scale * w_scale[None, :]
+            if FORM.gated:
+                w_scale = scales_of_columns(w13_scales + stride_s_G, expert, column, 0, intermediate_size, row_start,
+                                            stride_s_E, stride_s_I, stride_s_H, SCALE_ROWS, BLOCK_I)
+                up = up * row_scale * w_scale[None, :]
         weight = 1.0
         if FORM.weight_on_input:
             weight = tl.load(row_weights + row, mask=in_rows, other=0.0)[:, None]
@@ -87,7 +90,7 @@ def scaled_gate_up(rounded: RoundedRows, dtype: torch.dtype, w13: Encoded, w13_b
                    **product_arguments(rounded, w13, "w13"), w13_bias=act_RI if w13_bias_EGI is None else w13_bias_EGI,
                    HAS_BIAS=w13_bias_EGI is not None, act=act_RI,
                    row_weights=act_RI if row_weights_R is None else row_weights_R.contiguous(),
-                   hidden_size=hidden, intermediate_size=intermediate, top_k=top_k, GATHERED=rounded.by_token, FORM=form,
-                   stride_bias_E=stride_E, stride_bias_G=stride_G, stride_bias_I=stride_I, BLOCK_I=tile.block_n,
-                   BLOCK_H=tile.block_k)
+                   hidden_size=hidden, intermediate_size=intermediate, top_k=top_k, GATHERED=rounded.by_token,
+                   FORM=form, stride_bias_E=stride_E, stride_bias_G=stride_G, stride_bias_I=stride_I,
+                   BLOCK_I=tile.block_n, BLOCK_H=tile.block_k)
     return act_RI
