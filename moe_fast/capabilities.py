@@ -1,10 +1,14 @@
 """What the fast layer declares of itself, and the check that a spec is within it."""
 
+from dataclasses import replace
 from functools import cache
+
+import torch
 
 from moe_fast.form import ACTIVATIONS
 from moe_ref.contract.capabilities import Capabilities, Numerics
-from moe_ref.contract.errors import raise_faults
+from moe_ref.contract.dtypes import TORCH_DTYPES
+from moe_ref.contract.errors import UsageTypeError, raise_faults
 from moe_ref.contract.features import Feature
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.vocabulary import (
@@ -14,6 +18,7 @@ from moe_ref.contract.vocabulary import (
     Hosting,
     Ranks,
     Schedule,
+    Scheme,
     SharedPlacement,
     Stage,
     Storage,
@@ -28,8 +33,18 @@ def _numerics(dtype: Dtype) -> Numerics:
     return Numerics(storage={Stage.LOGITS: Format.FP32, Stage.WEIGHTS: Format.FP32, **rows}, reduce=stored)
 
 
+def _decoded(dtype: Dtype) -> Numerics:
+    """The same with weights that are decoded in fp32 and rounded to the model's dtype."""
+    return replace(_numerics(dtype), decoded=Format(dtype.value))
+
+
+DECODED = (Scheme.INT8, Scheme.GPTQ, Scheme.GPTQ_32, Scheme.GPTQ_ORDER, Scheme.GPTQ_ORDER_32, Scheme.AWQ, Scheme.AWQ_32,
+           Scheme.MXFP4, Scheme.NVFP4)
+"""Schemes whose weights are decoded before a product."""
+
 CAPABILITIES = Capabilities(
     name="moe_fast", version="0.1.0", numerics={dtype: _numerics(dtype) for dtype in Dtype},
+    schemes={scheme: {dtype: _decoded(dtype) for dtype in Dtype} for scheme in DECODED},
     stages=(Stage.LOGITS, Stage.IDS, Stage.WEIGHTS, Stage.ACT, Stage.DOWN, Stage.SHARED, Stage.MERGED,
             Stage.REDUCED),
     activations=ACTIVATIONS, scores=("softmax", "sigmoid", "sqrt_softplus"),
@@ -47,3 +62,13 @@ CAPABILITIES = Capabilities(
 def check_supported(spec: MoESpec) -> None:
     """Raise UsageValueError that names everything in `spec` that no kernel here computes."""
     raise_faults("moe_fast", [f"{reason} is not implemented" for reason in CAPABILITIES.refused_mathematics(spec)])
+
+
+def check_scheme(scheme: Scheme, dtype: torch.dtype) -> None:
+    """Raise UsageTypeError unless there are kernels for encoded experts beside tokens of that dtype."""
+    taken = {name: [TORCH_DTYPES[one] for one in dtypes] for name, dtypes in CAPABILITIES.schemes.items()}
+    if scheme not in taken:
+        raise UsageTypeError(f"weights: scheme {scheme}, but should be one of {', '.join(taken)} [moe_fast]")
+    if dtype not in taken[scheme]:
+        raise UsageTypeError(f"x_TH: dtype {dtype}, but should be one of {', '.join(map(str, taken[scheme]))} with "
+                             f"scheme {scheme} [moe_fast]")

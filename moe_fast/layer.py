@@ -6,9 +6,10 @@ runs the experts in the form that the schedule asks for.
 
 import torch
 
-from moe_fast.capabilities import check_supported
+from moe_fast.capabilities import check_scheme, check_supported
+from moe_fast.held import Held
 from moe_fast.merge import merged_tokens, shared_rows
-from moe_fast.observe import check_untracked, record_routing
+from moe_fast.observe import check_forward_only, check_untracked, record_routing
 from moe_fast.operators.drop import before_drop, drop_by
 from moe_fast.operators.route import route_by
 from moe_fast.operators.router_logits import router_logits
@@ -29,12 +30,13 @@ from moe_ref.contract.checks import (
 from moe_ref.contract.comm import Groups
 from moe_ref.contract.errors import UsageTypeError
 from moe_ref.contract.parallel import Parallel
+from moe_ref.contract.quantised import QuantisedWeights, check_held
 from moe_ref.contract.rank import Rank
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec, Router
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Stage
-from moe_ref.contract.weights import MoEWeights, WeightSource, check_weights, check_whole_parameters
+from moe_ref.contract.weights import MoEWeights, WeightSource, check_whole_parameters
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -43,7 +45,7 @@ ONE_RANK, ALONE = Parallel(), Groups()
 SIGMOID_GATE = Router(num_experts=1, top_k=1, score="sigmoid")
 
 
-def route(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, *,
+def route(x_TH: torch.Tensor, weights: WeightSource | QuantisedWeights, spec: MoESpec, *,
           logits_TE: torch.Tensor | None = None) -> Routing:
     """Ids (int32), weights, logits and shared gate, computed and stored in fp32.
 
@@ -57,7 +59,7 @@ def route(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, *,
     return _route(x_TH, weights, spec, logits_TE)
 
 
-def _route(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, logits_TE: torch.Tensor | None) -> Routing:
+def _route(x_TH: torch.Tensor, weights: WeightSource | QuantisedWeights, spec: MoESpec, logits_TE: torch.Tensor | None) -> Routing:
     router = spec.router
     if router is None:
         ids_TK = torch.zeros(len(x_TH), 1, dtype=torch.int32, device=x_TH.device)
@@ -82,7 +84,7 @@ def _route(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, logits_TE: 
                    _shared_gate(x_TH, weights, spec) if shared_logits_TS is None else shared_TS)
 
 
-def _shared_gate(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec) -> torch.Tensor | None:
+def _shared_gate(x_TH: torch.Tensor, weights: WeightSource | QuantisedWeights, spec: MoESpec) -> torch.Tensor | None:
     """The sigmoid gate is a router with one expert, so the router's operator computes it."""
     if spec.shared is None or spec.shared.gate != "sigmoid":
         return None
@@ -90,7 +92,7 @@ def _shared_gate(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec) -> to
     return route_by(SIGMOID_GATE, x_TH, weights.shared_gate_SH, None, None, None, None)[1]
 
 
-def experts(x_TH: torch.Tensor, routing: Routing, weights: WeightSource, spec: MoESpec,
+def experts(x_TH: torch.Tensor, routing: Routing, weights: WeightSource | QuantisedWeights, spec: MoESpec,
             parallel: Parallel | None = None, groups: Groups | None = None, *, reduce: bool = True,
             trace: Trace | None = None, check: str = "metadata") -> torch.Tensor:
     """Experts, shared expert and weighted merge, (T, H) in x's dtype; reduce=False returns the partial sum.
@@ -104,31 +106,39 @@ def experts(x_TH: torch.Tensor, routing: Routing, weights: WeightSource, spec: M
     check_routing(routing, spec, len(x_TH), check)
     if not reduce:
         check_partial(rank.parallel)
-    if trace is not None:
-        _check_traced(x_TH, in_memory, routing.weights_TK, routing.shared_TS)
+    _check_gradients(trace, in_memory, x_TH, routing.weights_TK, routing.shared_TS)
     return _experts(agreed_tokens(x_TH, rank), routing, in_memory, spec, rank, reduce, trace)
 
 
-def _check_layer(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, parallel: Parallel | None,
-                 groups: Groups | None) -> tuple[Rank, MoEWeights]:
+def _check_layer(x_TH: torch.Tensor, weights: WeightSource | QuantisedWeights, spec: MoESpec, parallel: Parallel | None,
+                 groups: Groups | None) -> tuple[Rank, Held]:
     """The rank, and the weights, which kernels read from one tensor for all experts of a rank."""
     check_tokens(x_TH, spec, DTYPES, "moe_fast")
     check_supported(spec)
     parallel, groups = check_groups(parallel or ONE_RANK, groups or ALONE)
-    check_weights(weights, spec, parallel, groups.rank)
-    if not isinstance(weights, MoEWeights):
-        raise UsageTypeError(f"weights: {type(weights).__name__}, but should be MoEWeights, all experts in memory "
-                             "[moe_fast]")
+    check_held(weights, spec, parallel, groups.rank)
+    if not isinstance(weights, MoEWeights | QuantisedWeights):
+        raise UsageTypeError(f"weights: {type(weights).__name__}, but should be MoEWeights or QuantisedWeights, all "
+                             "experts in memory [moe_fast]")
+    if isinstance(weights, QuantisedWeights):
+        check_scheme(weights.scheme, x_TH.dtype)
     rank = Rank(parallel, groups)
     return rank, router_over_tokens(weights, rank)
 
 
-def _check_traced(x_TH: torch.Tensor, weights: MoEWeights, *given: torch.Tensor | None) -> None:
-    """Raise where autograd would have to follow what a trace looks into."""
-    check_untracked((x_TH, *given, *(tensor for _, tensor in weights.named_tensors())))
+def _check_gradients(trace: Trace | None, weights: Held, *given: torch.Tensor | None) -> None:
+    """Raise where autograd would have to follow what a trace looks into, or codes."""
+    is_encoded = isinstance(weights, QuantisedWeights)
+    if trace is None and not is_encoded:
+        return
+    tensors = *given, *(tensor for _, tensor in weights.named_tensors())
+    if is_encoded:
+        check_forward_only(tensors)
+    if trace is not None:
+        check_untracked(tensors)
 
 
-def _experts(x_TH: torch.Tensor, routing: Routing, weights: MoEWeights, spec: MoESpec, rank: Rank, reduce: bool,
+def _experts(x_TH: torch.Tensor, routing: Routing, weights: Held, spec: MoESpec, rank: Rank, reduce: bool,
              trace: Trace | None) -> torch.Tensor:
     """The merged tokens of the tp group, completed, and a shared expert that is whole on every rank."""
     if trace is not None:
@@ -157,7 +167,7 @@ def _experts(x_TH: torch.Tensor, routing: Routing, weights: MoEWeights, spec: Mo
     return with_whole_shared(y_TH, shared_TH, weights, spec, rank)
 
 
-def moe(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, parallel: Parallel | None = None,
+def moe(x_TH: torch.Tensor, weights: WeightSource | QuantisedWeights, spec: MoESpec, parallel: Parallel | None = None,
         groups: Groups | None = None, *, routing: Routing | None = None, logits_TE: torch.Tensor | None = None,
         residual_TH: torch.Tensor | None = None, trace: Trace | None = None,
         check: str = "metadata") -> torch.Tensor:
@@ -174,9 +184,8 @@ def moe(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, parallel: Para
         check_routing(routing, spec, len(x_TH), check)
     if residual_TH is not None:
         check_residual(residual_TH, x_TH)
-    if trace is not None:
-        injected = (None, None) if routing is None else (routing.weights_TK, routing.shared_TS)
-        _check_traced(x_TH, in_memory, logits_TE, *injected)
+    injected = (None, None) if routing is None else (routing.weights_TK, routing.shared_TS)
+    _check_gradients(trace, in_memory, x_TH, logits_TE, *injected)
     x_TH = agreed_tokens(x_TH, rank)
     if routing is None:
         check_capacity(spec, rank.parallel)

@@ -1,11 +1,11 @@
 """What an observer gets to see: copies in the contract's row order, made only when a trace is given."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from moe_fast.kernels.align import Alignment
-from moe_ref.contract.errors import UsageValueError
+from moe_ref.contract.errors import UsageTypeError, UsageValueError
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Stage
@@ -13,9 +13,20 @@ from moe_ref.contract.vocabulary import Stage
 
 def check_untracked(arguments: Iterable[object]) -> None:
     """Raise UsageValueError if autograd would have to follow: what a traced call returns has no gradient."""
-    if torch.is_grad_enabled() and any(isinstance(one, torch.Tensor) and one.requires_grad for one in arguments):
+    if _is_tracked(arguments):
         raise UsageValueError("trace: a Trace is given while gradients are recorded, but a traced call should be under "
                               "torch.no_grad() [moe_fast]")
+
+
+def check_forward_only(arguments: Iterable[object]) -> None:
+    """Raise UsageTypeError if autograd would have to follow: codes have no gradient."""
+    if _is_tracked(arguments):
+        raise UsageTypeError("an argument requires a gradient, but experts that are encoded have a forward pass alone: "
+                             "should be under torch.no_grad() [moe_fast]")
+
+
+def _is_tracked(arguments: Iterable[object]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(one, torch.Tensor) and one.requires_grad for one in arguments)
 
 
 def record_routing(trace: Trace, routing: Routing) -> None:
@@ -37,3 +48,10 @@ def record_routed_rows(trace: Trace | None, alignment: Alignment, act_RI: torch.
     ordered_RI[rows] = act_RI[:num_valid]
     trace.record(Stage.ACT, ordered_RI)
     trace.record(Stage.DOWN, down_RH.masked_fill(alignment.local_ids_R[:, None] < 0, 0.0))
+
+
+def record_codes(trace: Trace | None, alignment: Alignment, codes: Mapping[Stage, torch.Tensor]) -> None:
+    """Codes and scales of rows, which are in (token, slot) order, as numbers in fp32; zero for dropped slots."""
+    if trace is not None:
+        for stage, tensor in codes.items():
+            trace.record(stage, tensor.to(torch.float32).masked_fill(alignment.local_ids_R[:, None] < 0, 0.0))

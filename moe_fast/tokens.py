@@ -12,6 +12,7 @@ import torch
 
 from moe_ref.contract.collectives import assemble, copy, enter, gather, leave, scatter
 from moe_ref.contract.parallel import cut
+from moe_ref.contract.quantised import QuantisedWeights
 from moe_ref.contract.rank import Rank
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.vocabulary import Schedule
@@ -37,7 +38,7 @@ def agreed_tokens(x_TH: torch.Tensor, rank: Rank) -> torch.Tensor:
     return copy(x_TH, rank.tp) if rank.by_output else x_TH
 
 
-def router_over_tokens(weights: MoEWeights, rank: Rank) -> MoEWeights:
+def router_over_tokens(weights: MoEWeights | QuantisedWeights, rank: Rank) -> MoEWeights | QuantisedWeights:
     """The weights, those of router and gates with gradients from all tokens, wherever those are.
 
     Each rank routes its own.

@@ -4,13 +4,16 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_fast.kernels.align import Alignment, align
+from moe_fast.kernels.align import align
 from moe_fast.kernels.combine import combine
 from moe_fast.kernels.down import down
 from moe_fast.kernels.gate_up import gate_up, gate_up_tile
 from moe_fast.memory import chunk_tokens
-from moe_fast.observe import record_routed_rows
+from moe_fast.observe import record_codes, record_routed_rows
 from moe_fast.operators.arguments import ExpertsArguments, GroupedMLP
+from moe_fast.operators.encoded_arguments import EncodedArguments, EncodedMLP
+from moe_fast.operators.encoded_family import encoded_mlp_rows
+from moe_fast.operators.encoded_rows import EncodedRows
 from moe_fast.operators.experts_backward import experts_backward
 from moe_fast.operators.rows import load_of
 from moe_fast.tiles import gemm_tile
@@ -79,10 +82,12 @@ class Products:
                         None if shared_TGI is None else shared_TGI[start:stop])
 
 
-def experts_forward(given: ExpertsArguments, trace: Trace | None = None,
+def experts_forward(given: ExpertsArguments | EncodedArguments, trace: Trace | None = None,
                     products: Products | None = None) -> torch.Tensor:
-    """What the operator runs; called by itself it shows its stages to a trace, and has no gradient."""
-    given.check("moe_fast::experts")
+    """What the operator runs, over encoded experts too; called by itself it shows its stages to a trace, and has no
+    gradient.
+    """
+    given.check("moe_fast::experts" if isinstance(given, ExpertsArguments) else "moe_fast::encoded_experts")
     merged_TH = given.x_TH.new_empty(given.x_TH.shape)
     num_tokens, top_k = given.ids_TK.shape
     step = max(1, num_tokens if trace is not None else chunk_tokens(top_k))
@@ -95,21 +100,26 @@ def experts_forward(given: ExpertsArguments, trace: Trace | None = None,
     return merged_TH
 
 
-def _merge(given: ExpertsArguments, merged_TH: torch.Tensor, trace: Trace | None, products: Products | None) -> None:
-    alignment, act_RI, down_RH = mlp_rows(given.routed(), None if products is None else products.routed_RGI)
-    record_routed_rows(trace, alignment, act_RI, down_RH)
-    del act_RI  # or it would be held while the shared expert is computed
+def _merge(given: ExpertsArguments | EncodedArguments, merged_TH: torch.Tensor, trace: Trace | None,
+           products: Products | None) -> None:
+    rows = mlp_rows(given.routed(), None if products is None else products.routed_RGI)
+    alignment, down_RH = rows.alignment, rows.down_RH
+    record_routed_rows(trace, alignment, rows.act_RI, down_RH)
+    record_codes(trace, alignment, rows.codes)
+    del rows  # or act would be held while the shared expert is computed
     shared, shared_TH = given.shared(), None
     if shared is not None:
-        shared_TH = mlp_rows(shared, None if products is None else products.shared_TGI)[2]
+        shared_TH = mlp_rows(shared, None if products is None else products.shared_TGI).down_RH
         if trace is not None:
             trace.record(Stage.SHARED, shared_TH)
     combine(down_RH, shared_TH, alignment.local_ids_R, *given.ids_TK.shape, bias_H=given.output_bias_H,
             mean=given.mean, merged_TH=merged_TH)
 
 
-def mlp_rows(mlp: GroupedMLP, products_RGI: torch.Tensor | None) -> tuple[Alignment, torch.Tensor, torch.Tensor]:
-    """The alignment, act_RI in expert order and weighted down_RH in (token, slot) order; products_RGI is filled."""
+def mlp_rows(mlp: GroupedMLP | EncodedMLP, products_RGI: torch.Tensor | None) -> EncodedRows:
+    """Rows of both products; products_RGI is filled, if given, where weights are not encoded."""
+    if isinstance(mlp, EncodedMLP):
+        return encoded_mlp_rows(mlp)
     (num_experts, _, intermediate, hidden), top_k = mlp.w13_EGIH.shape, mlp.ids_TK.shape[1]
     load, device, dtype = load_of(mlp.ids_TK, num_experts), mlp.x_TH.device, mlp.x_TH.dtype
     first = gate_up_tile(device, dtype, load, mlp.w13_EGIH, mlp.form, mlp.w13_bias_EGI is not None)
@@ -117,4 +127,5 @@ def mlp_rows(mlp: GroupedMLP, products_RGI: torch.Tensor | None) -> tuple[Alignm
     alignment = align(mlp.ids_TK, mlp.hosted_E, first.block_m)
     act_RI = gate_up(mlp.x_TH, mlp.w13_EGIH, mlp.w13_bias_EGI, mlp.weights_TK.reshape(-1), alignment, top_k, mlp.form,
                      first, products_RGI)
-    return alignment, act_RI, down(act_RI, mlp.w2_EHI, mlp.w2_bias_EH, mlp.output_weights_R, alignment, second)
+    return EncodedRows(alignment, act_RI, down(act_RI, mlp.w2_EHI, mlp.w2_bias_EH, mlp.output_weights_R, alignment,
+                                               second))

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from moe_fast.kernels.align import Alignment, align
+from moe_fast.kernels.align import align
 from moe_fast.kernels.bias_gradient import weighted_bias_gradient
 from moe_fast.kernels.bias_product import bias_product
 from moe_fast.kernels.combine import combine
@@ -13,7 +13,12 @@ from moe_fast.kernels.down_gradient import down_gradient
 from moe_fast.kernels.order import order
 from moe_fast.kernels.take import take
 from moe_fast.kernels.weight_gradient import weight_gradient
+from moe_fast.observe import record_codes
 from moe_fast.operators.down_arguments import GroupedDown, MergedDownArguments
+from moe_fast.operators.encoded_arguments import EncodedDown
+from moe_fast.operators.encoded_down_arguments import EncodedDownArguments
+from moe_fast.operators.encoded_family import encoded_down_rows
+from moe_fast.operators.encoded_rows import EncodedDownRows
 from moe_fast.operators.once import refuse_second_gradients
 from moe_fast.operators.rows import load_of, sum_of_tokens
 from moe_fast.tiles import gemm_tile
@@ -48,13 +53,17 @@ def _(*arguments, **options) -> torch.Tensor:
     return given.act_RI.new_empty(given.ids_TK.shape[0], given.w2_EHI.shape[1])
 
 
-def merged_down_forward(given: MergedDownArguments, trace: Trace | None = None) -> torch.Tensor:
-    """What the operator runs; called by itself it shows its stages to a trace, and has no gradient."""
-    given.check("moe_fast::merged_down")
-    alignment, down_RH = _down_rows(given.routed())
+def merged_down_forward(given: MergedDownArguments | EncodedDownArguments, trace: Trace | None = None) -> torch.Tensor:
+    """What the operator runs, over encoded experts too; called by itself it shows its stages to a trace, and has no
+    gradient.
+    """
+    given.check("moe_fast::merged_down" if isinstance(given, MergedDownArguments) else "moe_fast::encoded_merged_down")
+    rows = _down_rows(given.routed())
+    alignment, down_RH = rows.alignment, rows.down_RH
     shared, shared_TH = given.shared(), None
     if shared is not None:
-        _, shared_TH = _down_rows(shared)
+        shared_TH = _down_rows(shared).down_RH
+    record_codes(trace, alignment, rows.codes)
     if trace is not None:
         trace.record(Stage.DOWN, down_RH.masked_fill(alignment.local_ids_R[:, None] < 0, 0.0))
         if shared_TH is not None:
@@ -63,14 +72,17 @@ def merged_down_forward(given: MergedDownArguments, trace: Trace | None = None) 
                    mean=given.mean)
 
 
-def _down_rows(rows: GroupedDown) -> tuple[Alignment, torch.Tensor]:
-    """The alignment, and weighted down_RH in (token, slot) order."""
+def _down_rows(rows: GroupedDown | EncodedDown) -> EncodedDownRows:
+    """Weighted rows."""
+    if isinstance(rows, EncodedDown):
+        return encoded_down_rows(rows)
     num_experts, hidden, intermediate = rows.w2_EHI.shape
     tile = gemm_tile(rows.act_RI.device, rows.act_RI.dtype, load_of(rows.ids_TK, num_experts), hidden, intermediate,
                      kernel="down")
     alignment = align(rows.ids_TK, rows.hosted_E, tile.block_m)
     sorted_act_RI = take(rows.act_RI, order(alignment)[0])
-    return alignment, down(sorted_act_RI, rows.w2_EHI, rows.w2_bias_EH, rows.weights_TK.reshape(-1), alignment, tile)
+    return EncodedDownRows(alignment, down(sorted_act_RI, rows.w2_EHI, rows.w2_bias_EH, rows.weights_TK.reshape(-1),
+                                           alignment, tile))
 
 
 @torch.library.custom_op("moe_fast::merged_down_backward", mutates_args=())
