@@ -38,13 +38,16 @@ def _decoded(dtype: Dtype) -> Numerics:
     return replace(_numerics(dtype), decoded=Format(dtype.value))
 
 
-DECODED = (Scheme.INT8, Scheme.GPTQ, Scheme.GPTQ_32, Scheme.GPTQ_ORDER, Scheme.GPTQ_ORDER_32, Scheme.AWQ, Scheme.AWQ_32,
-           Scheme.MXFP4, Scheme.NVFP4)
+DECODED = (Scheme.GPTQ, Scheme.GPTQ_32, Scheme.GPTQ_ORDER, Scheme.GPTQ_ORDER_32, Scheme.AWQ, Scheme.AWQ_32,
+           Scheme.MXFP4)
 """Schemes whose weights are decoded before a product."""
+EXACT = (Scheme.INT8, Scheme.NVFP4)
+"""Schemes of which what is multiplied is exact in every dtype: a scale joins the sums."""
 
 CAPABILITIES = Capabilities(
     name="moe_fast", version="0.1.0", numerics={dtype: _numerics(dtype) for dtype in Dtype},
-    schemes={scheme: {dtype: _decoded(dtype) for dtype in Dtype} for scheme in DECODED},
+    schemes={scheme: {dtype: _decoded(dtype) for dtype in Dtype} for scheme in DECODED}
+    | {scheme: {dtype: _numerics(dtype) for dtype in Dtype} for scheme in EXACT},
     stages=(Stage.LOGITS, Stage.IDS, Stage.WEIGHTS, Stage.ACT, Stage.DOWN, Stage.SHARED, Stage.MERGED,
             Stage.REDUCED),
     activations=ACTIVATIONS, scores=("softmax", "sigmoid", "sqrt_softplus"),

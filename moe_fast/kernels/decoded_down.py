@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from moe_fast.kernels.align import Alignment
-from moe_fast.kernels.decoded_tile import decoded_tile, encoded_operand
+from moe_fast.kernels.decoded_tile import decoded_tile, encoded_operand, with_joined_scale
 from moe_fast.kernels.grouped import block_rows, grouped_tile, launch_grouped
 from moe_fast.tiles import Tile
 from moe_ref.contract.encoded import Encoded
@@ -35,11 +35,12 @@ def decoded_down_kernel(act, codes, scales, zeros, groups, second, w2_bias, down
         total = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
         for start in range(0, intermediate_size, BLOCK_I):
             act_tile = tl.load(act_at, mask=in_rows[:, None] & (start + i < intermediate_size)[None, :], other=0.0)
-            w_tile = decoded_tile(codes_at, scales, zeros, groups, second, matrix, blocks_at, in_columns, start,
+            w_tile = decoded_tile(codes_at, scales, zeros, groups, matrix, blocks_at, in_columns, start,
                                   intermediate_size, column_start, stride_w_I, dtype, CODES, SCALES, COLUMNS, RUN,
-                                  HAS_ZEROS, HAS_ORDER, HAS_SECOND, HAS_TAIL, BLOCK_H, BLOCK_I)
+                                  HAS_ZEROS, HAS_ORDER, HAS_TAIL, BLOCK_H, BLOCK_I)
             total = tl.dot(act_tile, w_tile, total, input_precision="ieee")
             act_at += BLOCK_I
+        total = with_joined_scale(total, scales, second, matrix, blocks_at, in_columns, COLUMNS, HAS_SECOND)
         if HAS_BIAS:
             bias_at = w2_bias + matrix * stride_bias_E + wide_h * stride_bias_H
             total += tl.load(bias_at, mask=in_columns, other=0.0).to(tl.float32)[None, :]

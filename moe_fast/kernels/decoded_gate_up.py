@@ -7,7 +7,7 @@ import triton.language as tl
 from moe_fast.form import Form
 from moe_fast.kernels.activation import act_of, from_products
 from moe_fast.kernels.align import Alignment
-from moe_fast.kernels.decoded_tile import decoded_tile, encoded_operand
+from moe_fast.kernels.decoded_tile import decoded_tile, encoded_operand, with_joined_scale
 from moe_fast.kernels.grouped import block_rows, grouped_tile, launch_grouped
 from moe_fast.tiles import Tile
 from moe_ref.contract.encoded import Encoded
@@ -36,22 +36,25 @@ def decoded_gate_up_kernel(x, codes, scales, zeros, groups, second, w13_bias, ro
         codes_at = codes + expert.to(tl.int64) * stride_w_E + wide_i * stride_w_I
         matrix = expert.to(tl.int64) * FORM.num_projections
         blocks_at = (matrix * intermediate_size + wide_i) * num_blocks_K
+        up_blocks_at = blocks_at + intermediate_size * num_blocks_K
         gate = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
         up = tl.zeros((BLOCK_M, BLOCK_I), tl.float32)
         for start in range(0, hidden_size, BLOCK_H):
             in_hidden = start + h < hidden_size
             x_tile = tl.load(x_at, mask=in_rows[:, None] & in_hidden[None, :], other=0.0)
-            w1_tile = decoded_tile(codes_at, scales, zeros, groups, second, matrix, blocks_at, in_columns, start,
-                                   hidden_size, column_start, stride_w_H, dtype, CODES, SCALES, COLUMNS, RUN, HAS_ZEROS,
-                                   HAS_ORDER, HAS_SECOND, HAS_TAIL, BLOCK_I, BLOCK_H)
+            w1_tile = decoded_tile(codes_at, scales, zeros, groups, matrix, blocks_at, in_columns, start, hidden_size,
+                                   column_start, stride_w_H, dtype, CODES, SCALES, COLUMNS, RUN, HAS_ZEROS, HAS_ORDER,
+                                   HAS_TAIL, BLOCK_I, BLOCK_H)
             gate = tl.dot(x_tile, w1_tile, gate, input_precision="ieee")
             if FORM.gated:
-                w3_tile = decoded_tile(codes_at + stride_w_G, scales, zeros, groups, second, matrix + 1,
-                                       blocks_at + intermediate_size * num_blocks_K, in_columns, start, hidden_size,
-                                       column_start, stride_w_H, dtype, CODES, SCALES, COLUMNS, RUN, HAS_ZEROS,
-                                       HAS_ORDER, HAS_SECOND, HAS_TAIL, BLOCK_I, BLOCK_H)
+                w3_tile = decoded_tile(codes_at + stride_w_G, scales, zeros, groups, matrix + 1, up_blocks_at,
+                                       in_columns, start, hidden_size, column_start, stride_w_H, dtype, CODES, SCALES,
+                                       COLUMNS, RUN, HAS_ZEROS, HAS_ORDER, HAS_TAIL, BLOCK_I, BLOCK_H)
                 up = tl.dot(x_tile, w3_tile, up, input_precision="ieee")
             x_at += BLOCK_H * stride_x_H
+        gate = with_joined_scale(gate, scales, second, matrix, blocks_at, in_columns, COLUMNS, HAS_SECOND)
+        if FORM.gated:
+            up = with_joined_scale(up, scales, second, matrix + 1, up_blocks_at, in_columns, COLUMNS, HAS_SECOND)
         weight = 1.0
         if FORM.weight_on_input:
             weight = tl.load(row_weights + row, mask=in_rows, other=0.0)[:, None]

@@ -1,6 +1,9 @@
 """Tiles of encoded matrices as numbers: codes and scales are read and decoded where a product takes them.
 
-    weight = (code - zero[block]) * scale[block] * second scale          in fp32, rounded once to the tokens' dtype
+    weight = (code - zero[block]) * scale[block]          in fp32, which is exact, rounded to the tokens' dtype
+
+A scale that a whole row shares, and a second scale, multiply the sums instead: what is left of a weight, a code of int8
+or one of e2m1 times a scale of e4m3, is exact in every dtype.
 
 e2m1, e4m3 and e8m0 are decoded by their bits, so that no format has to be one of the compiler's. Blocks are one row
 high; along the columns a tile has BLOCK_K / RUN runs of columns that share a block: the columns of a whole block, fewer
@@ -79,41 +82,48 @@ def each_column(value, RUN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.con
 
 
 @triton.jit
-def decoded_tile(codes_at, scales, zeros, groups, second, matrix, blocks_at, in_rows, start, num_columns, column_start,
+def decoded_tile(codes_at, scales, zeros, groups, matrix, blocks_at, in_rows, start, num_columns, column_start,
                  stride_K, dtype: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr, COLUMNS: tl.constexpr,
-                 RUN: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_SECOND: tl.constexpr,
-                 HAS_TAIL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+                 RUN: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_TAIL: tl.constexpr,
+                 BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """(BLOCK_K, BLOCK_N) in `dtype` of columns from `start`: 0 past the last one.
 
     codes_at: where the rows' codes begin; blocks_at: the place of their first scale among all; matrix: which one it is.
     """
-    code = code_tile(codes_at, in_rows, start, num_columns, stride_K, CODES, BLOCK_K)
-    first = start + RUN * tl.arange(0, BLOCK_K // RUN)
-    if HAS_ORDER:
-        block = tl.load(groups + matrix * num_columns + first, mask=first < num_columns, other=0)
-    elif COLUMNS == 0:
-        block = tl.zeros((BLOCK_K // RUN,), tl.int32)
-    else:
-        block = (column_start + first) // COLUMNS
-    inside = in_rows[:, None] & (first < num_columns)[None, :]
-    scale_at = blocks_at[:, None] + block[None, :]
-    scale = scale_number(tl.load(scales + scale_at, mask=inside, other=0), SCALES)
-    if CODES == "e2m1":
-        number = e2m1_number(code)
-    elif HAS_ZEROS:
-        zero = tl.load(zeros + scale_at, mask=inside, other=0).to(tl.float32)
-        number = code.to(tl.float32) - each_column(zero, RUN, BLOCK_N, BLOCK_K)
-    elif CODES == "int4":
-        number = code.to(tl.float32) - 8.0
-    else:
-        number = code.to(tl.float32)
-    weight = number * each_column(scale, RUN, BLOCK_N, BLOCK_K)
-    if HAS_SECOND:
-        weight *= tl.load(second + matrix)
-    if HAS_TAIL:
-        # A code of 0 is a number where codes have zero points, and with a huge scale none that 0 could take away.
-        weight = tl.where((start + tl.arange(0, BLOCK_K) < num_columns)[None, :], weight, 0.0)
+    weight = code_tile(codes_at, in_rows, start, num_columns, stride_K, CODES, BLOCK_K)
+    if COLUMNS != 0:
+        first = start + RUN * tl.arange(0, BLOCK_K // RUN)
+        if HAS_ORDER:
+            block = tl.load(groups + matrix * num_columns + first, mask=first < num_columns, other=0)
+        else:
+            block = (column_start + first) // COLUMNS
+        inside = in_rows[:, None] & (first < num_columns)[None, :]
+        scale_at = blocks_at[:, None] + block[None, :]
+        scale = scale_number(tl.load(scales + scale_at, mask=inside, other=0), SCALES)
+        if CODES == "e2m1":
+            number = e2m1_number(weight)
+        elif HAS_ZEROS:
+            zero = tl.load(zeros + scale_at, mask=inside, other=0).to(tl.float32)
+            number = weight.to(tl.float32) - each_column(zero, RUN, BLOCK_N, BLOCK_K)
+        else:
+            number = weight.to(tl.float32) - 8.0
+        weight = number * each_column(scale, RUN, BLOCK_N, BLOCK_K)
+        if HAS_TAIL:
+            # A code of 0 is -8, or less a zero point, and with a huge scale none that a 0 of the rows takes away.
+            weight = tl.where((start + tl.arange(0, BLOCK_K) < num_columns)[None, :], weight, 0.0)
     return tl.trans(weight.to(dtype))
+
+
+@triton.jit
+def with_joined_scale(total, scales, second, matrix, blocks_at, in_rows, COLUMNS: tl.constexpr,
+                      HAS_SECOND: tl.constexpr):
+    """Sums times the scale that their rows of the matrix share, or the second scale, where there is one."""
+    if COLUMNS == 0:
+        return total * tl.load(scales + blocks_at, mask=in_rows, other=0.0)[None, :]
+    elif HAS_SECOND:
+        return total * tl.load(second + matrix)
+    else:
+        return total
 
 
 def decoded_gemm_tile(device: torch.device, dtype: torch.dtype, load: Load, out_features: int, in_features: int,
