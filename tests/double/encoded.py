@@ -99,10 +99,11 @@ def decode(encoded: Encoded) -> np.ndarray:
     value = np.empty(number.shape)
     for place in np.ndindex(*leading):
         at = column if encoded.groups is None else bits_of(encoded.groups)[place]
-        zero: np.ndarray | float = 8.0 if encoding.codes is Codes.INT4 else 0.0
-        if encoded.zeros is not None:
-            zero = bits_of(encoded.zeros)[place][:, at].astype(np.float64)
-        value[place] = (number[place] - zero if encoding.codes is Codes.INT4 else number[place]) * scale[place][row][:, at]
+        steps = number[place]
+        if encoding.codes is Codes.INT4:
+            steps = steps - (8.0 if encoded.zeros is None else bits_of(encoded.zeros)[place][:, at].astype(np.float64))
+        with np.errstate(invalid="ignore"):  # zero times an infinite scale is NaN
+            value[place] = steps * scale[place][row][:, at]
         if encoded.second_scale is not None:
             value[place] *= FP32.numbers(bits_of(encoded.second_scale[place]))
     return value
