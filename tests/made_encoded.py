@@ -47,6 +47,14 @@ def bits(values: torch.Tensor | np.ndarray) -> np.ndarray:
     return np.where(np.isnan(array), np.int64(-1), array.view(np.int64))
 
 
+def same_tensors(one: Encoded, other: Encoded) -> bool:
+    """Whether both have the same codes, scales and what goes with them, to the bit."""
+    return one.tensors.keys() == other.tensors.keys() and all(
+        tensor.shape == other.tensors[name].shape and tensor.dtype == other.tensors[name].dtype
+        and torch.equal(tensor.flatten().view(torch.uint8), other.tensors[name].flatten().view(torch.uint8))
+        for name, tensor in one.tensors.items())
+
+
 def same(one: torch.Tensor | np.ndarray, other: torch.Tensor | np.ndarray) -> bool:
     """Whether shapes and all bits agree."""
     return one.shape == other.shape and bool((bits(one) == bits(other)).all())

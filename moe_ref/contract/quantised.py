@@ -97,6 +97,9 @@ class QuantisedWeights:
         for name in ("w13_input_scale_E", "w2_input_scale_E"):
             if (scale_E := getattr(self, name)) is not None:
                 part[name] = scale_E[list(hosted)].clone()
+        for name in ("shared_w13_input_scale", "shared_w2_input_scale"):
+            if (scale := getattr(self, name)) is not None:
+                part[name] = scale.clone()
         for name in placements(parallel):
             if (tensor := getattr(self, name, None)) is not None:
                 part[name] = rank_part(name, tensor, parallel, rank).clone(memory_format=torch.contiguous_format)
@@ -107,7 +110,7 @@ def cut_matrix(parameter: str, matrix: Encoded, parallel: Parallel, rank: int) -
     """This rank's rows (colwise) or columns (rowwise) of an encoded parameter; all of it where it is not cut."""
     kind = placements(parallel)[parameter].kind
     if kind == "replicated":
-        return matrix
+        return matrix.copied()
     if kind == "colwise":
         return matrix.rows(part_range(parameter, matrix.shape[-2], parallel, rank))
     return matrix.columns(part_range(parameter, matrix.shape[-1], parallel, rank))
