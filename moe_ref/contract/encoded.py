@@ -147,7 +147,7 @@ def check_encoded(name: str, encoded: Encoded, scheme: Scheme, shape: tuple[int,
                                          ("column", encoded.column_start, None if encoding.order else encoding.columns))
                if not 0 <= start < (size or 1)]
     blocks = encoding.blocks(num_rows, num_columns, encoded.row_start, encoded.column_start)
-    if encoding.order and encoded.scales.dim():
+    if encoding.order and isinstance(encoded.scales, torch.Tensor) and encoded.scales.dim():
         blocks = (blocks[0], encoded.scales.shape[-1])  # a part has columns of any of all groups
     if num_rows == 0 and encoding.rows is not None:
         blocks = (0, blocks[1])
