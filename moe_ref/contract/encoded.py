@@ -182,5 +182,5 @@ def _check_dtypes(name: str, encoded: Encoded) -> None:
 def stacked(parts: list[Encoded], count: int) -> Encoded:
     """The first `count` of these side by side along a new first axis; at least one is given, for its shape."""
     first = parts[0]
-    return replace(first, **{name: torch.stack([part.tensors[name] for part in parts])[:count]
-                             for name in first.tensors})
+    side_by_side = {name: torch.stack([part.tensors[name] for part in parts])[:count] for name in first.tensors}
+    return replace(first, **side_by_side)  # pyrefly: ignore

@@ -74,7 +74,7 @@ class QuantisedWeights:
         return self._mapped(lambda one: one.to(device))
 
     def _mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "QuantisedWeights":
-        changed = {}
+        changed: dict[str, Encoded | torch.Tensor] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Encoded):
