@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from moe_ref.contract.case import Case
 from moe_ref.contract.dtypes import PLAIN_DTYPES
 from moe_ref.contract.encoded import Encoded, check_encoded
 from moe_ref.contract.errors import UsageTypeError, UsageValueError, raise_faults
@@ -115,6 +116,18 @@ def cut_matrix(parameter: str, matrix: Encoded, parallel: Parallel, rank: int) -
     if kind == "colwise":
         return matrix.rows(part_range(parameter, matrix.shape[-2], parallel, rank))
     return matrix.columns(part_range(parameter, matrix.shape[-1], parallel, rank))
+
+
+def part_starts(case: Case, parameter: str, rank: int) -> tuple[int, int]:
+    """How far inside their first blocks the rows and columns of a rank's part begin."""
+    encoding, placement = ENCODINGS[case.problem.scheme], placements(case.parallel)[parameter]
+    whole = parameter_shapes(case.problem.spec)[parameter]
+    if placement.shard_dim is None:
+        return 0, 0
+    start = part_range(parameter, whole[placement.shard_dim], case.parallel, rank)[0]
+    if placement.kind == "colwise":
+        return start % (encoding.rows or start or 1), 0
+    return 0, 0 if encoding.order else start % (encoding.columns or start or 1)
 
 
 def check_held(weights: WeightSource | QuantisedWeights, spec: MoESpec, parallel: Parallel, rank: int) -> None:
