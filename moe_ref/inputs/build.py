@@ -118,11 +118,13 @@ class GeneratedWeights:
                              *(self._biases(prefix, mlp, intermediate_size, index)))
 
     def expert(self, e: int) -> ExpertWeights:
-        """Expert e, drawn anew at every call."""
+        """Expert e, drawn anew at every call; of a scheme encoded_expert has it."""
+        assert self.problem.scheme is Scheme.PLAIN
         return self._mlp("", self.problem.spec.experts, self.problem.spec.intermediate_size, e)
 
     def shared_expert(self) -> ExpertWeights | None:
         """The shared expert, or None."""
+        assert self.problem.scheme is Scheme.PLAIN
         shared = self.problem.spec.shared
         return self._mlp("shared_", shared.mlp, shared.intermediate_size, 0) if shared else None
 

@@ -35,6 +35,7 @@ from moe_ref.tolerances.load import Tolerances
 from moe_ref.tolerances.schema import TolerancesFile
 from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.child.messages import RankReport, Reply, Request
+from moe_ref.verify.decoded import decoded_inputs
 from moe_ref.verify.diagnosis.diagnose import diagnosable, diagnose
 from moe_ref.verify.expected import excused, speaks_for_all
 from moe_ref.verify.explain import explain
@@ -173,8 +174,9 @@ def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> Case
     inputs = build_inputs(case.problem)
     if inputs.digest() != answer.reply.inputs_digest:
         raise RuntimeError(f"inputs digest {answer.reply.inputs_digest} in the child, {inputs.digest()} here")
-    model = RoundingModel.of(settings.tolerances, settings.hardware or settings.device,
-                             capabilities.contract(case.problem), case.problem.dtype)
+    numerics = capabilities.contract(case.problem)
+    inputs = decoded_inputs(inputs, numerics)
+    model = RoundingModel.of(settings.tolerances, settings.hardware or settings.device, numerics, case.problem.dtype)
     file = settings.tolerances.file
     covering = settings.covering(planned.case_id)
     judged: list[Judgement] = []
@@ -187,7 +189,7 @@ def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> Case
                                    lambda text: settings.tell(planned.case_id, text))
         facts = _facts(case, settings, answer, measurement)
         judgement = judge(measurement, facts, file.limits.ratio.max, file.power_guard.zeros.factor,
-                          needed(file, capabilities.contract(case.problem)))
+                          needed(file, numerics))
         if is_untraced and judgement.verdict is not Verdict.MISMATCH:
             # An output alone may leave nothing to say, and what else is wrong the other runs say.
             continue
@@ -199,7 +201,6 @@ def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> Case
     index, judgement = speaks_for_all(judged, covering)
     compared = []
     if judgement.verdict is Verdict.MISMATCH and small_enough(case):
-        numerics = capabilities.contract(case.problem)
         compared = _semantic_lines(semantic(case, inputs, runs[index], numerics))
     found = _diagnosed(case, inputs, runs[index], capabilities, judgement)
     measurement = measured[index]
@@ -223,6 +224,8 @@ def _diagnosed(case: Case, inputs: Inputs, ranks: list[RankTensors], capabilitie
     if judgement.verdict is not Verdict.MISMATCH or judgement.first_stage is None or not diagnosable(case):
         return None
     numerics = capabilities.contract(case.problem)
+    if numerics.products in ROUNDED_OPERANDS:
+        return None  # what a fault would make of codes is not simulated
     try:
         found = diagnose(case, inputs, ranks, numerics, Stage(judgement.first_stage))
     except Exception:
