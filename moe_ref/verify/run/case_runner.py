@@ -224,8 +224,6 @@ def _diagnosed(case: Case, inputs: Inputs, ranks: list[RankTensors], capabilitie
     if judgement.verdict is not Verdict.MISMATCH or judgement.first_stage is None or not diagnosable(case):
         return None
     numerics = capabilities.contract(case.problem)
-    if numerics.products in ROUNDED_OPERANDS:
-        return None  # what a fault would make of codes is not simulated
     try:
         found = diagnose(case, inputs, ranks, numerics, Stage(judgement.first_stage))
     except Exception:
