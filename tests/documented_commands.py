@@ -59,6 +59,8 @@ COMMANDS: dict[str, Run | Elsewhere | NotHere] = {
     "moe-ref replay v1-T9.H64.I48.E4.K2-bf16-norm-tp2 --impl moe_fast": Run(),
     "moe-ref verify moe_fast --tier quick": Elsewhere("ci/verify", "moe_ref verify moe_fast --tier"),
     "moe-ref show mixtral.8x7b --tp 8": Run(),
+    "python -m tests.third_party.decoders.table":
+        Elsewhere("tests/test_third_party_decoders.py", "from tests.third_party.decoders.compare import agreement"),
     "python -m tests.third_party.table mixtral": Elsewhere("tests/test_third_party.py", "from tests.third_party"),
     # docs/tutorial.md
     "pip install -e '.[triton,reports,dev]'": INSTALLS,
