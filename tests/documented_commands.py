@@ -120,7 +120,7 @@ COMMANDS: dict[str, Run | Elsewhere | NotHere] = {
     "moe-ref verify moe_fast --tier smoke": Elsewhere("ci/oldest", "-m moe_ref verify moe_fast --tier smoke"),
     "moe-ref verify moe_ref.simulated.subjects:pairwise": Run(ONE_CASE),
     "moe-ref verify mypkg.layer --tp 1,2,4,8": Run({"--shard": "1/20"}),
-    "moe-ref verify mypkg.layer --tier quick --record RUN": Run({"--shard": "1/599", "--record": "runs/quick"}),
+    "moe-ref verify mypkg.layer --tier quick --record RUN": Run({"--shard": "1/690", "--record": "runs/quick"}),
     "torchrun --nproc-per-node 4 -m moe_ref verify mypkg.layer --tier ranks --ranks torchrun":
         Elsewhere("tests/test_torchrun.py", '"torch.distributed.run"'),
     "pytest --moe-impl mypkg.layer --moe-tier quick": Elsewhere("tests/test_pytest_plugin.py", '"--moe-impl"'),

@@ -165,7 +165,7 @@ def test_the_same_cases_in_every_process() -> None:
     """Sets iterate in an order that depends on PYTHONHASHSEED; the tiers must not, nor need torch."""
     hash_seed = "4711" if os.environ.get("PYTHONHASHSEED") == "0" else "0"  # another one than this process has
     script = ("import sys; from moe_ref.tiers.tiers import tier\n"
-              "for n in ('smoke', 'quick', 'full', 'nightly', 'families', 'ranks', 'conformance'):\n"
+              "for n in ('smoke', 'quick', 'full', 'nightly', 'families', 'ranks', 'conformance', 'encoded'):\n"
               "    for c in tier(n).cases: print(n, c.case_id, c.ranks.value, c.purpose)\n"
               "assert 'torch' not in sys.modules")
     output = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": hash_seed},
