@@ -171,7 +171,8 @@ def test_the_same_cases_in_every_process() -> None:
     output = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": hash_seed},
                             capture_output=True, text=True, check=True).stdout
     assert output.splitlines() == [f"{name} {one.case_id} {one.ranks.value} {one.purpose}"
-                                   for name in (*NAMES, "families", "ranks", "conformance") for one in tier(name).cases]
+                                   for name in (*NAMES, "families", "ranks", "conformance", "encoded")
+                                   for one in tier(name).cases]
 
 
 def test_an_unknown_tier_lists_the_known_ones() -> None:
