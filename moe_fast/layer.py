@@ -59,7 +59,8 @@ def route(x_TH: torch.Tensor, weights: WeightSource | QuantisedWeights, spec: Mo
     return _route(x_TH, weights, spec, logits_TE)
 
 
-def _route(x_TH: torch.Tensor, weights: WeightSource | QuantisedWeights, spec: MoESpec, logits_TE: torch.Tensor | None) -> Routing:
+def _route(x_TH: torch.Tensor, weights: WeightSource | QuantisedWeights, spec: MoESpec,
+           logits_TE: torch.Tensor | None) -> Routing:
     router = spec.router
     if router is None:
         ids_TK = torch.zeros(len(x_TH), 1, dtype=torch.int32, device=x_TH.device)
