@@ -48,10 +48,12 @@ def with_shared(given: Arguments, gate_TS: torch.Tensor | None, weights: Held, s
     given = replace(given, shared_gate_T1=gate_TS, shared_form=form_of(spec.shared.mlp),
                     shared_w13_bias_GI=weights.shared_w13_bias_GI, shared_w2_bias_H=shared_bias(weights, rank),
                     mean=takes_mean(spec))
-    if isinstance(weights, QuantisedWeights):
+    if isinstance(given, EncodedArguments):
+        assert isinstance(weights, QuantisedWeights)
         return replace(given, shared_w13=weights.shared_w13, shared_w2=weights.shared_w2,
                        shared_w13_input_scale=weights.shared_w13_input_scale,
                        shared_w2_input_scale=weights.shared_w2_input_scale)
+    assert not isinstance(weights, QuantisedWeights)
     return replace(given, shared_w13_GIH=weights.shared_w13_GIH, shared_w2_HI=weights.shared_w2_HI)
 
 
@@ -71,21 +73,22 @@ def shared_alone(x_TH: torch.Tensor, gate_T1: torch.Tensor | None, weights: Held
     """
     assert spec.shared is not None
     form, rows = form_of(spec.shared.mlp), (x_TH, *every_token(x_TH, gate_T1))
-    biases = [None if tensor is None or columns is not None else tensor[None]
-              for tensor in (weights.shared_w13_bias_GI, w2_bias_H)]
+    w13_bias_EGI, w2_bias_EH = (None if tensor is None or columns is not None else tensor[None]
+                                for tensor in (weights.shared_w13_bias_GI, w2_bias_H))
     if isinstance(weights, QuantisedWeights):
         assert weights.shared_w13 is not None
         assert weights.shared_w2 is not None
         w13, w2 = weights.shared_w13, weights.shared_w2
         if columns is not None:
             w13, w2 = w13.rows(columns), w2.columns(columns)
-        scales = [None if scale is None else scale[None]
-                  for scale in (weights.shared_w13_input_scale, weights.shared_w2_input_scale)]
-        return EncodedArguments(*rows, one_expert(w13), one_expert(w2), form, *biases, *scales)
+        w13_scale_E, w2_scale_E = (None if scale is None else scale[None]
+                                   for scale in (weights.shared_w13_input_scale, weights.shared_w2_input_scale))
+        return EncodedArguments(*rows, one_expert(w13), one_expert(w2), form, w13_bias_EGI, w2_bias_EH, w13_scale_E,
+                                w2_scale_E)
     assert weights.shared_w13_GIH is not None
     assert weights.shared_w2_HI is not None
     w13_EGIH, w2_EHI = weights.shared_w13_GIH[None], weights.shared_w2_HI[None]
     if columns is not None:
         start, stop = columns
         w13_EGIH, w2_EHI = w13_EGIH[:, :, start:stop], w2_EHI[:, :, start:stop]
-    return ExpertsArguments(*rows, w13_EGIH, w2_EHI, None, None, None, form, form, *biases)
+    return ExpertsArguments(*rows, w13_EGIH, w2_EHI, None, None, None, form, form, w13_bias_EGI, w2_bias_EH)

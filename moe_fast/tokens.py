@@ -13,6 +13,7 @@ import torch
 from moe_fast.held import Held
 from moe_ref.contract.collectives import assemble, copy, enter, gather, leave, scatter
 from moe_ref.contract.parallel import cut
+from moe_ref.contract.quantised import QuantisedWeights
 from moe_ref.contract.rank import Rank
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.vocabulary import Schedule
@@ -40,9 +41,9 @@ def agreed_tokens(x_TH: torch.Tensor, rank: Rank) -> torch.Tensor:
 def router_over_tokens(weights: Held, rank: Rank) -> Held:
     """The weights, those of router and gates with gradients from all tokens, wherever those are.
 
-    Each rank routes its own.
+    Each rank routes its own. Beside encoded experts nothing has gradients.
     """
-    if not rank.with_other_tokens:
+    if isinstance(weights, QuantisedWeights) or not rank.with_other_tokens:
         return weights
     held = {name: getattr(weights, name) for name in ("router_EH", "router_bias_E", "weight_scale_E", "shared_gate_SH")}
     return replace(weights, **{name: enter(tensor, *rank.with_other_tokens)
