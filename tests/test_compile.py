@@ -71,9 +71,9 @@ def test_every_dtype_and_tile_of_the_products_is_compiled() -> None:
 
 
 def test_the_gate_stays_small() -> None:
-    """It runs with every change: 300 combinations are minutes, and each is there once."""
+    """It runs with every change: 330 combinations are minutes, and each is there once."""
     keys = [one.key for one in combinations_of(map(parse_case, CASES), ARCHITECTURES)]
-    assert len(keys) == len(set(keys)) <= 300
+    assert len(keys) == len(set(keys)) <= 330
 
 
 def test_a_router_of_256_experts_fits_into_registers() -> None:
