@@ -83,10 +83,10 @@ def each_column(value, RUN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.con
 
 @triton.jit
 def decoded_tile(codes_at, scales, zeros, groups, matrix, blocks_at, in_rows, start, num_columns, column_start,
-                 stride_K, dtype: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr, COLUMNS: tl.constexpr,
+                 stride_K, DTYPE: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr, COLUMNS: tl.constexpr,
                  RUN: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_TAIL: tl.constexpr,
                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """(BLOCK_K, BLOCK_N) in `dtype` of columns from `start`: 0 past the last one.
+    """(BLOCK_K, BLOCK_N) in DTYPE of columns from `start`: 0 past the last one.
 
     codes_at: where the rows' codes begin; blocks_at: the place of their first scale among all; matrix: which one it is.
     """
@@ -111,7 +111,7 @@ def decoded_tile(codes_at, scales, zeros, groups, matrix, blocks_at, in_rows, st
         if HAS_TAIL:
             # A code of 0 is -8, or less a zero point, and with a huge scale none that a 0 of the rows takes away.
             weight = tl.where((start + tl.arange(0, BLOCK_K) < num_columns)[None, :], weight, 0.0)
-    return tl.trans(weight.to(dtype))
+    return tl.trans(weight.to(DTYPE))
 
 
 @triton.jit
