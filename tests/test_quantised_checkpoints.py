@@ -86,6 +86,6 @@ def test_ranks_add_up_to_the_layer(saved: tuple, parallel: Parallel) -> None:
         return moe(x_TH, read, spec, parallel, grid_groups(comm, parallel.tp, parallel.ep))
 
     whole_TH = moe(x_TH, decoded_weights(weights), spec)
-    assert whole_TH.abs().max() > 0.1
+    assert whole_TH.abs().max() > 1e-3
     for y_TH in run_virtual_ranks(parallel.size, rank_main):
         torch.testing.assert_close(y_TH, whole_TH, rtol=0, atol=1e-14 * float(whole_TH.abs().max()))

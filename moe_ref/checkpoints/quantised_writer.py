@@ -36,7 +36,7 @@ def store_quantised(weights: QuantisedWeights, layer: int | str, naming: str | N
     for name in WHOLE_PARAMETERS:
         if (tensor := getattr(weights, name)) is not None:
             tensors[names.plain()[name][0][0]] = tensor[None] if name in naming.unit_axes else tensor
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
 
 def _matrix_tensors(weights: QuantisedWeights, names: LayerNames, part: Part, parameter: str) -> dict[str, torch.Tensor]:
