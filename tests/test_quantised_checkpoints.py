@@ -14,9 +14,8 @@ from moe_ref.checkpoints.quantised_writer import store_quantised
 from moe_ref.contract.comm import grid_groups
 from moe_ref.contract.local_comm import LocalComm, run_virtual_ranks
 from moe_ref.contract.parallel import Parallel
-from moe_ref.contract.quantised import QuantisedWeights, check_quantised
+from moe_ref.contract.quantised import check_quantised
 from moe_ref.contract.spec import MLP, MoESpec, Router, SharedExpert
-from moe_ref.contract.vocabulary import Scheme
 from tests.distinct_encoded import assert_same_weights, decoded_weights, make_weights
 from tests.quantised_configs import CONFIGS
 

@@ -1,6 +1,6 @@
-"""Protects the reading of quantised checkpoints against the libraries that write them: their packing of known numbers is
-read to the bit, and what store_quantised writes is read by them. Each is skipped, with the reason, where its library is
-not installed; none needs a GPU. How to install them stands in docs/checkpoints.md."""
+"""Protects the reading of quantised checkpoints beside the libraries that write them: their packing of known numbers is
+read to the bit, and what store_quantised writes is read by them. Each is skipped, with the reason, where its library
+is not installed; none needs a GPU. How to install them stands in docs/checkpoints.md."""
 
 import json
 from collections.abc import Callable
@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from moe_ref.checkpoints.naming import find_naming
+from moe_ref.checkpoints.quantisation_config import read_format
 from moe_ref.checkpoints.quantised_names import MATRICES, LayerNames
 from moe_ref.checkpoints.quantised_reader import open_quantised
 from moe_ref.checkpoints.quantised_writer import store_quantised
-from moe_ref.checkpoints.naming import find_naming
-from moe_ref.checkpoints.quantisation_config import read_format
 from moe_ref.contract.encoded import Encoded
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.quantised import QuantisedWeights

@@ -53,8 +53,8 @@ class QuantisedFormat:
     parts: name of the tensor -> what it is; the name follows that of the module, behind `joint`. encode: from tensors
     by name, each (L, its axes) of the same leading axes L, and the number of columns to the matrices (L, N, K); the
     tensors may be of whole matrices, or of runs of rows and columns that begin and end between packed words and blocks.
-    store: back. input_scale: name of the fixed scale of the rows that a product takes, one fp32 number. shape: name of a
-    tensor that holds [N, K]. unread: names that may stand beside them and change nothing that is read.
+    store: back. input_scale: name of the fixed scale of the rows that a product takes, one fp32 number. shape: name of
+    a tensor that holds [N, K]. unread: names that may stand beside them and change nothing that is read.
     packed: multiples that the rows and columns must have. layout: where gate and up lie, if not as the naming says.
     skips: whether a module of that full name is left in its own dtype.
     """

@@ -46,7 +46,7 @@ class LayerNames:
                               "known as (out, in)")
             if layout.gate_up != "separate" and mlp.gated and any(
                     axis.kind == "rows" and axis.size > 1 for one in self.format.parts.values() for axis in one.axes):
-                faults.append(f"gate and up {layout.gate_up}, but format {self.format.name} is known with them separate")
+                faults.append(f"gate and up {layout.gate_up}, but format {self.format.name} is known with them apart")
             faults += [f"the spec needs {key}, but naming {self.naming.name} has no tensor for it"
                        for key in self._keys(part, layout, mlp) if key not in self.naming.tensors]
         raise_faults("quantised checkpoint", faults)

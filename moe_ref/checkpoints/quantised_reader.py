@@ -1,6 +1,6 @@
 """One layer of a quantised checkpoint as encoded weights: the slices of one rank, no number changed."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from moe_ref.layouts.dtypes import StoredDtype, dtype_faults
 from moe_ref.layouts.stored import Part, StoredMLP, layout_sizes
 
 Stored = dict[str, StoredSlice]
+Wanted = tuple[str, tuple[int, ...], tuple[str, ...]]
 
 
 def open_quantised(path: str | Path, layer: int | str, naming: str | Naming, spec: MoESpec,
@@ -87,7 +88,12 @@ def _stacked(experts: tuple[int, ...] | list[None], matrix: QuantisedMatrix) -> 
     return whole
 
 
-def _read_biases(names: LayerNames, stored: Stored, part: Part, parallel: Parallel, rank: int) -> dict[str, object]:
+def _first(stored: StoredSlice | list[StoredSlice]) -> StoredSlice:
+    return stored[0] if isinstance(stored, list) else stored
+
+
+def _read_biases(names: LayerNames, stored: Stored, part: Part, parallel: Parallel,
+                 rank: int) -> dict[str, torch.Tensor]:
     layout, mlp, start = names.layout(part), names.mlp(part), "" if part == "experts" else "shared_"
     tensors = {}
     for key, (held, _) in names.plain().items():
@@ -100,14 +106,11 @@ def _read_biases(names: LayerNames, stored: Stored, part: Part, parallel: Parall
     if part == "shared":
         return dict(zip(("shared_w13_bias_GI", "shared_w2_bias_H"), biases.biases(None), strict=True))
     shapes = parameter_shapes(names.spec, parallel, rank)
-    fields: dict[str, object] = {}
-    for name, place, key in (("w13_bias_EGI", 0, next(iter(tensors))), ("w2_bias_EH", 1, "w2_bias")):
-        first = tensors[key]
-        dtype = DTYPES[(first[0] if isinstance(first, list) else first).dtype]
-        held = torch.empty(shapes[name], dtype=dtype)
-        for index in range(len(held)):
-            held[index] = biases.biases(index)[place]
-        fields[name] = held
+    # A rank may host no expert, so that nothing is read which would tell the dtype.
+    fields = {name: torch.empty(shapes[name], dtype=DTYPES[_first(tensors[key]).dtype])
+              for name, key in (("w13_bias_EGI", next(iter(tensors))), ("w2_bias_EH", "w2_bias"))}
+    for index in range(len(biases.experts)):
+        fields["w13_bias_EGI"][index], fields["w2_bias_EH"][index] = biases.biases(index)
     return fields
 
 
@@ -126,17 +129,27 @@ def _open_tensors(files: CheckpointFiles, names: LayerNames) -> Stored:
         found = {name: stored[name] for name in held if name in stored}
         faults += tensor_faults(found, shape)
         dtypes += [StoredDtype(name, key, DTYPES[one.dtype]) for name, one in found.items() if one.dtype in DTYPES]
-    for name, (shape, allowed) in codes.items():
-        if (one := stored.get(name)) is None:
-            continue
-        if one.dtype not in allowed:
-            hint = f"; a plain tensor, but format {names.format.name} has codes" * (one.dtype in DTYPES)
-            faults.append(f"{name}: stored as {one.dtype}, but should be {' or '.join(allowed)}{hint}")
-        if one.shape != shape:
-            faults.append(f"{name}: shape {one.shape}, but should be {shape}")
+    faults += _code_faults(names, stored, codes)
     raise_faults(f"{files.path}, {prefix}*", faults + dtype_faults(dtypes))
     raise_faults(f"{files.path}, {prefix}*", _size_faults(names, stored))
     return stored
+
+
+def _code_faults(names: LayerNames, stored: Stored, codes: Mapping[str, Wanted]) -> list[str]:
+    """What codes and scales have another shape or dtype, or another dtype than the first of their kind."""
+    faults, first = [], {}
+    for name, (kind, shape, allowed) in codes.items():
+        if (one := stored.get(name)) is None:
+            continue
+        reference = first.setdefault(kind, name)
+        if one.dtype not in allowed:
+            hint = f"; a plain tensor, but format {names.format.name} has codes" * (one.dtype in DTYPES)
+            faults.append(f"{name}: stored as {one.dtype}, but should be {' or '.join(allowed)}{hint}")
+        elif one.dtype != stored[reference].dtype:
+            faults.append(f"{name}: stored as {one.dtype}, but should be {stored[reference].dtype} as {reference}")
+        if one.shape != shape:
+            faults.append(f"{name}: shape {one.shape}, but should be {shape}")
+    return faults
 
 
 def _matrices(names: LayerNames) -> Iterator[MatrixNames]:
@@ -145,8 +158,8 @@ def _matrices(names: LayerNames) -> Iterator[MatrixNames]:
             yield from names.matrices(part, parameter)
 
 
-def _code_tensors(names: LayerNames) -> Iterator[tuple[str, tuple[tuple[int, ...], tuple[str, ...]]]]:
-    """Name, shape and allowed dtypes of all that encoded matrices are stored as."""
+def _code_tensors(names: LayerNames) -> Iterator[tuple[str, Wanted]]:
+    """Full name; name in the format, shape and allowed dtypes of all that encoded matrices are stored as."""
     stored_format = names.format
     for part in names.parts:
         stacked = (names.spec.num_experts,) if part == "experts" and names.layout(part).stacked else ()
@@ -159,7 +172,7 @@ def _code_tensors(names: LayerNames) -> Iterator[tuple[str, tuple[tuple[int, ...
                 if stored_format.shape:
                     tensors[stored_format.shape] = (2,), ("I64", "I32")
                 for module in one.modules:
-                    yield from ((names.tensor(module, suffix), held) for suffix, held in tensors.items())
+                    yield from ((names.tensor(module, suffix), (suffix, *held)) for suffix, held in tensors.items())
 
 
 def _skipped(names: LayerNames) -> list[str]:

@@ -26,7 +26,8 @@ def store_quantised(weights: QuantisedWeights, layer: int | str, naming: str | N
     naming = find_naming(naming) if isinstance(naming, str) else naming
     names = LayerNames(layer_prefix(naming, layer), naming, spec, read_format("config", config))
     if weights.scheme is not names.format.scheme:
-        raise UsageTypeError(f"weights: scheme {weights.scheme}, but should be {names.format.scheme} as the config says")
+        raise UsageTypeError(f"weights: scheme {weights.scheme}, but should be {names.format.scheme} as the config "
+                             "says")
     check_quantised(weights, spec, Parallel(), 0)
     tensors: dict[str, torch.Tensor] = {}
     for part in names.parts:
@@ -39,7 +40,8 @@ def store_quantised(weights: QuantisedWeights, layer: int | str, naming: str | N
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
 
-def _matrix_tensors(weights: QuantisedWeights, names: LayerNames, part: Part, parameter: str) -> dict[str, torch.Tensor]:
+def _matrix_tensors(weights: QuantisedWeights, names: LayerNames, part: Part,
+                    parameter: str) -> dict[str, torch.Tensor]:
     start, stored_format = "" if part == "experts" else "shared_", names.format
     encoded: Encoded = getattr(weights, start + parameter)
     field = f"{parameter}_input_scale_E" if part == "experts" else f"shared_{parameter}_input_scale"

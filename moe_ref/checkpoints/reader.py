@@ -125,7 +125,7 @@ def tensor_faults(tensors: Mapping[str, StoredSlice], shape: tuple[int, ...]) ->
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             faults.append(f"{name}: stored as {tensor.dtype}, but should be one of {', '.join(DTYPES)}; "
-                          "quantised weights are not read")
+                          "open_quantised reads quantised checkpoints")
         if tensor.shape != shape:
             faults.append(f"{name}: shape {tensor.shape}, but should be {shape}")
     return faults

@@ -13,7 +13,7 @@ _HEADER = {Codes.E4M3: "F8_E4M3", Codes.INT8: "I8"}
 
 
 def scaled_parts(scheme: Scheme, scale: str) -> Mapping[str, Part]:
-    """`weight` (N, K) and its scales under the name `scale`: of blocks (blocks, blocks), of rows (N, 1), of all (1,)."""
+    """`weight` (N, K) and its scales by the name `scale`: of blocks (blocks, blocks), of rows (N, 1), of all (1,)."""
     encoding = ENCODINGS[scheme]
     if encoding.rows is None:
         axes = (Axis("whole"),)
@@ -28,10 +28,7 @@ def scaled_parts(scheme: Scheme, scale: str) -> Mapping[str, Part]:
 def encode_scaled(scheme: Scheme, scale: str, tensors: Tensors, num_columns: int) -> Encoded:
     """The matrices (L, N, K); scales of other dtypes are widened to fp32, which changes no number."""
     codes, scales = tensors["weight"], tensors[scale]
-    if ENCODINGS[scheme].scales is Scales.E8M0:
-        scales = scales.view(torch.uint8)
-    else:
-        scales = scales.float()
+    scales = scales.view(torch.uint8) if ENCODINGS[scheme].scales is Scales.E8M0 else scales.float()
     if ENCODINGS[scheme].rows is None:
         scales = scales.reshape(*codes.shape[:-2], 1, 1)
     return Encoded(scheme=scheme, codes=codes, scales=scales, num_columns=num_columns)
