@@ -41,10 +41,15 @@ def _codes(codes: Codes, shape: tuple[int, ...], generator: torch.Generator) -> 
 
 
 def make_scales(kind: Scales, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """About 1 / 256, no two neighbours along any axis equal."""
-    place = sum((step * torch.arange(size).reshape(-1, *[1] * behind)
-                 for step, size, behind in zip((1, 2, 3, 5), shape[::-1], range(len(shape)), strict=False)),
-                start=torch.zeros((), dtype=torch.int64)).expand(shape) % 7
+    """About 1 / 256; no two neighbours along any axis are equal, and no period is the step of a tile.
+
+    Scales are even and odd multiples as the squares of a board are black and white, drawn among four of each: of a
+    pattern that is counted along the axes and taken modulo 7, a tile of 128 rows is the one four blocks on.
+    """
+    white = torch.zeros((), dtype=torch.int64)
+    for behind, size in enumerate(shape[::-1]):
+        white = white + torch.arange(size).reshape(-1, *[1] * behind)
+    place = white.expand(shape) % 2 + 2 * torch.randint(0, 4, shape, generator=generator)
     if kind is Scales.E8M0:
         return (place + 116).to(torch.uint8)
     drawn = (8 + place + torch.rand(shape, generator=generator) / 2) / 2048
