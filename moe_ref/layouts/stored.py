@@ -55,11 +55,9 @@ class StoredMLP:
         """The one MLP, in the same way."""
         return ExpertWeights(*self._read_all(None))
 
-    def biases(self, index: int | None) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def biases(self, index: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Those of w13 and of w2 alone, of one expert of this rank or, None, of the one MLP; `tensors` may be the
         biases alone."""
-        if not self.mlp.bias:
-            return None, None
         e = None if index is None else self.experts[index]
         return self._gate_up("_bias", e), self._read("w2_bias", e)
 
