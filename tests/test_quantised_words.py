@@ -1,5 +1,5 @@
-"""Protects the packing of quantised formats by hand: words written out in hexadecimal beside the numbers that they hold,
-so that a reader and a writer with the same mistake do not agree."""
+"""Protects the packing of quantised formats by hand: words written out in hexadecimal beside the numbers they hold, so
+that a reader and a writer with the same mistake do not agree."""
 
 import torch
 
