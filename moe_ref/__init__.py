@@ -19,6 +19,8 @@ _HOMES = {
     "MoESpec": "contract.spec", "Router": "contract.router_spec", "Capacity": "contract.router_spec",
     "MLP": "contract.spec", "SharedExpert": "contract.spec",
     "MoEWeights": "contract.weights", "ExpertWeights": "contract.weights", "Routing": "contract.routing",
+    "QuantisedWeights": "contract.quantised", "Encoded": "contract.encoded", "Scheme": "contract.vocabulary",
+    "decode": "oracle.decode", "encode": "schemes.encode",
     "Parallel": "contract.parallel", "Groups": "contract.comm", "Comm": "contract.comm",
     "CountingComm": "contract.comm", "SoloComm": "contract.comm", "TorchComm": "contract.torch_comm",
     "LocalComm": "contract.local_comm", "run_virtual_ranks": "contract.local_comm",
@@ -49,6 +51,7 @@ __all__ = [
     "CountingComm",
     "Direction",
     "Dtype",
+    "Encoded",
     "ExpertWeights",
     "Feature",
     "Format",
@@ -64,11 +67,13 @@ __all__ = [
     "Numerics",
     "Parallel",
     "Problem",
+    "QuantisedWeights",
     "Ranks",
     "ReleasedNumerics",
     "Router",
     "Routing",
     "Schedule",
+    "Scheme",
     "SharedExpert",
     "SharedPlacement",
     "SoloComm",
@@ -84,6 +89,8 @@ __all__ = [
     "__version__",
     "absorb_act_order",
     "assert_conforms",
+    "decode",
+    "encode",
     "experts",
     "find_model",
     "format_case",
@@ -112,11 +119,13 @@ if TYPE_CHECKING:
     from moe_ref.contract.case import Case, Problem
     from moe_ref.contract.case_id import format_case, parse_case
     from moe_ref.contract.comm import Comm, CountingComm, Groups, SoloComm, grid_groups
+    from moe_ref.contract.encoded import Encoded
     from moe_ref.contract.errors import UsageError, UsageTypeError, UsageValueError
     from moe_ref.contract.features import Feature
     from moe_ref.contract.gradients import Gradients
     from moe_ref.contract.local_comm import LocalComm, run_virtual_ranks
     from moe_ref.contract.parallel import Parallel
+    from moe_ref.contract.quantised import QuantisedWeights
     from moe_ref.contract.released import ReleasedNumerics
     from moe_ref.contract.router_spec import Capacity, Router
     from moe_ref.contract.routing import Routing
@@ -130,6 +139,7 @@ if TYPE_CHECKING:
         Hosting,
         Ranks,
         Schedule,
+        Scheme,
         SharedPlacement,
         Stage,
         Tokens,
@@ -141,11 +151,13 @@ if TYPE_CHECKING:
     from moe_ref.layouts.layout import Layout
     from moe_ref.models.registry import find_model
     from moe_ref.oracle.backward.layer import moe_backward
+    from moe_ref.oracle.decode import decode
     from moe_ref.oracle.layer import experts, moe
     from moe_ref.oracle.losses import load_balancing_loss, router_z_loss, sequence_balance_loss
     from moe_ref.oracle.module import CAPABILITIES, MoELayer
     from moe_ref.oracle.released import moe_as_released
     from moe_ref.oracle.router import route
+    from moe_ref.schemes.encode import encode
 
 
 def __getattr__(name: str) -> object:

@@ -98,6 +98,11 @@ def test_inputs_know_only_the_contract() -> None:
     assert outside(("moe_ref/inputs",), ("torch", "numpy", "moe_ref.contract", "moe_ref.inputs")) == []
 
 
+def test_encoders_know_no_answers() -> None:
+    """What is encoded is decoded by the oracle, which must not meet itself on the other side."""
+    assert outside(("moe_ref/schemes",), ("torch", "moe_ref.contract", "moe_ref.numerics", "moe_ref.schemes")) == []
+
+
 def test_reports_and_records_need_no_torch() -> None:
     """A page can be made on a machine that has only the record."""
     assert forbidden(("moe_ref/report", "moe_ref/records"),

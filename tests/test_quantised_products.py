@@ -11,7 +11,7 @@ import torch
 from moe_ref.adapters.experts_layer import ExpertsLayer
 from moe_ref.adapters.grouped_rows import DECLARED, grouped_experts, rounded
 from moe_ref.contract.capabilities import Capabilities
-from moe_ref.contract.vocabulary import Direction, Dtype, Ranks, Stage, Verdict
+from moe_ref.contract.vocabulary import Direction, Dtype, Format, Ranks, Stage, Verdict
 from moe_ref.verify.bounds.operands import MXFP8, rounded_operand, rounded_rows
 from moe_ref.verify.bounds.rows import Rows
 from tests.in_process import judged
@@ -97,7 +97,7 @@ def test_operands_with_errors_of_their_own() -> None:
     value = torch.randn(512, 64, generator=generator, dtype=torch.float64)
     stored = value.bfloat16().double()
     half = torch.exp2(torch.floor(torch.log2(value.abs()))) * 2.0**-8
-    got = rounded_rows(Rows(value, half, half.square() / 3), MXFP8)
+    got = rounded_rows(Rows(value, half, half.square() / 3, torch.zeros_like(half), Format.BF16), MXFP8)
     error = (rounded_operand(stored, MXFP8) - got.value).abs()
     assert got.variance is not None
     assert bool((error <= got.bound).all())

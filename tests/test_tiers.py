@@ -3,15 +3,15 @@
 import os
 import subprocess
 import sys
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 
 import pytest
 
 from moe_ref.contract.case_id import format_case, parse_case
 from moe_ref.contract.errors import UsageValueError
-from moe_ref.contract.vocabulary import Direction, Dtype, Ranks
-from moe_ref.tiers.axes import AXES, COMBINATIONS, PLAIN, SHAPES, SPREADS, row_case
-from moe_ref.tiers.cover import possible_pairs
+from moe_ref.contract.vocabulary import Direction, Dtype, Ranks, Scheme
+from moe_ref.tiers import encoded
+from moe_ref.tiers.axes import AXES, COMBINATIONS, COVER, PLAIN, SHAPES, SPREADS, row_case
 from moe_ref.tiers.tiers import MINIMUM_EXECUTED, tier, with_tp
 
 NAMES = ("smoke", "quick", "full", "nightly")
@@ -45,13 +45,37 @@ def test_tiers_are_nested() -> None:
 
 def test_quick_covers_every_possible_pair() -> None:
     """Most defects show in an interaction of two; counted from the cases themselves, not from what a tier says."""
-    assert tier("quick").pairs_covered == tier("quick").pairs_possible == len(possible_pairs())
+    assert tier("quick").pairs_covered == tier("quick").pairs_possible == len(COVER.possible)
     seen: set[tuple] = set()
     for one in tier("quick").cases:
-        if not one.case.problem.model and one.case.direction is Direction.FORWARD and not combined(one.case):
+        plain = not one.case.problem.model and one.case.problem.scheme is Scheme.PLAIN
+        if plain and one.case.direction is Direction.FORWARD and not combined(one.case):
             values = case_values(one.case)
             seen |= set(combinations(((name, values[name]) for name in AXES), 2))
-    assert possible_pairs() - seen == set()
+    assert COVER.possible - seen == set()
+
+
+def test_quick_covers_every_pair_of_encoded_axes() -> None:
+    """Each scheme meets every degree, dtype, spread and kind of data there, and every degree each of these."""
+    seen: set[tuple] = set()
+    for one in tier("quick").cases:
+        problem, parallel = one.case.problem, one.case.parallel
+        if problem.scheme is not Scheme.PLAIN:
+            values = {"scheme": problem.scheme, "tp": parallel.tp, "dtype": problem.dtype, "data": problem.data,
+                      "ep": parallel.ep > 1, "pattern": problem.pattern, "hidden": problem.spec.hidden_size}
+            seen |= set(combinations(values.items(), 2))
+    wanted = {"scheme": encoded.SCHEMES, "ep": (False, True), "hidden": (256, 160, 96)} | {
+        name: encoded.AXES[name] for name in ("tp", "dtype", "data", "pattern")}
+    for first, second in combinations(("scheme", "tp", "dtype", "data", "ep", "pattern", "hidden"), 2):
+        assert {((first, a), (second, b)) for a in wanted[first] for b in wanted[second]} - seen == set()
+
+
+def test_every_scheme_meets_every_degree_in_every_dtype() -> None:
+    """Tier encoded, and so nightly, has the whole grid, with experts over ranks and without."""
+    grid = {(one.case.problem.scheme, one.case.parallel.tp, one.case.parallel.ep > 1, one.case.problem.dtype)
+            for one in tier("encoded").cases}
+    assert grid == set(product(encoded.SCHEMES, (1, 2, 3, 4, 8), (False, True), Dtype))
+    assert {one.case_id for one in tier("encoded").cases} <= {one.case_id for one in tier("nightly").cases}
 
 
 def case_values(case: object) -> dict[str, object]:
@@ -94,7 +118,7 @@ def test_impossible_pairs_are_impossible() -> None:
     """Left out: a dense layer with a router, groups that cannot be formed, no expert to spare, shares for one rank."""
     everything = {((a, x), (b, y)) for a, b in combinations(AXES, 2) for x in AXES[a] for y in AXES[b]}
     shapes = {shape.name: shape for shape in SHAPES}
-    for pair in everything - possible_pairs():
+    for pair in everything - COVER.possible:
         values = dict(pair)
         if values == {"tp": 1, "spread": "uneven"}:
             continue
@@ -141,13 +165,14 @@ def test_the_same_cases_in_every_process() -> None:
     """Sets iterate in an order that depends on PYTHONHASHSEED; the tiers must not, nor need torch."""
     hash_seed = "4711" if os.environ.get("PYTHONHASHSEED") == "0" else "0"  # another one than this process has
     script = ("import sys; from moe_ref.tiers.tiers import tier\n"
-              "for n in ('smoke', 'quick', 'full', 'nightly', 'families', 'ranks', 'conformance'):\n"
+              "for n in ('smoke', 'quick', 'full', 'nightly', 'families', 'ranks', 'conformance', 'encoded'):\n"
               "    for c in tier(n).cases: print(n, c.case_id, c.ranks.value, c.purpose)\n"
               "assert 'torch' not in sys.modules")
     output = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": hash_seed},
                             capture_output=True, text=True, check=True).stdout
     assert output.splitlines() == [f"{name} {one.case_id} {one.ranks.value} {one.purpose}"
-                                   for name in (*NAMES, "families", "ranks", "conformance") for one in tier(name).cases]
+                                   for name in (*NAMES, "families", "ranks", "conformance", "encoded")
+                                   for one in tier(name).cases]
 
 
 def test_an_unknown_tier_lists_the_known_ones() -> None:

@@ -8,9 +8,10 @@ from moe_ref.contract.case_id import format_case
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.features import features_of
 from moe_ref.contract.parallel import Parallel
+from moe_ref.contract.scheme_words import encoded_words, scheme_words
 from moe_ref.contract.shares import rank_shares
 from moe_ref.contract.spec import MoESpec
-from moe_ref.contract.vocabulary import Data, Dtype, Schedule, Storage, Tokens
+from moe_ref.contract.vocabulary import Data, Direction, Dtype, Schedule, Scheme, Storage, Tokens
 from moe_ref.contract.volume import Transfer, additions_between_ranks, transfers
 from moe_ref.models.registry import Model
 from moe_ref.models.words import mlp_formula, numerics_words, router_steps, shared_words
@@ -99,11 +100,34 @@ def describe_case(case: Case) -> Lines:
               ("inputs", f"pattern {problem.pattern}, data {problem.data}, seed {problem.seed}"
                          + (", a residual added once" if problem.residual else "")
                          + (", ids and weights injected, nothing allowed to be off" if _is_exact(case) else ""))]
+    if problem.scheme is not Scheme.PLAIN:
+        lines.append(("scheme", f"{problem.scheme}: {scheme_words(problem.scheme)}"))
     lines += _grid(case)
     how = "parts of larger tensors" if case.storage is Storage.PADDED else "strided views of that order"
     lines += [("storage", f"{case.storage}: {how}")] * (case.storage is not Storage.OUT_IN)
     lines.append(("placements", ", ".join(_placement_words(name, parallel) for name in _shapes(spec, parallel, 0))))
-    return lines + _communication(case) + ([] if _is_exact(case) else _bounds(case))
+    return lines + _communication(case) + ([] if _is_exact(case) else [*_bounds(case), *_budget(case)])
+
+
+def _budget(case: Case) -> Lines:
+    """What the output's error is made of under the usual contract, as root mean squares relative to the output."""
+    problem = case.problem
+    if problem.num_tokens == 0 or problem.data is Data.NON_FINITE or case.direction is Direction.BACKWARD:
+        return []
+    # It imports torch, which `list` and `--help` do without.
+    from moe_ref.verify.budget import LARGEST_CASE, error_budget, is_small, usual_numerics
+    if not is_small(case):
+        limit = LARGEST_CASE.bit_length() - 1
+        return [("error together", f"not computed: more than 2^{limit} products in a projection")]
+    numerics = usual_numerics(case)
+    budget = error_budget(case, numerics)
+    parts = [("weights", budget.decoded, f"decoded weights, rounded to {numerics.decoded}"),
+             ("operands", budget.operands, f"rows rounded to 8 bits ({numerics.products})"),
+             ("borders", budget.borders, "codes next to a rounding border, which differ in two right layers"),
+             ("stores", budget.stores, f"rows stored in {problem.dtype}"), ("sums", budget.accumulation, "long sums"),
+             ("ranks", budget.reduction, "additions between ranks")]
+    lines = [(f"error {name}", f"{size:.1e} of the output: {what}") for name, size, what in parts if size > 0]
+    return [*lines, ("error together", f"{budget.total:.1e} of the output, root mean squares, in the usual contract")]
 
 
 def _is_exact(case: Case) -> bool:
@@ -119,10 +143,27 @@ def _grid(case: Case) -> Lines:
         width = share.outputs[1] - share.outputs[0]
         words = [f"ep {share.ep_rank}, tp {share.tp_rank}, experts {_runs(share.experts)}"] * (parallel.ep > 1)
         words += [f"tokens [{first}, {last})"] * (parallel.tokens is not Tokens.REPLICATED)
-        words.append(f"columns [{start}, {stop}) of intermediate: {_shape_words(_shapes(spec, parallel, share.rank))}; "
+        words.append(f"columns [{start}, {stop}) of intermediate: {_held_words(case, share.rank)}; "
                      f"act ({rows}, {stop - start}), down ({rows}, {width}), merged ({high - low}, {width})")
         lines.append((f"rank {share.rank}", ", ".join(words)))
     return lines
+
+
+def _held_words(case: Case, rank: int) -> str:
+    """Shapes of what a rank holds, of encoded matrices those of their codes and scales."""
+    shapes = _shapes(case.problem.spec, case.parallel, rank)
+    if case.problem.scheme is Scheme.PLAIN:
+        return _shape_words(shapes)
+    # As in _shapes.
+    from moe_ref.contract.quantised import MATRICES, part_starts
+    words = []
+    for name, shape in shapes.items():
+        if name not in MATRICES.values():
+            words.append(f"{name} {shape}")
+            continue
+        rows, columns = part_starts(case, name, rank)
+        words.append(f"{name} {encoded_words(case.problem.scheme, shape, rows, columns)}")
+    return ", ".join(words)
 
 
 def _runs(experts: tuple[int, ...]) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
-from moe_ref.contract.errors import UsageTypeError, raise_faults
+from moe_ref.contract.errors import UsageTypeError, UsageValueError, raise_faults
 from moe_ref.contract.parallel import Range
 from moe_ref.contract.schemes import ENCODINGS, Codes, Scales
 from moe_ref.contract.vocabulary import Scheme
@@ -60,7 +60,11 @@ class Encoded:
         return self.mapped(lambda one: torch.stack([one[e] for e in index]) if index else one[:0].clone())
 
     def rows(self, rows: Range) -> "Encoded":
-        """Contiguous copies of the rows [start, stop), with every scale that they need."""
+        """Contiguous copies of the rows [start, stop), with every scale that they need.
+
+        UsageValueError for rows that are not there.
+        """
+        _check_part("rows", rows, self.shape[-2])
         (start, stop), size = rows, ENCODINGS[self.scheme].rows
         codes = self.codes[..., start:stop, :]
         zeros = None if self.zeros is None else self.zeros[..., start:stop, :]
@@ -71,7 +75,11 @@ class Encoded:
                             row_start=(self.row_start + start) % size)
 
     def columns(self, columns: Range) -> "Encoded":
-        """Contiguous copies of the columns [start, stop), with every scale that they need: of an act-order all."""
+        """Contiguous copies of the columns [start, stop), with every scale that they need: of an act-order all.
+
+        UsageValueError for columns that are not there.
+        """
+        _check_part("columns", columns, self.num_columns)
         (start, stop), encoding = columns, ENCODINGS[self.scheme]
         codes = self._code_columns(start, stop)
         if self.groups is not None:
@@ -93,9 +101,18 @@ class Encoded:
             return part
         return packed(unpacked(self.codes, self.num_columns)[..., start:stop])
 
+    def copied(self) -> "Encoded":
+        """Contiguous copies."""
+        return self.mapped(lambda one: one.clone(memory_format=torch.contiguous_format))
+
     def _copied(self, **changed: object) -> "Encoded":
-        part = replace(self, **changed)  # pyrefly: ignore
-        return part.mapped(lambda one: one.clone(memory_format=torch.contiguous_format))
+        return replace(self, **changed).copied()  # pyrefly: ignore
+
+
+def _check_part(axis: str, part: Range, count: int) -> None:
+    """A slice would clip it, or count from the end."""
+    if not 0 <= part[0] <= part[1] <= count:
+        raise UsageValueError(f"{axis} {part}, but should lie in 0 to {count}")
 
 
 def _blocks(offset: int, part: Range, size: int) -> Range:
@@ -125,8 +142,12 @@ def check_encoded(name: str, encoded: Encoded, scheme: Scheme, shape: tuple[int,
     encoding, (*leading, num_rows, num_columns) = ENCODINGS[scheme], shape
     faults = [] if encoded.num_columns == num_columns else [
         f"num_columns={encoded.num_columns}, but should be {num_columns}"]
+    faults += [f"{axis}_start={start}, but should be 0 to {(size or 1) - 1}, inside the first block"
+               for axis, start, size in (("row", encoded.row_start, encoding.rows),
+                                         ("column", encoded.column_start, None if encoding.order else encoding.columns))
+               if not 0 <= start < (size or 1)]
     blocks = encoding.blocks(num_rows, num_columns, encoded.row_start, encoded.column_start)
-    if encoding.order and encoded.scales.dim():
+    if encoding.order and isinstance(encoded.scales, torch.Tensor) and encoded.scales.dim():
         blocks = (blocks[0], encoded.scales.shape[-1])  # a part has columns of any of all groups
     if num_rows == 0 and encoding.rows is not None:
         blocks = (0, blocks[1])
@@ -161,5 +182,5 @@ def _check_dtypes(name: str, encoded: Encoded) -> None:
 def stacked(parts: list[Encoded], count: int) -> Encoded:
     """The first `count` of these side by side along a new first axis; at least one is given, for its shape."""
     first = parts[0]
-    return replace(first, **{name: torch.stack([part.tensors[name] for part in parts])[:count]
-                             for name in first.tensors})
+    side_by_side = {name: torch.stack([part.tensors[name] for part in parts])[:count] for name in first.tensors}
+    return replace(first, **side_by_side)  # pyrefly: ignore

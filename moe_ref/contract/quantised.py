@@ -5,8 +5,10 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from moe_ref.contract.case import Case
+from moe_ref.contract.dtypes import PLAIN_DTYPES
 from moe_ref.contract.encoded import Encoded, check_encoded
-from moe_ref.contract.errors import UsageTypeError, raise_faults
+from moe_ref.contract.errors import UsageTypeError, UsageValueError, raise_faults
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.placements import part_range, placements, rank_part
 from moe_ref.contract.schemes import ENCODINGS
@@ -73,7 +75,7 @@ class QuantisedWeights:
         return self._mapped(lambda one: one.to(device))
 
     def _mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "QuantisedWeights":
-        changed = {}
+        changed: dict[str, Encoded | torch.Tensor] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Encoded):
@@ -97,6 +99,9 @@ class QuantisedWeights:
         for name in ("w13_input_scale_E", "w2_input_scale_E"):
             if (scale_E := getattr(self, name)) is not None:
                 part[name] = scale_E[list(hosted)].clone()
+        for name in ("shared_w13_input_scale", "shared_w2_input_scale"):
+            if (scale := getattr(self, name)) is not None:
+                part[name] = scale.clone()
         for name in placements(parallel):
             if (tensor := getattr(self, name, None)) is not None:
                 part[name] = rank_part(name, tensor, parallel, rank).clone(memory_format=torch.contiguous_format)
@@ -107,10 +112,22 @@ def cut_matrix(parameter: str, matrix: Encoded, parallel: Parallel, rank: int) -
     """This rank's rows (colwise) or columns (rowwise) of an encoded parameter; all of it where it is not cut."""
     kind = placements(parallel)[parameter].kind
     if kind == "replicated":
-        return matrix
+        return matrix.copied()
     if kind == "colwise":
         return matrix.rows(part_range(parameter, matrix.shape[-2], parallel, rank))
     return matrix.columns(part_range(parameter, matrix.shape[-1], parallel, rank))
+
+
+def part_starts(case: Case, parameter: str, rank: int) -> tuple[int, int]:
+    """How far inside their first blocks the rows and columns of a rank's part begin."""
+    encoding, placement = ENCODINGS[case.problem.scheme], placements(case.parallel)[parameter]
+    whole = parameter_shapes(case.problem.spec)[parameter]
+    if placement.shard_dim is None:
+        return 0, 0
+    start = part_range(parameter, whole[placement.shard_dim], case.parallel, rank)[0]
+    if placement.kind == "colwise":
+        return start % (encoding.rows or start or 1), 0
+    return 0, 0 if encoding.order else start % (encoding.columns or start or 1)
 
 
 def check_held(weights: WeightSource | QuantisedWeights, spec: MoESpec, parallel: Parallel, rank: int) -> None:
@@ -124,6 +141,7 @@ def check_held(weights: WeightSource | QuantisedWeights, spec: MoESpec, parallel
 def check_quantised(weights: QuantisedWeights, spec: MoESpec, parallel: Parallel, rank: int) -> None:
     """Raise with both numbers unless every tensor has the shape of this rank's shard under the scheme."""
     parallel.check_rank(rank)
+    _check_kinds(weights)
     shapes, held = parameter_shapes(spec, parallel, rank), dict(weights.named_tensors())
     faults = [f"{name} is missing, but the spec has {parameter}" for name, parameter in MATRICES.items()
               if parameter in shapes and getattr(weights, name) is None]
@@ -141,8 +159,21 @@ def check_quantised(weights: QuantisedWeights, spec: MoESpec, parallel: Parallel
         if (matrix := getattr(weights, name)) is not None:
             check_encoded(name, matrix, weights.scheme, shapes[parameter])
     for name, tensor in held.items():
+        allowed = (torch.float32,) if "input_scale" in name else PLAIN_DTYPES
+        if name in given and tensor.dtype not in allowed:
+            raise UsageTypeError(f"{name}: dtype {tensor.dtype}, but should be {' or '.join(map(str, allowed))}")
         if tensor.device != weights.device:
             raise UsageTypeError(f"{name}: device {tensor.device}, but should be {weights.device} as w13.codes")
+
+
+def _check_kinds(weights: QuantisedWeights) -> None:
+    """Raise unless the scheme is one that encodes, and every matrix that is there is Encoded."""
+    if weights.scheme not in ENCODINGS:
+        raise UsageValueError(f"weights: scheme {weights.scheme!r}, but should be one of {', '.join(ENCODINGS)}")
+    for name in MATRICES:
+        matrix = getattr(weights, name)
+        if not isinstance(matrix, Encoded | None) or (matrix is None and not name.startswith("shared")):
+            raise UsageTypeError(f"{name}: {type(matrix).__name__}, but should be Encoded")
 
 
 def _input_scales(weights: QuantisedWeights, spec: MoESpec, num_experts: int) -> dict[str, tuple[int, ...]]:

@@ -21,8 +21,8 @@ class ExpertWeights(NamedTuple):
     w2_bias_H: torch.Tensor | None = None
 
 
-class WeightSource(Protocol):
-    """Anything that yields experts one at a time: memory, a checkpoint slice, the input generator."""
+class WholeParameters(Protocol):
+    """What belongs to no expert."""
 
     @property
     def router_EH(self) -> torch.Tensor | None: ...
@@ -36,6 +36,11 @@ class WeightSource(Protocol):
     def shared_gate_SH(self) -> torch.Tensor | None: ...
     @property
     def output_bias_H(self) -> torch.Tensor | None: ...
+
+
+class WeightSource(WholeParameters, Protocol):
+    """Anything that yields experts one at a time: memory, a checkpoint slice, the input generator."""
+
     def expert(self, e: int) -> ExpertWeights: ...
     def shared_expert(self) -> ExpertWeights | None: ...
 
@@ -186,12 +191,12 @@ def _listed(experts: tuple[int, ...]) -> str:
     return f"{len(experts)} experts ({', '.join(map(str, experts[:8]))}{more})" if experts else "no expert"
 
 
-def check_whole_parameters(weights: WeightSource, spec: MoESpec) -> None:
+def check_whole_parameters(weights: WholeParameters, spec: MoESpec) -> None:
     """Raise unless the parameters that belong to no expert are those of the spec, in their shapes."""
     raise_faults("weights", _whole_faults(weights, spec))
 
 
-def _whole_faults(weights: WeightSource, spec: MoESpec) -> list[str]:
+def _whole_faults(weights: WholeParameters, spec: MoESpec) -> list[str]:
     # No walrus: torch.compile cannot trace one inside a comprehension (torch 2.13).
     held = {name: getattr(weights, name) for name in WHOLE_PARAMETERS if getattr(weights, name, None) is not None}
     shapes = {name: shape for name, shape in parameter_shapes(spec).items() if name in WHOLE_PARAMETERS}

@@ -113,15 +113,18 @@ class GeneratedWeights:
         w13, w2 = (encoded_matrix(self._name, prefix + name, problem.scheme, problem.dtype, problem.data, shape,
                                   ENCODED_AMPLITUDE * inverse_root(shape[-1]) * amplitudes[name], index)
                    for name, shape in shapes.items())
-        return EncodedExpert(w13, w2, input_scale(index, 1.0), input_scale(index + 3, 4.0),
+        # An activation is a product of two that are so much larger.
+        return EncodedExpert(w13, w2, input_scale(index, 1.0), input_scale(index + 3, 4.0 * factor**2),
                              *(self._biases(prefix, mlp, intermediate_size, index)))
 
     def expert(self, e: int) -> ExpertWeights:
-        """Expert e, drawn anew at every call."""
+        """Expert e, drawn anew at every call; of a scheme encoded_expert has it."""
+        assert self.problem.scheme is Scheme.PLAIN
         return self._mlp("", self.problem.spec.experts, self.problem.spec.intermediate_size, e)
 
     def shared_expert(self) -> ExpertWeights | None:
         """The shared expert, or None."""
+        assert self.problem.scheme is Scheme.PLAIN
         shared = self.problem.spec.shared
         return self._mlp("shared_", shared.mlp, shared.intermediate_size, 0) if shared else None
 
@@ -177,7 +180,7 @@ class Inputs:
         hasher = hashlib.sha256()
         for tensor in (self.x_TH, self.logits_TE, self.residual_TH, *injected, *self._first_expert()):
             if tensor is not None:
-                hasher.update(tensor.clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy().tobytes())
+                hasher.update(tensor.reshape(-1).clone().view(torch.uint8).numpy().tobytes())
         return hasher.hexdigest()[:16]
 
     def _first_expert(self) -> list[torch.Tensor]:

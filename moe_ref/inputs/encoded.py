@@ -24,8 +24,8 @@ SPREAD = {Scales.FP32: (-40, 6), Scales.E8M0: (-40, 6), Scales.HALF: (-40, 4), S
 has no more room below, by -6 and 2."""
 
 _LARGEST = {Codes.E4M3: 0x7E, Codes.INT8: 127, Codes.INT4: 15, Codes.E2M1: 7}
-_SECOND = 0.75
-"""What a second scale leaves to the first one's mantissa: it is no power of two."""
+_SECOND = 0xC8F5C3 * 2.0**-24
+"""A second scale's significand: 24 bits, no power of two."""
 
 
 def encoded_matrix(problem_id: str, name: str, scheme: Scheme, dtype: Dtype, data: Data, shape: tuple[int, ...],

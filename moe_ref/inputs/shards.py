@@ -94,7 +94,7 @@ def _part(expert: EncodedExpert, prefix: str, parallel: Parallel, rank: int) -> 
     cut = {name: cut_matrix(names[name], getattr(expert, name), parallel, rank) for name in ("w13", "w2")}
     biases = {name: rank_part(names[name], bias, parallel, rank).clone()
               for name in ("w13_bias_GI", "w2_bias_H") if (bias := getattr(expert, name)) is not None}
-    return expert._replace(**cut, **biases)
+    return expert._replace(**cut, **biases)  # pyrefly: ignore
 
 
 def _assembled(problem: Problem, weights: GeneratedWeights, experts: list[EncodedExpert],

@@ -43,8 +43,9 @@ def _scales(scales: torch.Tensor, kind: Scales) -> torch.Tensor:
     """In fp64; 255 of e8m0 is NaN."""
     if kind is not Scales.E8M0:
         return scales.double()
-    exponents = scales.double() - 127
-    return torch.where(scales == 255, torch.nan, torch.exp2(exponents))
+    # Built from its bits: exp2 of a whole number is exact on no promise.
+    powers = ((scales.long() + (1023 - 127)) << 52).view(torch.float64)
+    return torch.where(scales == 255, torch.nan, powers)
 
 
 def _rows(scales: torch.Tensor, encoded: Encoded) -> torch.Tensor:

@@ -11,13 +11,14 @@ import torch
 
 from moe_ref.contract.checks import check_logits, check_tokens
 from moe_ref.contract.dtypes import PLAIN_DTYPES
+from moe_ref.contract.quantised import QuantisedWeights
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec, Router
-from moe_ref.contract.weights import WeightSource, check_whole_parameters
+from moe_ref.contract.weights import WeightSource, WholeParameters, check_whole_parameters
 from moe_ref.oracle.capacity import kept_slots
 
 
-def route(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, *,
+def route(x_TH: torch.Tensor, weights: WeightSource | QuantisedWeights, spec: MoESpec, *,
           logits_TE: torch.Tensor | None = None) -> Routing:
     """Ids (int64), weights, logits and shared gates, all in fp64 whatever the dtype of x_TH.
 
@@ -44,7 +45,7 @@ def route(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, *,
     return Routing(ids_TK, weights_TK, logits_TE, shared_TS)
 
 
-def router_logits(x_TH: torch.Tensor, weights: WeightSource) -> torch.Tensor:
+def router_logits(x_TH: torch.Tensor, weights: WholeParameters) -> torch.Tensor:
     """x @ router^T + bias, (T, E + Z) in fp64."""
     assert weights.router_EH is not None
     logits_TE = x_TH.double() @ weights.router_EH.double().T
@@ -56,13 +57,13 @@ def router_gated(spec: MoESpec) -> bool:
     return spec.shared is not None and spec.shared.gate == "router"
 
 
-def shared_scores(x_TH: torch.Tensor, weights: WeightSource, router: Router) -> torch.Tensor:
+def shared_scores(x_TH: torch.Tensor, weights: WholeParameters, router: Router) -> torch.Tensor:
     """Scores of the router's further columns, (T, S), before any renormalisation."""
     assert weights.shared_gate_SH is not None
     return score(x_TH.double() @ weights.shared_gate_SH.double().T, router)
 
 
-def shared_gates(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec) -> torch.Tensor | None:
+def shared_gates(x_TH: torch.Tensor, weights: WholeParameters, spec: MoESpec) -> torch.Tensor | None:
     """sigmoid(x @ shared_gate^T), (T, 1), the shared expert's weight; None where the layer has no such gate."""
     if spec.shared is None or spec.shared.gate != "sigmoid":
         return None

@@ -48,7 +48,8 @@ def _judged(subject: ModuleType, case: Case, one: Published) -> dict[str, bool]:
     deviation = DEVIATIONS.get(one.project)
     if deviation is not None:
         job.inputs = _small_tokens(job.inputs, deviation)
-        job.shards = {rank: _small_weights(shard, whole, deviation) for rank, shard in job.shards.items()}
+        job.shards = {rank: _small_weights(shard, whole, deviation) for rank, shard in job.shards.items()
+                      if isinstance(shard, MoEWeights)}
         whole = _small_weights(whole, whole, deviation)
     outcomes = run_local(job)
     if isinstance(outcomes, Failed):

@@ -16,6 +16,7 @@ from moe_ref.contract.vocabulary import (
     Storage,
     Tokens,
 )
+from moe_ref.tiers.cover import Cover, Row
 
 
 @dataclass(frozen=True)
@@ -121,8 +122,6 @@ AXES: dict[str, tuple] = {
 }
 """Every axis and its values, the plainest first."""
 
-Row = dict[str, object]
-
 PLAIN: Row = {name: values[0] for name, values in AXES.items()} | {"router": "softmax-norm"}
 
 
@@ -174,3 +173,8 @@ def _router(kind: object, shape: Shape) -> Router | None:
         return replace(grouped, scaling_factor=16.0)
     return replace(grouped, score="sigmoid", selection_bias="score", group_score="top2_sum", renormalize=True,
                    renormalize_epsilon=1e-20, scaling_factor=2.5)
+
+
+COVER = Cover(AXES, tuple(PLAIN | {"shape": shape.name, "tp": tp} for shape in SHAPES for tp in (1, 2)),
+              lambda row: row_case(row) is not None)
+"""Of otherwise plain rows one takes whatever is possible: any shape, one rank and two."""

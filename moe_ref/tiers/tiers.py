@@ -1,6 +1,6 @@
 """The tiers: smoke, quick, full, nightly, each of pinned cases plus covers, each holding the one before it;
-families, pinned layers of released families; ranks, every way to spread a layer on real processes; conformance, what
-other people's implementations are asked for."""
+families, pinned layers of released families; encoded, quantised experts under every degree; ranks, every way to spread
+a layer on real processes; conformance, what other people's implementations are asked for."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -12,10 +12,11 @@ from moe_ref.contract.case_id import format_case, parse_case
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.vocabulary import Dtype, Pattern, Ranks
 from moe_ref.models.registry import models
-from moe_ref.tiers.axes import AXES, COMBINATIONS, PATTERNS, PLAIN, SHAPES, SHARED, SPREADS, Row, row_case
+from moe_ref.tiers.axes import AXES, COMBINATIONS, COVER, PATTERNS, PLAIN, SHAPES, SHARED, SPREADS, row_case
 from moe_ref.tiers.backward import backward_ids, larger_backward_ids
 from moe_ref.tiers.conformance import conformance_cases
-from moe_ref.tiers.cover import pairwise_rows, possible_pairs, row_pairs
+from moe_ref.tiers.cover import Row
+from moe_ref.tiers.encoded import encoded_cases
 from moe_ref.tiers.exact import exact_ids
 from moe_ref.tiers.families import family_ids
 from moe_ref.tiers.triggers import trigger_ids
@@ -50,9 +51,9 @@ class Tier:
 
 
 MINIMUM_EXECUTED = {"smoke": 24, "quick": 250, "full": 280, "nightly": 500, "families": 60, "ranks": 100,
-                    "conformance": 20}
+                    "conformance": 20, "encoded": 30}
 """families: what an implementation of softmax routers, expert groups and shared experts can run at least; ranks:
-what one of tensor parallelism alone can."""
+what one of tensor parallelism alone can; encoded: what an implementation of a single scheme can."""
 
 SMOKE_SPREADS = {"ep": Dtype.FP32, "sequence": Dtype.BF16, "whole-shared": Dtype.FP16, "dispatch-uneven": Dtype.BF16}
 SMOKE_GRADIENTS = ("v1-T12.H40.I36.E6.K3-fp32-norm-sh19-shgate-res-tp2-bwd",
@@ -99,7 +100,7 @@ def _quick_rows() -> tuple[tuple[Row, str], ...]:
              for tp, dtype in _TP_AND_DTYPE for shape in SHAPES]
     rows += [(PLAIN | {"spread": spread, "dtype": dtype, "tp": tp}, f"{dtype} x tp {tp}: {SPREADS[spread].purpose}")
              for spread, dtype, tp in product(SPREADS, Dtype, (1, 2, 3)) if SPREADS[spread].ep > 1 or tp > 1]
-    cover = pairwise_rows([row for row, _ in rows])
+    cover = COVER.rows([row for row, _ in rows])
     return *rows, *((row, "pairwise cover of all axes") for row in cover)
 
 
@@ -177,6 +178,9 @@ def tier(name: str) -> Tier:
         raise UsageValueError(f"unknown tier {name!r}; known: {', '.join(MINIMUM_EXECUTED)}")
     if name == "families":
         return _families()
+    if name == "encoded":
+        return Tier(name, tuple(PlannedCase(case=case, purpose=purpose) for case, purpose in encoded_cases("encoded")),
+                    MINIMUM_EXECUTED[name], 0, 0)
     if name == "conformance":
         planned = [replace(one, ranks=Ranks.GLOO if one.case.parallel.size > 1 else Ranks.LOCAL)
                    for one in _pinned([(case.case_id, case.purpose) for case in conformance_cases()])]
@@ -195,11 +199,11 @@ def tier(name: str) -> Tier:
         planned += _pinned([*trigger_ids(), *larger_backward_ids()])
     if name == "nightly":
         planned += [one for seed in (2, 3) for one in _seeds(planned, seed)]
+    planned += [PlannedCase(case=case, purpose=purpose) for case, purpose in encoded_cases(name)]
     unique = {one.case_id: one for one in reversed(planned)}
     cases = tuple(replace(one, other_batches=one.case_id in OTHER_BATCHES)
                   for one in reversed(list(unique.values())))
-    covered = set().union(*(row_pairs(row) for row, _ in rows if row_case(row)))
-    possible = possible_pairs()
+    covered, possible = set().union(*(COVER.pairs(row) for row, _ in rows if row_case(row))), COVER.possible
     return Tier(name, cases, MINIMUM_EXECUTED[name], len(covered & possible), len(possible))
 
 

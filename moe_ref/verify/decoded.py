@@ -26,13 +26,14 @@ class DecodedWeights(GeneratedWeights):
         super().__init__(weights.problem)
         object.__setattr__(self, "_stored", stored)
 
-    def _decoded(self, matrix: Encoded) -> torch.Tensor:
+    def read(self, matrix: Encoded) -> torch.Tensor:
+        """A matrix as the contract multiplies it, in fp64."""
         value, stored = decode(matrix), self.__dict__["_stored"]
         return value if stored is None else round_to(value, stored)
 
     def _plain(self, expert: EncodedExpert) -> ExpertWeights:
         biases = (None if bias is None else bias.double() for bias in (expert.w13_bias_GI, expert.w2_bias_H))
-        return ExpertWeights(self._decoded(expert.w13), self._decoded(expert.w2), *biases)
+        return ExpertWeights(self.read(expert.w13), self.read(expert.w2), *biases)
 
     def expert(self, e: int) -> ExpertWeights:
         """Expert e in fp64, drawn and decoded anew at every call."""

@@ -124,6 +124,8 @@ def _model(stage: str, case: Case) -> str:
     return {
         Stage.LOGITS: f"sum of K = {spec.hidden_size}", Stage.IDS: "scores within their bound, ties to the lower id",
         Stage.WEIGHTS: f"{spec.router.score if spec.router else 'none'} of {spec.num_choices} logits",
+        Stage.PERMUTE_SCALES: "largest of a block over the largest code", Stage.PERMUTE_CODES: "rows over their scales",
+        Stage.ACT_SCALES: "largest of a block over the largest code", Stage.ACT_CODES: "rows over their scales",
         Stage.GATE_UP: f"sum of K = {spec.hidden_size}",
         Stage.ACT: f"{'two sums' if spec.experts.gated else 'one sum'} of K = {spec.hidden_size}, "
                    f"{spec.experts.activation}, one store",

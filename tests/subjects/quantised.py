@@ -20,12 +20,14 @@ from moe_ref.contract.schemes import ENCODINGS, Codes, Scales
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Dtype, Format, Scheme, Stage
-from moe_ref.contract.weights import ExpertWeights
 from tests.subjects.base import ALL_STAGES, Call, TorchMoE
 
 PRODUCTS: dict[Scheme, Products] = {Scheme.FP8_TENSOR: "fp8_tensor", Scheme.FP8_ROW: "fp8_row",
                                     Scheme.FP8_BLOCK: "fp8_block", Scheme.MXFP8: "mxfp8"}
 """Schemes whose rows are rounded to 8 bits; of the others weights are decoded."""
+
+EXACT = (Scheme.INT8, Scheme.NVFP4)
+"""Schemes whose codes, or codes times scales of blocks, are exact in 16 bits: scales of rows join the sum."""
 
 COLUMNS = {"fp8_block": 128, "mxfp8": 32}
 OPERAND_STAGES = (Stage.PERMUTE_SCALES, Stage.PERMUTE_CODES, Stage.ACT_SCALES, Stage.ACT_CODES)
@@ -66,6 +68,8 @@ class QuantisedMoE(TorchMoE):
             plain = self.CAPABILITIES.numerics[dtype]
             if scheme in self.products:
                 return replace(plain, products=self.products[scheme])
+            if scheme in EXACT:
+                return plain
             return replace(plain, decoded=Format(dtype.value))
 
         self.CAPABILITIES = replace(self.CAPABILITIES, numerics={}, schemes={
@@ -151,7 +155,10 @@ class QuantisedMoE(TorchMoE):
         """rows @ w^T, (R, N): decoded weights, or sums of codes times scales for every block of columns."""
         codes_RK, scale_RK = rows
         if call.numerics.products == "exact":
-            return codes_RK @ self.decoded(w).to(call.x_TH.dtype).float().T
+            if w.scheme is Scheme.INT8:
+                return codes_RK @ self.numbers(w).T * self.scales(w)[:, 0]
+            second = 1.0 if w.second_scale is None else w.second_scale
+            return codes_RK @ self.decoded(w).to(call.x_TH.dtype).float().T * second
         size = ENCODINGS[w.scheme].columns or max(1, w.num_columns)
         total_RN = torch.zeros(len(codes_RK), w.shape[0])
         numbers_NK, scale_NK = self.numbers(w), self.scales(w)
@@ -164,9 +171,8 @@ class QuantisedMoE(TorchMoE):
     # Weights.
 
     def decoded(self, w: Encoded) -> torch.Tensor:
-        """(N, K) in fp32; rounded once, where a scale has more bits than are left."""
-        value = self.numbers(w).double() * self.scales(w).double()
-        return (value if w.second_scale is None else value * w.second_scale.double()).float()
+        """(N, K) in fp32, exactly, without a second scale."""
+        return self.numbers(w) * self.scales(w)
 
     def numbers(self, w: Encoded) -> torch.Tensor:
         """What codes stand for, less their zero points, (N, K)."""

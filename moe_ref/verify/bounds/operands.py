@@ -2,13 +2,11 @@
 
 Weights and tokens are given, so what is multiplied is known, and so it is where a subject shows its activation, but for
 two things. Two right quantisers differ in the last bit of a quotient and of a scale that is no power of two, so that a
-number next to a rounding border may become either neighbour. And an operand that has an error e of its own may be
-rounded to another number, by d(a + e) - d(a) where d rounds. That is at most e and twice the largest error of a
-rounding, and what is expected of it follows from the chance, of the size of e / q with q the distance of numbers, that
-a rounding border lies between the two.
+number next to a rounding border may become either neighbour. And an operand with an error of its own may lie on the
+other side of a border, or be the largest of its block, whose scale then is another one. What it becomes is known all
+the same wherever no border is within reach; elsewhere it is one of the numbers between those at both ends.
 """
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,15 +22,16 @@ quotient and a number in fp32 are rounded, each by half a unit of 2^-23."""
 SCALE = 2.0**-22
 """What two right scales may differ by, relative to them: a quotient by 448, or a product with its reciprocal."""
 
+REACHES = ((0.5, 0.5), (1.0, 0.31), (2.0, 0.16), (8.0, 0.025))
+"""Standard deviations of an operand's error, beside its last store -> the chance that a border so far off is crossed.
+
+A store in 16 bits puts what lies next to a border upon it, and half of that goes to the other side. The chance is that
+of a Gaussian error beyond the reach before. What lies between two and eight deviations rarely does go wrong; its chance
+is that of two, so that the few that do are within what is likely however few terms a sum has.
+"""
+
 FLUSH = 2.0**-252
 """Keeps the square of a row's largest number above zero."""
-
-_CROSSES = math.sqrt(3)
-"""Chance of a border between value and error, in standard deviations of the error over the distance of borders.
-
-A store in 16 bits errs by up to h, evenly, and its numbers hold the borders of 4 bits, where half of them go the wrong
-way: h / q.
-"""
 
 
 @dataclass(frozen=True)
@@ -78,8 +77,8 @@ def operand_scales(values_RK: torch.Tensor, rule: OperandRule) -> torch.Tensor:
         return torch.full((len(values_RK), 1), rule.fixed, dtype=torch.float64, device=values_RK.device)
     finite = torch.where(torch.isfinite(values_RK), values_RK, 0.0).abs()
     size = rule.columns or max(1, values_RK.shape[1])
-    missing = -(rule.start + values_RK.shape[1]) % size
-    blocks = torch.nn.functional.pad(finite, (rule.start if rule.columns else 0, missing)).unflatten(1, (-1, size))
+    start = rule.start if rule.columns else 0
+    blocks = torch.nn.functional.pad(finite, (start, -(start + values_RK.shape[1]) % size)).unflatten(1, (-1, size))
     exact = blocks.amax(2) / rule.largest
     if rule.power_of_two:
         mantissa, exponent = torch.frexp(exact)
@@ -110,7 +109,7 @@ def code_rows(rows: Rows, scale_RK: torch.Tensor, rule: OperandRule) -> Rows:
     slack = QUOTIENT * (quotient.abs() + error)
     low, high = (codes_of(quotient + sign * (error + slack), rule) for sign in (-1, 1))
     value = codes_of(quotient, rule)
-    value = torch.where(torch.isfinite(rows.value), value, rows.value)
+    value = torch.where(_as_codes(rows.value, rule), value, rows.value)
     return Rows(value, torch.maximum(high - value, value - low).nan_to_num(torch.inf))
 
 
@@ -135,7 +134,12 @@ def rounded_operand(values_RK: torch.Tensor, rule: OperandRule) -> torch.Tensor:
     scale_RK = over_columns(operand_scales(values_RK, rule), values_RK.shape[1], rule)
     quotient = values_RK / scale_RK
     rounded_RK = codes_of(quotient if rule.is_integer else round_to(quotient, Format.FP32), rule) * scale_RK
-    return torch.where(torch.isfinite(values_RK), rounded_RK, values_RK)
+    return torch.where(_as_codes(values_RK, rule), rounded_RK, values_RK)
+
+
+def _as_codes(values_RK: torch.Tensor, rule: OperandRule) -> torch.Tensor:
+    """Which numbers become codes: a scale that is fixed lets infinities saturate."""
+    return ~torch.isnan(values_RK) if rule.fixed is not None else torch.isfinite(values_RK)
 
 
 def rounded_rows(rows: Rows, rule: OperandRule) -> Rows:
@@ -143,53 +147,58 @@ def rounded_rows(rows: Rows, rule: OperandRule) -> Rows:
     value = rounded_operand(rows.value, rule)
     if not value.numel():
         return Rows(value, rows.bound, rows.variance, drift=rows.drift)
-    scale_RK = over_columns(operand_scales(rows.value, rule), value.shape[1], rule)
-    bound, variance = _at_borders(rows, scale_RK, rule)
-    if not bool(rows.bound.any()):
-        return Rows(value, bound, None if rows.variance is None else variance, drift=rows.drift)
-    distance = _distance(rows, rule)
-    bound = bound + rows.bound + distance
+    low, high = _ends(rows.value, rows.bound, rule)
+    bound = torch.maximum(high - value, value - low).nan_to_num(torch.inf)
     if rows.variance is None:
         return Rows(value, bound, drift=rows.drift)
-    moved = rows.variance + _of_scale(rows, rule)
-    crossed = torch.minimum(_CROSSES * moved.sqrt() * distance, distance.square() / 4)
-    return Rows(value, bound, rows.variance + crossed + variance, drift=rows.drift)
+    variance = _crossed(rows, rule) if bool(rows.bound.any()) else (high - low).square() / 2
+    variance = variance.nan_to_num(torch.inf) + scale_variance(rows, rule) * value.square()
+    return Rows(value, bound, variance, drift=rows.drift)
 
 
-def _at_borders(rows: Rows, scale_RK: torch.Tensor, rule: OperandRule) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bound and variance of what two right quantisers differ by, each element without an error of its own."""
-    if rule.power_of_two:
-        zero = torch.zeros_like(rows.value)
-        return zero, zero
-    quotient = torch.where(torch.isfinite(rows.value), rows.value / scale_RK, 0.0)
-    low, high = (codes_of(quotient * (1 + sign * QUOTIENT), rule) for sign in (-1, 1))
-    step = (high - low).abs() * scale_RK
-    of_scale = torch.zeros_like(step) if rule.fixed is not None else SCALE * quotient.abs() * scale_RK
-    # Either neighbour is as likely: half of the step is right for one half of the quantisers.
-    return step + of_scale, step.square() / 2 + of_scale.square() / 12
+def _crossed(rows: Rows, rule: OperandRule) -> torch.Tensor:
+    """Mean square of what each becomes off by, since errors cross borders."""
+    variance = torch.zeros_like(rows.value)
+    for reach, chance in REACHES:
+        low, high = _ends(rows.value, torch.minimum(_reach(rows, reach), rows.bound), rule)
+        variance = torch.maximum(variance, chance * (high - low).square())
+    return variance
 
 
-def _of_scale(rows: Rows, rule: OperandRule) -> torch.Tensor | float:
-    """Variance by which an element moves against its borders since its row's largest one, and so its scale, has errors.
+def _ends(value: torch.Tensor, error: torch.Tensor, rule: OperandRule) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least and the largest number that each may be multiplied as, up to so large an error."""
+    columns = value.shape[1]
+    magnitude = value.abs()
+    scales = [over_columns(operand_scales((magnitude + sign * error).clamp(min=0), rule), columns, rule)
+              for sign in (-1, 1)]
+    if not rule.power_of_two and rule.fixed is None:
+        scales = [scales[0] * (1 - SCALE), scales[1] * (1 + SCALE)]
+    slack = 0.0 if rule.power_of_two else QUOTIENT
+    found = []
+    for scale in scales:
+        for sign in (-1, 1):
+            quotient = (value + sign * error) / scale
+            code = codes_of(quotient + sign * slack * quotient.abs(), rule)
+            # The scale itself, or any of its neighbours; another power of two has codes of its own.
+            found += [code * other for other in ([scale] if rule.power_of_two else scales)]
+    ends = torch.stack(found)
+    return ends.amin(0), ends.amax(0)
 
-    Of the largest in a row, which of a block is at least as exact. A power of two moves by no small amount.
+
+def _reach(rows: Rows, deviations: float) -> torch.Tensor:
+    """How far off each may be: by its last store, and by so many deviations of what was before it."""
+    assert rows.variance is not None
+    if rows.unrounded is None or rows.stored is None:
+        return deviations * rows.variance.sqrt()
+    return unit_in_last_place(rows.largest, rows.stored) / 2 + deviations * rows.unrounded.sqrt()
+
+
+def scale_variance(rows: Rows, rule: OperandRule) -> torch.Tensor | float:
+    """(R, 1): relative variance of the scales of a row, which the error of a block's largest number makes.
+
+    It is the same in all products of a block. Of the row's largest; a power of two moves by no small amount.
     """
-    if rule.power_of_two or rule.fixed is not None or rows.variance is None:
+    if rule.power_of_two or rule.fixed is not None or rows.variance is None or not rows.value.shape[1]:
         return 0.0
     largest_R1, at_R1 = rows.value.nan_to_num(0.0, 0.0, 0.0).abs().max(1, keepdim=True)
-    relative_R1 = rows.variance.gather(1, at_R1) / largest_R1.square().clamp(min=FLUSH)
-    return relative_R1 * rows.value.square()
-
-
-def _distance(rows: Rows, rule: OperandRule) -> torch.Tensor:
-    """Of neighbouring numbers around each element, under the largest scale that its row may have."""
-    scale_R1 = operand_scales(rows.largest, replace(rule, columns=None)) * (2.0 if rule.power_of_two else 1.0)
-    if rule.is_integer:
-        return scale_R1.expand_as(rows.value)
-    codes = entry(Format.E4M3)
-    subnormal_R1 = scale_R1 * 2.0 ** (codes.min_exponent - codes.significand_bits + 1)
-    # That of 24 bits times 2^20 is that of 4 bits, under whatever power of two; under another scale the binade may be
-    # the next one.
-    normal = unit_in_last_place(rows.largest, Format.FP32) * 2.0 ** (
-        entry(Format.FP32).significand_bits - codes.significand_bits)
-    return torch.maximum(normal if rule.power_of_two else 2 * normal, subnormal_R1)
+    return rows.variance.gather(1, at_R1) / largest_R1.square().clamp(min=FLUSH)

@@ -48,6 +48,11 @@ class OutputChain:
         self.summing = Summing(steps, x_TH, parallel, shares)
         self.truth_TH = torch.zeros(x_TH.shape, dtype=torch.float64, device=x_TH.device)
 
+    @property
+    def _rounds(self) -> bool:
+        """Whether every rank rounds its own activation to 8 bits."""
+        return self.steps.numerics.products in ROUNDED_OPERANDS
+
     def routed(self, token_R: torch.Tensor, expert: ExpertWeights, weight: Rows, server_R: torch.Tensor,
                number: int = 0) -> ExpertRows:
         """Add the rows of expert `number`; server_R: the ep rank that serves each."""
@@ -78,7 +83,8 @@ class OutputChain:
         for share, part in zip(shares, parts, strict=True):
             self._observe_drift(token_R, share.outputs, part)
         mlp = self.steps.spec.experts
-        if self.steps.on_input or mlp.limit is not None or mlp.gate_softcap or mlp.up_softcap:
+        # Nor how a scale moves all numbers of its block.
+        if self._rounds or self.steps.on_input or mlp.limit is not None or mlp.gate_softcap or mlp.up_softcap:
             self.observer.unpredicted(token_R, weight, added_RH)
             return
         cuts = [] if self.summing.by_output else [share.columns for share in shares]
@@ -97,7 +103,7 @@ class OutputChain:
         """
         if len(parts) == 1:
             return parts[0].value
-        if self.steps.numerics.products not in ROUNDED_OPERANDS:
+        if not self._rounds:
             return whole()
         values = [part.value for part in parts]
         return torch.cat(values, 1) if self.summing.by_output else torch.stack(values).sum(0)
@@ -134,7 +140,7 @@ class OutputChain:
         parts = self._shared_parts(act, expert, gate)
         added_TH = self._shared_truth(act, expert, gate, parts)
         self.truth_TH += added_TH
-        if self.observer is not None and shared.gate == "router":
+        if self.observer is not None and (self._rounds or shared.gate == "router"):
             self.observer.unpredicted(torch.arange(len(self.x_TH)), exact(torch.ones_like(added_TH[:, :1])), added_TH)
         elif self.observer is not None:
             self.observer.shared(expert.w2_HI, act, gate or exact(torch.ones_like(added_TH[:, :1])), added_TH)
@@ -175,7 +181,7 @@ class OutputChain:
     def _shared_truth(self, act: Rows, expert: ExpertWeights, gate: Rows | None, parts: list[Rows]) -> torch.Tensor:
         shared = self.steps.spec.shared
         assert shared is not None
-        if self.steps.numerics.products in ROUNDED_OPERANDS:
+        if self._rounds:
             return self._sum_of_shared(parts)
         if shared.gate == "router":
             assert gate is not None

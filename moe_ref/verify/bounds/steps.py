@@ -14,7 +14,7 @@ from moe_ref.numerics.accumulation import ROUNDING
 from moe_ref.numerics.gauges import gauges_and_products
 from moe_ref.numerics.magnitudes import Left
 from moe_ref.verify.bounds.activation import activated
-from moe_ref.verify.bounds.operands import RULES, OperandRule, rounded_operand, rounded_rows
+from moe_ref.verify.bounds.operands import RULES, OperandRule, rounded_operand, rounded_rows, scale_variance
 from moe_ref.verify.bounds.rounding import FLUSH, RoundingModel
 from moe_ref.verify.bounds.rows import DownRows, Rows, exact, relative_variance, total_drift, total_variance
 from moe_ref.verify.decoded import DecodedWeights
@@ -103,13 +103,21 @@ class Steps:
             return rule
         return replace(rule.at(start), fixed=self.encoded.fixed_scales.get((expert, is_first)))
 
-    def _operands(self, rows: Rows, w_NK: torch.Tensor, rule: OperandRule | None,
-                  given: Rows | None) -> tuple[Rows, torch.Tensor]:
-        """Both as they are multiplied; codes of encoded weights already are 8 bits wide."""
+    def _product(self, rows: Rows, w_NK: torch.Tensor, bias: Rows | None, stage: Stage, rule: OperandRule | None,
+                 given: Rows | None) -> Rows:
+        """linear of operands as they are multiplied; codes of encoded weights already are 8 bits wide.
+
+        given: the rows as they are multiplied, where that is known.
+        """
         if rule is None:
-            return rows, w_NK
+            return self.linear(rows, w_NK, bias, stage)
         w_NK = w_NK if self.encoded.is_encoded else rounded_operand(w_NK, rule)
-        return rounded_rows(rows, rule) if given is None else given, w_NK
+        if given is not None:
+            return self.linear(given, w_NK, bias, stage)
+        found = self.linear(rounded_rows(rows, rule), w_NK, bias, stage)
+        if found.variance is None:
+            return found
+        return replace(found, variance=found.variance + scale_variance(rows, rule) * found.value.square())
 
     def linear(self, rows: Rows, w_NK: torch.Tensor, bias: Rows | None, stage: Stage) -> Rows:
         """rows @ w^T + bias before the store of `stage`; a bias may be added to the product once stored."""
@@ -139,9 +147,9 @@ class Steps:
         number: of the expert, None for the shared one. operand: the tokens as they are multiplied, where that is known.
         """
         w_NH, shape = expert.w13_GIH.flatten(0, 1), expert.w13_GIH.shape[:2]
-        tokens, w_NH = self._operands(tokens, w_NH, self.rule(number, True), operand)
         bias = None if expert.w13_bias_GI is None else exact(expert.w13_bias_GI.flatten())
-        rows = self.stored(self.linear(tokens, w_NH, bias, Stage.GATE_UP), Stage.GATE_UP)
+        product = self._product(tokens, w_NH, bias, Stage.GATE_UP, self.rule(number, True), operand)
+        rows = self.stored(product, Stage.GATE_UP)
         return rows.mapped(lambda one: one.unflatten(1, shape))
 
     def act(self, gate_up: Rows, mlp: MLP, weight: Rows | None = None) -> Rows:
@@ -168,8 +176,7 @@ class Steps:
         bias = None if expert.w2_bias_H is None or not adds_bias else exact(expert.w2_bias_H)
         if bias is not None and joined:
             bias = self.product(bias, weight, None)
-        act, w2_HI = self._operands(act, expert.w2_HI, self.rule(number, False, start), operand)
-        rows = self.linear(act, w2_HI, bias, Stage.DOWN)
+        rows = self._product(act, expert.w2_HI, bias, Stage.DOWN, self.rule(number, False, start), operand)
         if joined:
             stored = self.stored(self._sharing_weight(rows, weight), Stage.DOWN)
             return DownRows(stored, stored)
@@ -209,8 +216,7 @@ class Steps:
     def shared(self, act: Rows, expert: ExpertWeights, gate: Rows | None, adds_bias: bool, start: int) -> Rows:
         """Rows of a shared expert on one rank as they are stored, times its sigmoid gate if it has one."""
         bias = None if expert.w2_bias_H is None or not adds_bias else exact(expert.w2_bias_H)
-        act, w2_HI = self._operands(act, expert.w2_HI, self.rule(None, False, start), None)
-        rows = self.linear(act, w2_HI, bias, Stage.SHARED)
+        rows = self._product(act, expert.w2_HI, bias, Stage.SHARED, self.rule(None, False, start), None)
         if gate is None:
             return self.stored(rows, Stage.SHARED)
         if self.numerics.weight_at != "down":
@@ -229,8 +235,8 @@ class Steps:
         for act, w2_HI, gate in zip(acts, w2_HIs, gates, strict=True):
             weighted = self.weigh(act, gate)
             weighted = self.stored(self.stored(weighted, Stage.ACT), Stage.ACT)
-            weighted, w2_HI = self._operands(weighted, w2_HI, self.rule(None, False), None)
-            rows = self._sharing_weight(self.linear(weighted, w2_HI, None, Stage.SHARED), gate)
+            product = self._product(weighted, w2_HI, None, Stage.SHARED, self.rule(None, False), None)
+            rows = self._sharing_weight(product, gate)
             stores = 1 + 2 * gate.largest.clamp(min=1.0)
             half = self.model.rounded(rows.largest, self.stored_in(Stage.SHARED))
             one = self.model.stored_variance(rows.value, self.stored_in(Stage.SHARED)) * stores.square()

@@ -14,6 +14,7 @@ from moe_ref.contract.shares import rank_shares
 from moe_ref.contract.vocabulary import Stage
 from moe_ref.inputs.build import Inputs
 from moe_ref.verify.diagnosis.activation_faults import ACTIVATION_FAULTS
+from moe_ref.verify.diagnosis.encoded_faults import ENCODED_FAULTS
 from moe_ref.verify.diagnosis.expert_faults import EXPERT_FAULTS
 from moe_ref.verify.diagnosis.known import ORDER, Known
 from moe_ref.verify.diagnosis.layer import Layer
@@ -23,7 +24,7 @@ from moe_ref.verify.diagnosis.router_faults import ROUTER_FAULTS
 from moe_ref.verify.diagnosis.shared_faults import SHARED_FAULTS
 from moe_ref.verify.measure.placing import RankTensors, over_all_tokens, servers
 
-FAULTS = ROUTER_FAULTS + ACTIVATION_FAULTS + EXPERT_FAULTS + SHARED_FAULTS + PARALLEL_FAULTS
+FAULTS = ROUTER_FAULTS + ACTIVATION_FAULTS + EXPERT_FAULTS + SHARED_FAULTS + PARALLEL_FAULTS + ENCODED_FAULTS
 
 LEAST_SHARE, MOST_OF_NEXT = 0.9, 0.5
 """What a named fault explains at least, and what the next best that predicts something else must stay below."""

@@ -12,7 +12,9 @@ from moe_ref.contract.vocabulary import Stage
 from moe_ref.contract.weights import ExpertWeights
 from moe_ref.inputs.build import Inputs
 
-ORDER = tuple(stage for stage in Stage if not stage.is_gradient)
+OPERANDS = (Stage.PERMUTE_SCALES, Stage.PERMUTE_CODES, Stage.ACT_SCALES, Stage.ACT_CODES)
+ORDER = tuple(stage for stage in Stage if not stage.is_gradient and stage not in OPERANDS)
+"""Codes and scales of rows are no stages of these layers, which round nothing."""
 
 
 @dataclass(frozen=True)

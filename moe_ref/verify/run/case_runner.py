@@ -11,7 +11,7 @@ from typing import Protocol
 import msgspec
 import torch
 
-from moe_ref.contract.capabilities import Capabilities, Numerics
+from moe_ref.contract.capabilities import ROUNDED_OPERANDS, Capabilities, Numerics
 from moe_ref.contract.case import Case
 from moe_ref.contract.shares import rank_shares
 from moe_ref.contract.vocabulary import Dtype, Format, Ranks, Stage, Verdict
@@ -35,6 +35,7 @@ from moe_ref.tolerances.load import Tolerances
 from moe_ref.tolerances.schema import TolerancesFile
 from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.child.messages import RankReport, Reply, Request
+from moe_ref.verify.decoded import decoded_inputs
 from moe_ref.verify.diagnosis.diagnose import diagnosable, diagnose
 from moe_ref.verify.expected import excused, speaks_for_all
 from moe_ref.verify.explain import explain
@@ -173,8 +174,9 @@ def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> Case
     inputs = build_inputs(case.problem)
     if inputs.digest() != answer.reply.inputs_digest:
         raise RuntimeError(f"inputs digest {answer.reply.inputs_digest} in the child, {inputs.digest()} here")
-    model = RoundingModel.of(settings.tolerances, settings.hardware or settings.device,
-                             capabilities.contract(case.problem), case.problem.dtype)
+    numerics = capabilities.contract(case.problem)
+    inputs = decoded_inputs(inputs, numerics)
+    model = RoundingModel.of(settings.tolerances, settings.hardware or settings.device, numerics, case.problem.dtype)
     file = settings.tolerances.file
     covering = settings.covering(planned.case_id)
     judged: list[Judgement] = []
@@ -187,7 +189,7 @@ def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> Case
                                    lambda text: settings.tell(planned.case_id, text))
         facts = _facts(case, settings, answer, measurement)
         judgement = judge(measurement, facts, file.limits.ratio.max, file.power_guard.zeros.factor,
-                          needed(file, capabilities.contract(case.problem)))
+                          needed(file, numerics))
         if is_untraced and judgement.verdict is not Verdict.MISMATCH:
             # An output alone may leave nothing to say, and what else is wrong the other runs say.
             continue
@@ -199,7 +201,6 @@ def _judged(planned: PlannedCase, settings: RunSettings, answer: Answer) -> Case
     index, judgement = speaks_for_all(judged, covering)
     compared = []
     if judgement.verdict is Verdict.MISMATCH and small_enough(case):
-        numerics = capabilities.contract(case.problem)
         compared = _semantic_lines(semantic(case, inputs, runs[index], numerics))
     found = _diagnosed(case, inputs, runs[index], capabilities, judgement)
     measurement = measured[index]
@@ -248,7 +249,8 @@ def needed(file: TolerancesFile, numerics: Numerics) -> Guard:
     """
     narrow = file.formats[Format.FP16].significand_bits
     declared = [*numerics.storage.values(), numerics.reduce, numerics.activation, numerics.merge,
-                Format.TF32 if numerics.products == "tf32" else None]
+                Format.TF32 if numerics.products == "tf32" else None,
+                Format.E4M3 if numerics.products in ROUNDED_OPERANDS else None]
     bits = min(file.formats[one].significand_bits for one in declared if one is not None)
     dtype = next((dtype for dtype in (Dtype.BF16, Dtype.FP16)
                   if bits <= file.formats[Format(dtype.value)].significand_bits), Dtype.FP32)

@@ -1,0 +1,1 @@
+"""Encoders: matrices as codes with scales, by rounding to nearest; one module for each family of schemes."""
