@@ -65,19 +65,20 @@ def scaled_tile(device: torch.device, load: Load, encoded: Encoded, accumulators
 
     Beside every accumulator there are the sum of a block and its scales, so that columns are fewer, and fewest where
     every row of the weight has scales along K. Codes that are decoded first take registers too: fewer along the sum,
-    and more warps. `moe-ref compile` says what spills.
+    more warps and fewer stages. `moe-ref compile` says what spills.
     """
     (num_rows, num_columns), size = encoded.shape[-2:], ENCODINGS[encoded.scheme].columns or LONGEST_SUM
     tile = gemm_tile(device, torch.bfloat16, load, num_rows, num_columns, accumulators, kernel=kernel, block_m=block_m)
     if device.type == "cpu":
         return replace(tile, block_k=size)
-    columns, along, warps = 128 // accumulators, size, tile.num_warps
+    columns = 128 // accumulators
     if not multiplies_codes(device):
-        columns, along, warps = columns // 2, min(size, 64), 8 if tile.block_m >= 64 else warps
+        columns, size = columns // 2, min(size, 64)
+        if tile.block_m >= 64:
+            tile = replace(tile, num_warps=8, num_stages=2)
     if encoded.scheme is Scheme.MXFP8:
         columns = min(columns, 32)
-    return replace(tile, block_n=min(tile.block_n, columns), block_k=along, num_warps=warps, descriptors=False,
-                   persistent=False)
+    return replace(tile, block_n=min(tile.block_n, columns), block_k=size, descriptors=False, persistent=False)
 
 
 def product_arguments(rounded: RoundedRows, encoded: Encoded, name: str) -> dict[str, object]:
