@@ -37,14 +37,18 @@ from moe_fast.kernels import (
     gather_sum,
     product,
     projection_gradient,
+    round_rows,
     route,
     row_gradient,
+    scaled_down,
+    scaled_gate_up,
     select,
     select_gradient,
     take,
     weight_gradient,
 )
 from moe_fast.kernels.align import Alignment
+from moe_fast.kernels.round_rows import RoundedRows
 from moe_fast.launch import recording
 from moe_fast.tiles import Load, Tile, gemm_tile
 from moe_ref.contract.encoded import Encoded
@@ -203,6 +207,46 @@ def run_decoded_down(at: Near, far_blocks: int = 0) -> Results:
     return ends(decoded_down.decoded_down(act_RI, w2, bias_EH, weights_R, at.alignment(), tile_of(width, width)))
 
 
+def run_round_rows(at: Near) -> Results:
+    """Of rows in expert order, by blocks; and of tokens, under the scale of each row's expert. One part of columns."""
+    alignment, rows_RK = at.alignment(), at.view("rows_RK", at.rows(integers(8, at.width)))
+    tokens_TH, scale_E = at.view("tokens_TH", at.tokens(integers(4, at.width))), torch.tensor([1.0, 0.5, 2.0])
+    found = (round_rows.round_rows(rows_RK, Scheme.FP8_BLOCK, 0, None, alignment),
+             round_rows.round_rows(tokens_TH, Scheme.FP8_TENSOR, 0, scale_E, alignment, 2))
+    return ends(*(one.codes_RK[:, -512:].float()[-8:] for one in found), found[0].scales_RB[:, -4:])
+
+
+def rounded(codes_RK: Tensor, num_rows: int, by_token: bool) -> RoundedRows:
+    """Codes of rows, of which the last have other scales than 1 in blocks of 32."""
+    scales_BR = sparse(-(-codes_RK.shape[1] // 32), len(codes_RK), dtype=FP32)
+    scales_BR[:, -num_rows:] = integers(len(scales_BR), num_rows, dtype=FP32).exp2()
+    return RoundedRows(codes_RK, scales_BR.T, by_token)
+
+
+def in_e4m3(at: Near, name: str, *shape: int) -> Encoded:
+    """-2 to 2 under powers of two of 32 columns; codes and scales may have any strides."""
+    scales = integers(*shape[:-1], -(-shape[-1] // 32), dtype=FP32).add(127).to(torch.uint8)
+    return Encoded(scheme=Scheme.MXFP8, codes=at.view(name, integers(*shape, dtype=torch.float8_e4m3fn)),
+                   scales=at.view(f"{name}_scales", scales), num_columns=shape[-1])
+
+
+def run_scaled_gate_up(at: Near) -> Results:
+    """A token has twice as many columns as a row, since there are half as many tokens."""
+    codes_TH = at.tokens(integers(4, 2 * at.width, dtype=torch.float8_e4m3fn))
+    w13 = in_e4m3(at, "w13_EGIH", 3, 2, at.width, 2 * at.width)
+    bias_EGI, tile = at.view("w13_bias_EGI", integers(3, 2, at.width)), tile_of(at.width, 2 * at.width)
+    return ends(scaled_gate_up.scaled_gate_up(rounded(codes_TH, 4, True), BF16, w13, bias_EGI, None, at.alignment(), 2,
+                                              RELU, replace(tile, block_k=32)))
+
+
+def run_scaled_down(at: Near) -> Results:
+    codes_RI = at.rows(integers(8, at.width, dtype=torch.float8_e4m3fn))
+    w2 = in_e4m3(at, "w2_EHI", 3, at.width, at.width)
+    bias_EH, weights_R = at.view("w2_bias_EH", integers(3, at.width)), at.rows(integers(8, dtype=FP32))
+    return ends(scaled_down.scaled_down(rounded(codes_RI, 8, False), BF16, w2, bias_EH, weights_R, at.alignment(),
+                                        replace(tile_of(at.width, at.width), block_k=32)))
+
+
 def run_act_gradient(at: Near) -> Results:
     x_TH, grad_TH = (at.view(name, at.tokens(integers(4, NARROW))) for name in ("x_TH", "grad_TH"))
     w13_EGIH = at.view("w13_EGIH", integers(3, 2, at.width, NARROW))
@@ -347,6 +391,9 @@ CASES = {
     "down_kernel": Case(run_down, "act_RI:0 w2_EHI:012 w2_bias_EH:01"),
     "decoded_gate_up_kernel": Case(run_decoded_gate_up, "x_TH:01 w13_EGIH:0123 w13_bias_EGI:012"),
     "decoded_down_kernel": Case(run_decoded_down, "act_RI:0 w2_EHI:012 w2_bias_EH:01"),
+    "round_rows_kernel": Case(run_round_rows, "rows_RK:01 tokens_TH:01", by_token=True),
+    "scaled_gate_up_kernel": Case(run_scaled_gate_up, "w13_EGIH:0123 w13_EGIH_scales:0123 w13_bias_EGI:012"),
+    "scaled_down_kernel": Case(run_scaled_down, "w2_EHI:012 w2_EHI_scales:012 w2_bias_EH:01"),
     "act_gradient_kernel": Case(run_act_gradient, "x_TH:01 grad_TH:01 w13_EGIH:0123 w13_bias_EGI:012 w2_EHI:012"),
     "row_gradient_kernel": Case(run_row_gradient, "w13_EGIH:0123"),
     "projection_gradient_kernel": Case(run_projection_gradient,
