@@ -41,7 +41,8 @@ CASES = [f"{name}{form}-bwd" for name in LAYERS for form in FORMS
          if ("-sh16" in name or "wholeshared" not in form) and (".E" in name or "-ep" not in form)
          and ("-cap" not in name or "tokenstp" not in form)]
 ENCODED = [f"v1-T40.H96.I48.E6.K2-bf16-{scheme}-norm-mlpbias-sh16-shgate{form}"
-           for scheme in ("int8", "gptqorder32", "awq", "mxfp4", "nvfp4") for form in ("", "-tp2-ep2", "-tp2-gather")]
+           for scheme in ("int8", "gptqorder32", "awq", "mxfp4", "nvfp4", "fp8tensor", "fp8row", "fp8block", "mxfp8")
+           for form in ("", "-tp2-ep2", "-tp2-gather")]
 
 
 class Watched(TorchDispatchMode):

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+import moe_fast
 from moe_fast.form import form_of, parse_form
 from moe_fast.interpreter import interpret
 from moe_fast.kernels import round_rows as rounding
@@ -24,9 +25,10 @@ from moe_fast.operators.scaled import SCHEMES, scaled_act_rows, scaled_down_rows
 from moe_ref.contract.encoded import Encoded
 from moe_ref.contract.schemes import ENCODINGS
 from moe_ref.contract.spec import MLP
-from moe_ref.contract.vocabulary import Scheme
+from moe_ref.contract.vocabulary import Scheme, Stage, Verdict
 from moe_ref.oracle.decode import decode
 from moe_ref.oracle.expert import activate
+from tests.in_process import judged
 
 TENSOR, ROW, BLOCK, MX = SCHEMES
 SIZES = {TENSOR: 0, ROW: 0, BLOCK: 128, MX: 32}
@@ -428,6 +430,25 @@ def test_a_row_that_is_not_finite_is_nan_alone(scheme: Scheme, bad: float) -> No
     assert bool((held_R & of_token_R).any())
     assert bool(found.down_RH[held_R & of_token_R].isnan().all())
     assert torch.equal(found.down_RH[held_R & ~of_token_R], clean.down_RH[held_R & ~of_token_R])
+
+
+CASES = [
+    "v1-T33.H128.I256.E8.K2-bf16-fp8block-norm", "v1-T33.H200.I192.E4.K2-fp16-fp8block-norm-sh72-tp2",
+    "v1-T33.H144.I192.E4.K2-fp16-fp8row-norm-tp2-gather", "v1-T33.H160.I72.E4.K2-bf16-mxfp8-norm-tp2",
+    "v1-T33.H160.I96.E4.K2-bf16-mxfp8-norm-zipf-extreme-ep2",
+    "v1-T33.H128.I96.E4.K2-bf16-fp8tensor-norm-sh48-tp2-gather",
+    "v1-T21.H96.I80.E4.K2-bf16-fp8tensor-norm-zipf-nonfinite",
+    "v1-T21.H160.I80.E4.K2-bf16-fp8block-norm-zipf-nonfinite",
+]
+
+
+@pytest.mark.parametrize("case_id", CASES)
+def test_layers_are_right(case_id: str) -> None:
+    """By the harness: codes, scales and both products as stages of their own, and the layer as a whole."""
+    found = judged(moe_fast, case_id)
+    assert found.verdict == Verdict.PASS, found.reason
+    assert {Stage.PERMUTE_SCALES, Stage.PERMUTE_CODES, Stage.ACT_SCALES, Stage.ACT_CODES} <= {
+        one.stage for one in found.stages}
 
 
 def test_a_wrong_scale_is_seen() -> None:

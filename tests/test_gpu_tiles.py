@@ -17,6 +17,7 @@ from moe_fast.kernels.decoded_tile import decoded_gemm_tile
 from moe_fast.kernels.gate_up import gate_up_tile
 from moe_fast.kernels.route import Cut, route_cut
 from moe_fast.kernels.row_gradient import row_gradient_tile
+from moe_fast.kernels.scaled import scaled_tile
 from moe_fast.operators.route import route_by
 from moe_fast.operators.select import select_by
 from moe_fast.tiles import Tile, choose, gemm_tile
@@ -48,7 +49,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, **table: object) -> set[Tile]:
             return found
         return chosen
 
-    choosers = (gemm_tile, gate_up_tile, three_product_tile, row_gradient_tile, route_cut, decoded_gemm_tile)
+    choosers = (gemm_tile, gate_up_tile, three_product_tile, row_gradient_tile, route_cut, decoded_gemm_tile,
+                scaled_tile)
     replacements = {function: replaced(function) for function in choosers}
     for name, module in list(sys.modules.items()):
         for function, replacement in replacements.items() if name.startswith("moe_fast.") else ():
@@ -82,6 +84,18 @@ def test_every_tile_of_encoded_experts(rows: int, words: str, columns: int, monk
     found = judged(moe_fast, f"v1-T{2 * rows}.{LAYERS['aligned']}-{words}-norm-tp2", runs=1)
     assert found.verdict == Verdict.PASS, found.reason
     block_m = 32 if words.startswith("fp32") else next(size for size in (16, 32, 64, 128) if rows <= size)
+    assert (block_m, columns) in {(tile.block_m, tile.block_n) for tile in used}
+
+
+@pytest.mark.parametrize(("rows", "words", "columns"), [
+    (1, "bf16-fp8block", 128), (30, "fp16-mxfp8", 32), (64, "bf16-fp8row", 64), (100, "bf16-fp8block", 64),
+    (100, "fp32-fp8tensor", 64)])
+def test_every_tile_of_8_bit_operands(rows: int, words: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside each accumulator is the sum of a block, in tiles whose rows of the weight may have two scales."""
+    used = on_gpu(monkeypatch, multiprocessors=1)
+    found = judged(moe_fast, f"v1-T{2 * rows}.{LAYERS['aligned']}-{words}-norm-tp2", runs=1)
+    assert found.verdict == Verdict.PASS, found.reason
+    block_m = next(size for size in (16, 32, 64, 128) if rows <= size)
     assert (block_m, columns) in {(tile.block_m, tile.block_n) for tile in used}
 
 
