@@ -93,8 +93,9 @@ def fp8_product(stored_ENK: torch.Tensor, rows_RK: torch.Tensor, ends_E: torch.T
     by_row = functional.ScalingType.RowWise
 
     def product(w_ENK: torch.Tensor) -> torch.Tensor:
-        return functional.scaled_grouped_mm(codes_RK, w_ENK.transpose(1, 2), scales_R, by_row, scales_EN, by_row,
-                                            offs=ends_E, output_dtype=torch.bfloat16)
+        return functional.scaled_grouped_mm(
+            codes_RK, w_ENK.transpose(1, 2), scales_R, by_row, scales_EN, by_row, offs=ends_E,
+            output_dtype=torch.bfloat16)
 
     copied_ENK = other_EKN.transpose(1, 2).contiguous()
     times = [median(run, stored_ENK.device, results) for run in (
@@ -111,7 +112,8 @@ def in_fp8(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _measured(times: list[float], weights: torch.Tensor, rows: torch.Tensor, result: torch.Tensor) -> Measured:
     weight_bytes, rows_bytes, result_bytes = (one.numel() * one.element_size() for one in (weights, rows, result))
-    return Measured(*times, weight_bytes, weight_bytes + rows_bytes + result_bytes)
+    view, copy, copied = times
+    return Measured(view, copy, copied, weight_bytes, weight_bytes + rows_bytes + result_bytes)
 
 
 def median(run: Callable[[], torch.Tensor], device: torch.device, results: list[torch.Tensor], repeats: int = 5,
