@@ -65,8 +65,8 @@ class OperandRule:
 MXFP8 = OperandRule(32, power_of_two=True)
 """32 elements along the sum, the scale rounded up to a power of two (OCP Microscaling 1.0; torchao's RCEIL)."""
 
-RULES = {"mxfp8": MXFP8, "fp8_row": OperandRule(None), "fp8_block": OperandRule(128), "fp8_tensor": OperandRule(None),
-         "int8_row": OperandRule(None, is_integer=True)}
+RULES = {"mxfp8": MXFP8, "fp8_row": OperandRule(None), "fp8_row_e8m0": OperandRule(None, power_of_two=True),
+         "fp8_block": OperandRule(128), "fp8_tensor": OperandRule(None), "int8_row": OperandRule(None, is_integer=True)}
 """Words of `Numerics.products` -> how operands are rounded; blocks are those of the tensor as a rank holds it, or those
 of encoded weights where these are cut inside one."""
 
@@ -193,12 +193,12 @@ def _reach(rows: Rows, deviations: float) -> torch.Tensor:
     return unit_in_last_place(rows.largest, rows.stored) / 2 + deviations * rows.unrounded.sqrt()
 
 
-def scale_variance(rows: Rows, rule: OperandRule) -> torch.Tensor | float:
+def scale_variance(rows: Rows, rule: OperandRule) -> torch.Tensor:
     """(R, 1): relative variance of the scales of a row, which the error of a block's largest number makes.
 
     It is the same in all products of a block. Of the row's largest; a power of two moves by no small amount.
     """
     if rule.power_of_two or rule.fixed is not None or rows.variance is None or not rows.value.shape[1]:
-        return 0.0
+        return torch.zeros(len(rows.value), 1, dtype=torch.float64, device=rows.value.device)
     largest_R1, at_R1 = rows.value.nan_to_num(0.0, 0.0, 0.0).abs().max(1, keepdim=True)
     return rows.variance.gather(1, at_R1) / largest_R1.square().clamp(min=FLUSH)
