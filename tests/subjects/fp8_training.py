@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from moe_ref.contract.capabilities import Capabilities
 from moe_ref.contract.comm import Comm, Groups
 from moe_ref.contract.features import Feature
 from moe_ref.contract.parallel import Parallel

@@ -22,6 +22,12 @@ quotient and a number in fp32 are rounded, each by half a unit of 2^-23."""
 SCALE = 2.0**-22
 """What two right scales may differ by, relative to them: a quotient by 448, or a product with its reciprocal."""
 
+LARGEST_LOSS, SUBNORMAL = 2.0**-4 + QUOTIENT, 2.0**-9
+"""Of e4m3: half the distance of its numbers relative to them, and the distance of the smallest."""
+
+FAR = 0.25
+"""What a scale moves by that is no small part of it."""
+
 REACHES = ((0.5, 0.5), (1.0, 0.31), (2.0, 0.16), (8.0, 0.025))
 """Standard deviations of an operand's error, beside its last store -> the chance that a border so far off is crossed.
 
@@ -29,10 +35,6 @@ A store in 16 bits puts what lies next to a border upon it, and half of that goe
 of a Gaussian error beyond the reach before. What lies between two and eight deviations rarely does go wrong; its chance
 is that of two, so that the few that do are within what is likely however few terms a sum has.
 """
-
-FLUSH = 2.0**-252
-"""Keeps the square of a row's largest number above zero."""
-
 
 @dataclass(frozen=True)
 class OperandRule:
@@ -151,25 +153,45 @@ def rounded_rows(rows: Rows, rule: OperandRule) -> Rows:
     bound = torch.maximum(high - value, value - low).nan_to_num(torch.inf)
     if rows.variance is None:
         return Rows(value, bound, drift=rows.drift)
-    variance = _crossed(rows, rule) if bool(rows.bound.any()) else (high - low).square() / 2
-    variance = variance.nan_to_num(torch.inf) + scale_variance(rows, rule) * value.square()
-    return Rows(value, bound, variance, drift=rows.drift)
+    variance = _crossed(rows, value, rule) if bool(rows.bound.any()) else (high - low).square() / 2
+    return Rows(value, bound, variance.nan_to_num(torch.inf), drift=rows.drift)
 
 
-def _crossed(rows: Rows, rule: OperandRule) -> torch.Tensor:
-    """Mean square of what each becomes off by, since errors cross borders."""
+def _crossed(rows: Rows, value: torch.Tensor, rule: OperandRule) -> torch.Tensor:
+    """Mean square of what each becomes off by, since its error or its scale's takes it across borders.
+
+    A scale in fp32 moves by as little as the largest number of its block: what that does beside crossing borders is the
+    same in all of its block, and the product's to follow. A power of two becomes twice another.
+    """
     variance = torch.zeros_like(rows.value)
     for reach, chance in REACHES:
-        low, high = _ends(rows.value, torch.minimum(_reach(rows, reach), rows.bound), rule)
-        variance = torch.maximum(variance, chance * (high - low).square())
+        error = torch.minimum(_reach(rows, reach), rows.bound)
+        low, high = _ends(rows.value, error, rule)
+        if not rule.power_of_two and rule.fixed is None:
+            moved = over_columns(_relative_moves(rows.value, error, rule), rows.value.shape[1], rule)
+            at_scale = _ends(rows.value, torch.hypot(error, rows.value * moved), rule, scale_moves=False)
+            low, high = (torch.where(moved < FAR, near, end) for near, end in zip(at_scale, (low, high), strict=True))
+        variance = torch.maximum(variance, chance * torch.maximum(high - value, value - low).square())
     return variance
 
 
-def _ends(value: torch.Tensor, error: torch.Tensor, rule: OperandRule) -> tuple[torch.Tensor, torch.Tensor]:
-    """The least and the largest number that each may be multiplied as, up to so large an error."""
+def _relative_moves(value: torch.Tensor, error: torch.Tensor, rule: OperandRule) -> torch.Tensor:
+    """How far scales move at most while every number does by so much, relative to them; infinite from or to zeros."""
+    scales, magnitude = operand_scales(value, rule), value.abs()
+    low, high = (operand_scales((magnitude + sign * error).clamp(min=0), rule) for sign in (-1, 1))
+    zeros = (low == 1.0) != (high == 1.0)
+    return (torch.maximum(high - scales, scales - low) / scales).masked_fill(zeros, torch.inf)
+
+
+def _ends(value: torch.Tensor, error: torch.Tensor, rule: OperandRule,
+          scale_moves: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least and the largest number that each may be multiplied as, up to so large an error.
+
+    scale_moves: with the largest of its block, beside the roundings of a scale.
+    """
     columns = value.shape[1]
-    magnitude = value.abs()
-    scales = [over_columns(operand_scales((magnitude + sign * error).clamp(min=0), rule), columns, rule)
+    magnitude, error_of_largest = value.abs(), error if scale_moves else torch.zeros_like(error)
+    scales = [over_columns(operand_scales((magnitude + sign * error_of_largest).clamp(min=0), rule), columns, rule)
               for sign in (-1, 1)]
     if not rule.power_of_two and rule.fixed is None:
         scales = [scales[0] * (1 - SCALE), scales[1] * (1 + SCALE)]
@@ -182,7 +204,13 @@ def _ends(value: torch.Tensor, error: torch.Tensor, rule: OperandRule) -> tuple[
             # The scale itself, or any of its neighbours; another power of two has codes of its own.
             found += [code * other for other in ([scale] if rule.power_of_two else scales)]
     ends = torch.stack(found)
-    return ends.amin(0), ends.amax(0)
+    low, high = ends.amin(0), ends.amax(0)
+    if rule.fixed is not None:
+        return low, high
+    # No rounding loses more than half a unit of the code, under whatever scale.
+    lost = error + scales[1] / 2 if rule.is_integer else error + (
+        LARGEST_LOSS * (magnitude + error) + scales[1] * SUBNORMAL / 2)
+    return torch.maximum(low, value - lost), torch.minimum(high, value + lost)
 
 
 def _reach(rows: Rows, deviations: float) -> torch.Tensor:
@@ -200,5 +228,6 @@ def scale_variance(rows: Rows, rule: OperandRule) -> torch.Tensor:
     """
     if rule.power_of_two or rule.fixed is not None or rows.variance is None or not rows.value.shape[1]:
         return torch.zeros(len(rows.value), 1, dtype=torch.float64, device=rows.value.device)
-    largest_R1, at_R1 = rows.value.nan_to_num(0.0, 0.0, 0.0).abs().max(1, keepdim=True)
-    return rows.variance.gather(1, at_R1) / largest_R1.square().clamp(min=FLUSH)
+    # From zeros, what becomes of the numbers themselves is all there is.
+    moves = _relative_moves(rows.value, rows.variance.sqrt(), rule)
+    return torch.where(torch.isfinite(moves), moves, 0.0).square().amax(1, keepdim=True)
