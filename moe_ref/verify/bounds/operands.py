@@ -169,7 +169,10 @@ def _crossed(rows: Rows, value: torch.Tensor, rule: OperandRule) -> torch.Tensor
         low, high = _ends(rows.value, error, rule)
         if not rule.power_of_two and rule.fixed is None:
             moved = over_columns(_relative_moves(rows.value, error, rule), rows.value.shape[1], rule)
-            at_scale = _ends(rows.value, torch.hypot(error, rows.value * moved), rule, scale_moves=False)
+            moved_by = rows.value.abs() * moved
+            # Two errors seldom add up; of stores, which end at half a unit, they may.
+            both = error + moved_by if reach == REACHES[-1][0] else torch.hypot(error, moved_by)
+            at_scale = _ends(rows.value, both, rule, scale_moves=False)
             low, high = (torch.where(moved < FAR, near, end) for near, end in zip(at_scale, (low, high), strict=True))
         variance = torch.maximum(variance, chance * torch.maximum(high - value, value - low).square())
     return variance
