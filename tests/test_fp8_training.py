@@ -13,7 +13,7 @@ import torch
 
 from moe_ref.adapters.grouped_rows import rounded
 from moe_ref.contract.case_id import format_case, parse_case
-from moe_ref.contract.vocabulary import Dtype, Scheme, Stage, Verdict
+from moe_ref.contract.vocabulary import Dtype, Stage, Verdict
 from moe_ref.verify.bounds.operands import RULES, rounded_operand, rounded_rows
 from moe_ref.verify.bounds.rows import Rows, exact
 from tests.in_process import judged
@@ -45,27 +45,27 @@ def test_right_layers_pass(layer: type[Products], words: str) -> None:
     assert line.verdict is Verdict.PASS, line.message
 
 
-@pytest.mark.parametrize("layer", [Fp8Training, PowersOfTwo])
-@pytest.mark.parametrize(("quantiser", "stage"), [
-    (subjects.TensorScale, Stage.GRAD_W2), (subjects.WrongAxis, Stage.GRAD_W2),
-    (subjects.NeighbouringScale, Stage.GRAD_W2), (subjects.GradientInBf16, Stage.GRAD_W2),
-    (subjects.WeightGradientInBf16, Stage.GRAD_W2), (subjects.E5m2Gradient, Stage.GRAD_W2),
-    (subjects.ScaleForgotten, Stage.GRAD_W2),
-    # The gradient of what w2 took, and all that is made of it.
-    (subjects.WeightNotRoundedAnew, Stage.GRAD_W13),
+@pytest.mark.parametrize(("layer", "quantiser"), [
+    *((Fp8Training, one) for one in (
+        subjects.TensorScale, subjects.WrongAxis, subjects.NeighbouringScale, subjects.GradientInBf16,
+        subjects.WeightGradientInBf16, subjects.E5m2Gradient, subjects.ScaleForgotten, subjects.WeightNotRoundedAnew)),
+    # A power of two shared by too many moves next to no border: such scales do not show.
+    *((PowersOfTwo, one) for one in (
+        subjects.NeighbouringScale, subjects.GradientInBf16, subjects.E5m2Gradient, subjects.ScaleForgotten)),
 ])
-def test_mistakes_fail_at_their_product(quantiser: type[subjects.Quantiser], stage: Stage,
-                                        layer: type[Products]) -> None:
+def test_mistakes_fail_at_their_product(quantiser: type[subjects.Quantiser], layer: type[Products]) -> None:
     """In fp32, where errors are so small that next to no code may be another: by a factor of thousands."""
+    # The first product of a gradient that takes w2 makes grad_act, of which grad_w13 is the first to be seen.
+    stage = Stage.GRAD_W13 if quantiser is subjects.WeightNotRoundedAnew else Stage.GRAD_W2
     line = judged(mistaken(quantiser, layer), f"{SMALL}.E6.K3-fp32-norm-bwd", runs=1)
     assert (line.verdict, line.first_stage) == (Verdict.MISMATCH, stage), line.message
     assert max(float(one.ratio) for one in line.stages or [] if one.stage == stage) > 1000
 
 
 def test_scales_over_all_ranks_are_seen() -> None:
-    """Each rank's rows are those that it holds: of the gradient of gate and up, the first that has other columns."""
+    """Each rank's rows are those that it holds: here columns of the activation have the scales of another rank's."""
     line = judged(mistaken(subjects.OverRanks), f"{SMALL}.E6.K3-fp32-norm-tp2-bwd", runs=1)
-    assert (line.verdict, line.first_stage) == (Verdict.MISMATCH, Stage.GRAD_X), line.message
+    assert (line.verdict, line.first_stage) == (Verdict.MISMATCH, Stage.GRAD_W2), line.message
     assert judged(mistaken(subjects.OverRanks), f"{SMALL}.E6.K3-fp32-norm-bwd", runs=1).verdict is Verdict.PASS
 
 
@@ -88,12 +88,12 @@ def test_rows_of_gate_and_up_are_declared(layer: type[Products], declared: type[
 
 def test_where_a_weight_joins_is_declared() -> None:
     """A column of weighted gradients has another scale than one of gradients."""
-    quiet = OnActivation()
-    declared = quiet.CAPABILITIES
-    quiet.CAPABILITIES = replace(declared, stages=(), numerics={
-        dtype: replace(one, weight_at="merge") for dtype, one in declared.numerics.items()})
-    line = judged(quiet, f"{SMALL}.E6.K3-fp32-norm-bwd", runs=1)
-    assert line.verdict is Verdict.MISMATCH
+    class Quiet(subjects.Hidden):
+        def expert_rows(self, *arguments: Any) -> Any:
+            return OnActivation.expert_rows(self, *arguments)  # type: ignore[arg-type]
+
+    line = judged(Quiet(), f"{SMALL}.E6.K3-fp32-norm-bwd", runs=1)
+    assert (line.verdict, line.first_stage) == (Verdict.MISMATCH, Stage.GRAD_W2), line.message
 
 
 def test_a_layer_in_bf16_is_no_layer_in_8_bits() -> None:
@@ -106,23 +106,12 @@ def test_a_layer_in_bf16_is_no_layer_in_8_bits() -> None:
 
 @pytest.mark.parametrize("products", ["mxfp8", "fp8_block"])
 def test_gradients_of_blocks_are_refused(products: Any) -> None:
-    """Blocks along the rows of an expert depend on their order, which no contract fixes; nor what encoded weights
-    would be rounded to anew."""
+    """Blocks along the rows of an expert depend on their order, which no contract fixes."""
     layer = Fp8Training()
     numerics = replace(rounded(Dtype.BF16), products=products)
     layer.CAPABILITIES = replace(layer.CAPABILITIES, numerics={Dtype.BF16: numerics})
     line = judged(layer, f"{SMALL}.E6.K3-bf16-norm-bwd", runs=1)
     assert line.reason == "not declared: gradients with operands in e4m3"
-
-
-def test_gradients_of_encoded_weights_are_refused() -> None:
-    layer = Fp8Training()
-    given = layer.CAPABILITIES
-    layer.CAPABILITIES = replace(given, schemes={Scheme.FP8_ROW: given.numerics})
-    case = parse_case(f"{SMALL}.E6.K3-bf16-fp8row-norm")
-    case = replace(case, direction=given.directions[-1])
-    refused = layer.CAPABILITIES._refused_backward(case)
-    assert refused == [(True, "gradients with operands in e4m3")]
 
 
 @pytest.mark.parametrize("products", ["fp8_row", "fp8_row_e8m0"])
@@ -131,7 +120,7 @@ def test_rows_with_errors_become_what_is_predicted(products: str) -> None:
     within a factor of what is predicted."""
     rule, generator = RULES[products], torch.Generator().manual_seed(3)
     value = torch.randn(256, 48, generator=generator, dtype=torch.float64)
-    for size in (1e-7, 1e-3, 0.02, 0.2):
+    for size in (1e-4, 1e-3, 0.02, 0.2):
         sigma = size * value.abs()
         error = torch.randn(value.shape, generator=generator, dtype=torch.float64).clamp(-4, 4) * sigma
         got = rounded_rows(Rows(value, 4 * sigma, sigma.square()), rule)

@@ -28,8 +28,7 @@ Products = Literal["exact", "tf32", "tf32x3", "mxfp8", "fp8_tensor", "fp8_row", 
 ROUNDED_OPERANDS: tuple[Products, ...] = ("mxfp8", "fp8_tensor", "fp8_row", "fp8_row_e8m0", "fp8_block", "int8_row")
 """Those that round operands to 8 bits under scales."""
 ROUNDED_GRADIENTS: tuple[Products, ...] = ("fp8_row", "fp8_row_e8m0")
-"""Those of them that say, of weights that are not encoded, what the products of a backward pass multiply: one scale for
-each row along the sum leaves nothing to choose but the sum."""
+"""Those of them that say what the products of a backward pass multiply: one scale for each row along the sum."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,10 +194,9 @@ class Capabilities:
                 *((one in stored, f"exact data with rows in {one}") for one in NARROW)]
 
     def _refused_backward(self, case: Case) -> list[tuple[bool, str]]:
-        """Gradients whose products have operands in blocks, or encoded ones: no contract says what they multiply."""
+        """Gradients whose products have operands in blocks: no contract says what they multiply."""
         numerics = self.numerics_of(case.problem)
-        rounds = numerics is not None and numerics.products in ROUNDED_OPERANDS and (
-            case.problem.scheme is not Scheme.PLAIN or numerics.products not in ROUNDED_GRADIENTS)
+        rounds = numerics is not None and numerics.products in set(ROUNDED_OPERANDS) - set(ROUNDED_GRADIENTS)
         return [(rounds and case.direction is Direction.BACKWARD, "gradients with operands in e4m3")]
 
     def _refused_sizes(self, case: Case) -> list[tuple[bool, str]]:

@@ -25,6 +25,9 @@ SCALE = 2.0**-22
 LARGEST_LOSS, SUBNORMAL = 2.0**-4 + QUOTIENT, 2.0**-9
 """Of e4m3: half the distance of its numbers relative to them, and the distance of the smallest."""
 
+MANY_BORDERS = 1.25
+"""Mean square of the difference of two rounded numbers over that of their own, where those of e4m3 lie closer."""
+
 FAR = 0.25
 """What a scale moves by that is no small part of it."""
 
@@ -163,7 +166,8 @@ def _crossed(rows: Rows, value: torch.Tensor, rule: OperandRule) -> torch.Tensor
     A scale in fp32 moves by as little as the largest number of its block: what that does beside crossing borders is the
     same in all of its block, and the product's to follow. A power of two becomes twice another.
     """
-    variance = torch.zeros_like(rows.value)
+    assert rows.variance is not None
+    variance = off = torch.zeros_like(rows.value)
     for reach, chance in REACHES:
         error = torch.minimum(_reach(rows, reach), rows.bound)
         low, high = _ends(rows.value, error, rule)
@@ -174,8 +178,10 @@ def _crossed(rows: Rows, value: torch.Tensor, rule: OperandRule) -> torch.Tensor
             both = error + moved_by if reach == REACHES[-1][0] else torch.hypot(error, moved_by)
             at_scale = _ends(rows.value, both, rule, scale_moves=False)
             low, high = (torch.where(moved < FAR, near, end) for near, end in zip(at_scale, (low, high), strict=True))
-        variance = torch.maximum(variance, chance * torch.maximum(high - value, value - low).square())
-    return variance
+        off = torch.maximum(high - value, value - low).square()
+        variance = torch.maximum(variance, chance * off)
+    # An error across many borders comes through as it is, with a rounding.
+    return torch.maximum(variance, torch.minimum(off, MANY_BORDERS * rows.variance))
 
 
 def _relative_moves(value: torch.Tensor, error: torch.Tensor, rule: OperandRule) -> torch.Tensor:
