@@ -123,7 +123,7 @@ def test_rows_with_errors_become_what_is_predicted(products: str) -> None:
     for size in (1e-4, 1e-3, 0.02, 0.2):
         sigma = size * value.abs()
         error = torch.randn(value.shape, generator=generator, dtype=torch.float64).clamp(-4, 4) * sigma
-        got = rounded_rows(Rows(value, 4 * sigma, sigma.square()), rule)
+        got = rounded_rows(Rows(value, 4 * sigma, sigma.square()), rule, scale_apart=True)
         off = (rounded_operand(value + error, rule) - got.value).abs()
         assert got.variance is not None
         assert bool((off <= got.bound).all())
@@ -133,7 +133,7 @@ def test_rows_with_errors_become_what_is_predicted(products: str) -> None:
 def test_a_row_of_zeros_stays_small() -> None:
     """What an error makes of it is as small as the error, though its scale is another one altogether."""
     zeros = torch.zeros(1, 4, dtype=torch.float64)
-    got = rounded_rows(Rows(zeros, zeros + 1e-3, zeros + 1e-6), RULES["fp8_row"])
+    got = rounded_rows(Rows(zeros, zeros + 1e-3, zeros + 1e-6), RULES["fp8_row"], scale_apart=True)
     assert float(got.bound.max()) < 1.1e-3
     assert got.variance is not None
     assert float(got.variance.min()) > 1e-7

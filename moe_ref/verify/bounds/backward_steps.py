@@ -132,7 +132,7 @@ class BackwardSteps:
         """one @ other^T, (M, N), of operands as they are multiplied."""
         if (rule := self.rule) is None:
             return self._summed(one_MK, other_NK, one_MK.value.shape[1])
-        one, other = rounded_rows(one_MK, rule), rounded_rows(other_NK, rule)
+        one, other = (rounded_rows(rows, rule, scale_apart=True) for rows in (one_MK, other_NK))
         product = self._summed(one, other, one.value.shape[1] + SCALED * bool(one.value.shape[1]))
         # What the scale of a row is off by is the same in all of its terms.
         scales = scale_variance(one_MK, rule) + scale_variance(other_NK, rule).T

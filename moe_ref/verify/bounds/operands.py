@@ -147,8 +147,12 @@ def _as_codes(values_RK: torch.Tensor, rule: OperandRule) -> torch.Tensor:
     return ~torch.isnan(values_RK) if rule.fixed is not None else torch.isfinite(values_RK)
 
 
-def rounded_rows(rows: Rows, rule: OperandRule) -> Rows:
-    """Rows as they are multiplied, with what their own errors become and what two right quantisers differ by."""
+def rounded_rows(rows: Rows, rule: OperandRule, scale_apart: bool = False) -> Rows:
+    """Rows as they are multiplied, with what their own errors become and what two right quantisers differ by.
+
+    scale_apart: of an error of a scale the variance has what crosses borders alone, the rest is the product's to add.
+    Sharper, for what is judged number by number: few errors that are shared by whole rows make a mean square uncertain.
+    """
     value = rounded_operand(rows.value, rule)
     if not value.numel():
         return Rows(value, rows.bound, rows.variance, drift=rows.drift)
@@ -156,18 +160,27 @@ def rounded_rows(rows: Rows, rule: OperandRule) -> Rows:
     bound = torch.maximum(high - value, value - low).nan_to_num(torch.inf)
     if rows.variance is None:
         return Rows(value, bound, drift=rows.drift)
-    variance = _crossed(rows, value, rule) if bool(rows.bound.any()) else (high - low).square() / 2
-    return Rows(value, bound, variance.nan_to_num(torch.inf), drift=rows.drift)
+    crossed = _crossed_apart if scale_apart else _crossed
+    variance = crossed(rows, value, rule) if bool(rows.bound.any()) else (high - low).square() / 2
+    variance = variance.nan_to_num(torch.inf)
+    if not scale_apart:
+        variance = variance + scale_variance(rows, rule) * value.square()
+    return Rows(value, bound, variance, drift=rows.drift)
 
 
 def _crossed(rows: Rows, value: torch.Tensor, rule: OperandRule) -> torch.Tensor:
-    """Mean square of what each becomes off by, since its error or its scale's takes it across borders.
+    """Mean square of what each becomes off by, since errors cross borders."""
+    variance = torch.zeros_like(value)
+    for reach, chance in REACHES:
+        low, high = _ends(rows.value, torch.minimum(_reach(rows, reach), rows.bound), rule)
+        variance = torch.maximum(variance, chance * (high - low).square())
+    return variance
 
-    A scale in fp32 moves by as little as the largest number of its block: what that does beside crossing borders is the
-    same in all of its block, and the product's to follow. A power of two becomes twice another.
-    """
+
+def _crossed_apart(rows: Rows, value: torch.Tensor, rule: OperandRule) -> torch.Tensor:
+    """The same under a scale that stays: one in fp32 takes numbers across borders as errors of their own do."""
     assert rows.variance is not None
-    variance = off = torch.zeros_like(rows.value)
+    variance = off = torch.zeros_like(value)
     for reach, chance in REACHES:
         error = torch.minimum(_reach(rows, reach), rows.bound)
         low, high = _ends(rows.value, error, rule)
