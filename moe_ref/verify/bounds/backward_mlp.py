@@ -117,8 +117,9 @@ class MLPBackward:
 
     def _grad_bias(self, rows: MLPRows, passed: _Passed) -> Rows:
         """Gradient of w2's bias in every row; weighted apart where the weight joins the activation."""
-        weighted = rows.in_act and rows.weight is not None
-        return self.back.product(exact(rows.grad_RH), rows.weight) if weighted else passed.complete_down
+        if rows.in_act and rows.weight is not None:
+            return self.back.product(exact(rows.grad_RH), rows.weight)
+        return passed.complete_down
 
     def parts(self, rows: MLPRows) -> list[RankPart]:
         """What ranks add to the gradients of tokens and weights alone, without the parameters' own."""
