@@ -12,10 +12,18 @@ import pytest
 import torch
 
 from moe_ref.adapters.grouped_rows import rounded
+from moe_ref.contract.capabilities import Numerics
 from moe_ref.contract.case_id import format_case, parse_case
-from moe_ref.contract.vocabulary import Dtype, Stage, Verdict
+from moe_ref.contract.spec import MoESpec, Router
+from moe_ref.contract.vocabulary import Dtype, Format, Stage, Verdict
+from moe_ref.contract.weights import ExpertWeights
+from moe_ref.tolerances.load import load_tolerances
+from moe_ref.verify.bounds.backward_mlp import Cut, MLPBackward, MLPRows
+from moe_ref.verify.bounds.backward_steps import BackwardSteps
 from moe_ref.verify.bounds.operands import RULES, rounded_operand, rounded_rows
+from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.bounds.rows import Rows, exact
+from moe_ref.verify.bounds.steps import Steps
 from tests.in_process import judged
 from tests.subjects import fp8_training as subjects
 from tests.subjects.fp8_training import Fp8Training, OnActivation, PowersOfTwo, Products, Separately, mistaken
@@ -138,6 +146,47 @@ def test_a_row_of_zeros_stays_small() -> None:
     assert got.variance is not None
     assert float(got.variance.min()) > 1e-7
     assert not rounded_rows(exact(zeros), RULES["fp8_row"]).bound.any()
+
+
+def rounded_to_e4m3(values: torch.Tensor) -> torch.Tensor:
+    """Rows under one scale each, in fp64, on torch's own e4m3."""
+    scale = (values.abs().amax(-1, keepdim=True) / 448).float()
+    return (values.float() / scale).to(torch.float8_e4m3fn).double() * scale.double()
+
+
+@pytest.mark.parametrize("by_output", [False, True])
+def test_ranks_round_what_they_hold(by_output: bool) -> None:
+    """The wanted values by hand: two ranks share an expert by columns of its activation, or by outputs of w2 too."""
+    q, generator = rounded_to_e4m3, torch.Generator().manual_seed(11)
+    x, grad, w13, w2, weight = (torch.randn(*shape, generator=generator).double() for shape in (
+        (5, 6), (5, 6), (2, 8, 6), (6, 8), (5, 1)))
+    columns, outputs = ((0, 5), (5, 8)), (((0, 2), (2, 6)) if by_output else ((0, 6), (0, 6)))
+    inner = ((0, 8), (0, 8)) if by_output else columns
+    cuts = [Cut(*one) for one in zip(columns, inner, outputs, strict=True)]
+    spec = MoESpec(hidden_size=6, intermediate_size=8, router=Router(num_experts=2, top_k=1))
+    numerics = Numerics(storage={Stage.ACT: Format.FP32, Stage.DOWN: Format.FP32}, products="fp8_row")
+    back = BackwardSteps(Steps(spec, numerics, RoundingModel(load_tolerances(), "cpu", Format.FP32)), Format.FP32)
+    found = MLPBackward(back, ExpertWeights(w13, w2, None, None), spec.experts, cuts).run(
+        MLPRows.routed(back, x, grad, exact(weight)))
+
+    gate, up = (q(x) @ q(one).T for one in w13)
+    act, grad_down = torch.nn.functional.silu(gate) * up, weight * grad
+    held = [slice(*one) for one in set(outputs)]
+    grad_act = sum(q(grad_down[:, one]) @ q(w2[one].T).T for one in held)
+    sigmoid = torch.sigmoid(gate)
+    grad_gate_up = [grad_act * up * sigmoid * (1 + gate * (1 - sigmoid)), grad_act * act / up]
+    wanted = [torch.stack([q(one.T) @ q(x.T).T for one in grad_gate_up]), q(grad_down.T) @ q(act.T).T]
+    for got, want in zip(found.parameters[:2], wanted, strict=True):
+        assert got is not None
+        assert torch.allclose(got.value, want, rtol=1e-5, atol=1e-5)
+    for part, cut in zip(found.parts, cuts, strict=True):
+        rows = torch.cat([one[:, slice(*cut.columns)] for one in grad_gate_up], 1)
+        of_rank = w13[:, slice(*cut.columns)].flatten(0, 1)
+        assert torch.allclose(part.x[0].value, q(rows) @ q(of_rank.T).T, rtol=1e-5, atol=1e-5)
+        down = q(act[:, slice(*cut.inner)]) @ q(w2[slice(*cut.outputs), slice(*cut.inner)]).T
+        assert part.weights is not None
+        assert torch.allclose(part.weights.value, (grad[:, slice(*cut.outputs)] * down).sum(1, keepdim=True), rtol=1e-5,
+                              atol=1e-5)
 
 
 def study(seeds: int) -> None:
