@@ -22,11 +22,11 @@ def test_a_planted_mistake_is_seen(tmp_path: Path) -> None:
     assert verdict.startswith("mismatch: act")
 
 
-def test_scaled_grouped_mm_is_judged_in_nothing() -> None:
-    """No contract says what its products may be off by: a verdict on it would be invented."""
-    reason = SCALED_GROUPED_MM.CAPABILITIES.refusal(parse_case(CASES[1]), Ranks.LOCAL, "cuda")
-    assert reason is not None
-    assert "dtype fp16" in reason
+def test_what_scaled_grouped_mm_is_judged_in() -> None:
+    """Forward in bf16, by the products of rounded rows; on a GPU."""
+    refusals = [SCALED_GROUPED_MM.CAPABILITIES.refusal(parse_case(f"{LAYER}-{words}"), Ranks.LOCAL, "cuda")
+                for words in ("bf16-norm", "fp16-norm", "bf16-norm-bwd")]
+    assert refusals == [None, "not declared: dtype fp16", "not declared: direction bwd"]
 
 
 def test_rowwise_operands() -> None:

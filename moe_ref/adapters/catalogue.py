@@ -91,7 +91,7 @@ ADAPTERS: tuple[Adapter, ...] = (
             devices=("cuda",)),
     Adapter(name="torch.scaled_grouped_mm", target="moe_ref.adapters.torch_scaled:SCALED_GROUPED_MM",
             libraries=(TORCH,), kernels="own", lineage="torch", devices=("cuda",),
-            what="torch.nn.functional.scaled_grouped_mm, operands in e4m3 by row; never run, judged in no dtype"),
+            what="torch.nn.functional.scaled_grouped_mm, operands in e4m3 by row; never run"),
     Adapter(name="torchtitan.moe", target="moe_ref.adapters.torchtitan_moe:LAYER",
             libraries=(TORCHTITAN, TORCH, SPMD_TYPES, TYRO, DOCSTRING_PARSER),
             what="MoE: router, dispatcher, grouped or gpt-oss experts, shared expert", kernels="torch",
@@ -105,6 +105,9 @@ ADAPTERS: tuple[Adapter, ...] = (
     Adapter(name="torchao.mxfp8", target="moe_ref.adapters.torchao_experts:MXFP8", libraries=(TORCHAO, TORCH),
             what="grouped product of MXFP8 training, twice, kernels emulated, forward", kernels="torch",
             lineage="torchao"),
+    Adapter(name="torchao.fp8_rowwise", target="moe_ref.adapters.torchao_rowwise:FP8_ROWWISE",
+            libraries=(TORCHAO, TORCH, TRITON), what="grouped product of fp8 rowwise training, twice; never run",
+            kernels="own", lineage="torchao", devices=("cuda",)),
 )
 
 

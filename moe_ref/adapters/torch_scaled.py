@@ -2,18 +2,20 @@
 
 Rows of tokens and of weights are rounded to e4m3 here, each under its largest magnitude over 448 in fp32
 (ScalingType.RowWise: one scale per row of mat_a, one per expert and column of mat_b, both to decode with); torch
-multiplies them on a GPU, and has no kernel for a CPU (aten::_scaled_grouped_mm_v2). No contract says what a product of
-such operands may be off by: under scales that are no powers of two, numbers lie on borders between two of e4m3 but for
-a rounding of the quotient, and fp8 tensor cores of sm_90 keep 14 bits of a sum. So no dtype is declared, and every case
-is refused, until a contract does.
+multiplies them on a GPU, and has no kernel for a CPU (aten::_scaled_grouped_mm_v2). The contract is that of the rounded
+operands, products="fp8_row", with sums in fp32: fp8 tensor cores of sm_90 keep 14 bits of a sum, and a kernel that adds
+up in them alone would be accused there. Forward, in bf16.
 """
+
+from dataclasses import replace
 
 import torch
 from torch.nn.functional import ScalingType, scaled_grouped_mm  # type: ignore[missing-module-attribute]
 
 from moe_ref.adapters.experts_layer import ExpertsCall, ExpertsLayer
-from moe_ref.adapters.grouped_rows import DECLARED, FORKED, grouped_experts
+from moe_ref.adapters.grouped_rows import DECLARED, FORKED, grouped_experts, rounded
 from moe_ref.contract.capabilities import Capabilities
+from moe_ref.contract.vocabulary import Dtype
 
 
 def _rowwise(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,6 +39,7 @@ def experts(call: ExpertsCall) -> torch.Tensor:
 
 
 SCALED_GROUPED_MM = ExpertsLayer(
-    Capabilities(name="torch.scaled_grouped_mm", version=str(torch.__version__), numerics={}, devices=("cuda",),
+    Capabilities(name="torch.scaled_grouped_mm", version=str(torch.__version__),
+                 numerics={Dtype.BF16: replace(rounded(Dtype.BF16), products="fp8_row")}, devices=("cuda",),
                  hidden_multiple=16, intermediate_multiple=16, ranks=FORKED, **DECLARED),
     experts)

@@ -141,8 +141,8 @@ class Judge:
             if not 0 <= e < spec.num_experts:
                 continue
             token_R, slot_R = (ids_TK == e).nonzero(as_tuple=True)
-            rows = MLPRows(x_PH[token_R], grad_PH[token_R],
-                           weights.mapped(lambda one, at=(token_R, slot_R): one[*at, None]), spec.weight_on == "input")
+            rows = MLPRows.routed(back, x_PH[token_R], grad_PH[token_R],
+                                  weights.mapped(lambda one, at=(token_R, slot_R): one[*at, None]))
             self._add(back, self._source.expert(e), spec.experts, rows, (sums, token_R), (weight_sums, slot_R))
         if (shared := self._source.shared_expert()) and spec.shared is not None:
             gates = self._routing.shared_TS
@@ -187,8 +187,8 @@ class Judge:
                                None if w13_bias_GI is None else w13_bias_GI[:, column_I], w2_bias_H)
         weight = self._stored(batch.routing.weights_TK[token_R.to(batch.place_P.device)].cpu(), back.steps)
         on_device_R = token_R.to(batch.place_P.device)
-        rows = MLPRows(batch.x_TH[on_device_R].cpu().double(), self._merged(batch.grad_TH[on_device_R]),
-                       weight.mapped(lambda one: one.gather(1, slot_R[:, None])), spec.weight_on == "input")
+        rows = MLPRows.routed(back, batch.x_TH[on_device_R].cpu().double(), self._merged(batch.grad_TH[on_device_R]),
+                              weight.mapped(lambda one: one.gather(1, slot_R[:, None])))
         whole = (0, len(column_I))
         cut = Cut(whole, whole, (0, spec.hidden_size))
         w13, w2, *_ = MLPBackward(back, expert, spec.experts, [cut]).run(rows).parameters

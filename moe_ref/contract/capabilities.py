@@ -24,9 +24,11 @@ from moe_ref.contract.vocabulary import (
     Tokens,
 )
 
-Products = Literal["exact", "tf32", "tf32x3", "mxfp8", "fp8_tensor", "fp8_row", "fp8_block", "int8_row"]
-ROUNDED_OPERANDS: tuple[Products, ...] = ("mxfp8", "fp8_tensor", "fp8_row", "fp8_block", "int8_row")
+Products = Literal["exact", "tf32", "tf32x3", "mxfp8", "fp8_tensor", "fp8_row", "fp8_row_e8m0", "fp8_block", "int8_row"]
+ROUNDED_OPERANDS: tuple[Products, ...] = ("mxfp8", "fp8_tensor", "fp8_row", "fp8_row_e8m0", "fp8_block", "int8_row")
 """Those that round operands to 8 bits under scales."""
+ROUNDED_GRADIENTS: tuple[Products, ...] = ("fp8_row", "fp8_row_e8m0")
+"""Those of them that say what the products of a backward pass multiply: one scale for each row along the sum."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +43,11 @@ class Numerics:
     operands of experts are rounded to e4m3 in blocks of 32 along the sum, each under its largest magnitude over 448,
     rounded up to a power of two; forward only. Of encoded weights the other operand alone is rounded. "fp8_row",
     "fp8_block", "int8_row": to e4m3, or to int8, under a scale in fp32 for every row that a rank holds, or for every
-    128 of its columns: the largest magnitude over 448 or 127. "fp8_tensor": to e4m3 under the input scale that the
-    weights name; what is beyond saturates.
+    128 of its columns: the largest magnitude over 448 or 127. "fp8_row_e8m0": as fp8_row, scales rounded up to a power
+    of two. Of both the backward pass rounds the operands of each product anew, along its sum: docs/backward.md.
+    "fp8_tensor": to e4m3 under the input scale that the weights name; what is beyond saturates.
+    gradient_rows: of a backward pass that rounds operands: gate and up are columns of one product ("both"), or each has
+    a product of its own.
     decoded: format to which the numbers that codes stand for are rounded before a product; None: codes are multiplied,
     their scales join exactly.
     accumulate: format of every long sum, in any order. reduce: format of partial sums between ranks.
@@ -62,6 +67,7 @@ class Numerics:
     activation: Format | None = None
     merge: Format | None = None
     decoded: Format | None = None
+    gradient_rows: Literal["both", "each"] = "both"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,9 +194,9 @@ class Capabilities:
                 *((one in stored, f"exact data with rows in {one}") for one in NARROW)]
 
     def _refused_backward(self, case: Case) -> list[tuple[bool, str]]:
-        """Gradients whose products have operands in blocks: their bounds do not know these."""
+        """Gradients whose products have operands in blocks: no contract says what they multiply."""
         numerics = self.numerics_of(case.problem)
-        rounds = numerics is not None and numerics.products in ROUNDED_OPERANDS
+        rounds = numerics is not None and numerics.products in set(ROUNDED_OPERANDS) - set(ROUNDED_GRADIENTS)
         return [(rounds and case.direction is Direction.BACKWARD, "gradients with operands in e4m3")]
 
     def _refused_sizes(self, case: Case) -> list[tuple[bool, str]]:

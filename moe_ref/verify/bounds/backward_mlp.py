@@ -5,6 +5,8 @@
               gradient may be a sum over the output, grad . row, or over the activation, act . grad_act: the wider
     weights   the error of a routing weight is shared by a whole row: its variance does not go through products element
               by element, but is put on what comes out of them
+    8 bits    where products round their operands, what they multiply is the contract's: a weight joins where it does
+              forward, its own gradient is of that product, and gate and up are one row or two
 """
 
 from dataclasses import dataclass, replace
@@ -34,7 +36,8 @@ class Cut:
 class MLPRows:
     """Rows that pass one expert: their tokens (R, H), the gradient of what they add to the sum (R, H), both exact.
 
-    weight: (R, 1), of the rows, or of the tokens with on_input; blocks: (R, S), of equal blocks of the activation.
+    weight: (R, 1), of the rows, or of the tokens with on_input, or of the activation with in_act; blocks: (R, S), of
+    equal blocks of the activation.
     """
 
     x_RH: torch.Tensor
@@ -42,6 +45,23 @@ class MLPRows:
     weight: Rows | None = None
     on_input: bool = False
     blocks: Rows | None = None
+    in_act: bool = False
+
+    @classmethod
+    def routed(cls, back: BackwardSteps, x_RH: torch.Tensor, grad_RH: torch.Tensor, weight: Rows) -> "MLPRows":
+        """Rows of a routed expert; where products round their operands a weight is one of what it is declared to be."""
+        in_act = back.rule is not None and back.steps.act_weight(weight) is not None
+        return cls(x_RH, grad_RH, weight, back.steps.on_input, in_act=in_act)
+
+    @property
+    def of_columns(self) -> Rows | None:
+        """Weights of blocks of the activation, or of all of it."""
+        return self.weight if self.in_act else self.blocks
+
+    @property
+    def of_output(self) -> Rows | None:
+        """Weights of what the second product makes."""
+        return None if self.on_input or self.in_act else self.weight
 
 
 @dataclass(frozen=True)
@@ -92,8 +112,14 @@ class MLPBackward:
         biases = [back.down_columns(one) for one in complete] if self.expert.w13_bias_GI is not None else []
         parameters = (_stacked(w13), back.outer(passed.complete_down, passed.taken),
                       _stacked(biases) if biases else None,
-                      None if self.expert.w2_bias_H is None else back.down_columns(passed.complete_down))
+                      None if self.expert.w2_bias_H is None else back.down_columns(self._grad_bias(rows, passed)))
         return MLPGradients(parameters, self._parts(rows, passed))
+
+    def _grad_bias(self, rows: MLPRows, passed: _Passed) -> Rows:
+        """Gradient of w2's bias in every row; weighted apart where the weight joins the activation."""
+        if rows.in_act and rows.weight is not None:
+            return self.back.product(exact(rows.grad_RH), rows.weight)
+        return passed.complete_down
 
     def parts(self, rows: MLPRows) -> list[RankPart]:
         """What ranks add to the gradients of tokens and weights alone, without the parameters' own."""
@@ -108,15 +134,14 @@ class MLPBackward:
         tokens = self.steps.tokens(rows.x_RH, rows.weight) if rows.on_input and rows.weight else exact(rows.x_RH)
         gate_up = back.saved(self.steps.gate_up(tokens, self.expert, None), Stage.GATE_UP)
         taken = act = back.saved(self.steps.act(gate_up, self.mlp), Stage.ACT)
-        weight, relative = None if rows.on_input else rows.weight, None
-        grad_down = complete_down = grad
-        if weight is not None:
+        relative, grad_down, complete_down = None, grad, grad
+        if (weight := rows.of_output) is not None:
             relative = relative_variance(weight)
             grad_down = back.product(grad, _without_variance(weight))
             complete_down = _with_shared(grad_down, relative)
         grad_act = grad_taken = self._through_w2(grad_down)
-        if rows.blocks is not None:
-            relative, columns = relative_variance(rows.blocks), self._columns(rows.blocks)
+        if (blocks := rows.of_columns) is not None:
+            relative, columns = relative_variance(blocks), self._columns(blocks)
             taken, grad_act = back.product(act, columns), back.product(grad_taken, _without_variance(columns))
         return _Passed(tokens, act, taken, grad_taken, complete_down, self._activation_backward(grad_act, gate_up),
                        relative)
@@ -154,30 +179,39 @@ class MLPBackward:
     def _part(self, number: int, rows: MLPRows, grads: list[Rows], relative: torch.Tensor | None, act: Rows,
               grad_taken: Rows) -> RankPart:
         cut, back = self.cuts[number], self.back
-        through = [self._through_w13(one, w_IH, relative, cut.columns)
-                   for one, w_IH in zip(grads, self.w13_GIH, strict=True)]
+        parts = [one.columns(*cut.columns) for one in grads]
+        w13_GIH = self.w13_GIH[:, slice(*cut.columns)]
+        if back.rule is not None and back.steps.numerics.gradient_rows == "both":
+            parts, w13_GIH = [joined_columns(parts)], w13_GIH.flatten(0, 1)[None]
+        through = [self._through_w13(one, w_NH, relative, cut.columns)
+                   for one, w_NH in zip(parts, w13_GIH, strict=True)]
         weights = None
         if rows.on_input and rows.weight is not None:
             weights = back.dot(exact(rows.x_RH), _sum(through))
             through = [back.product(one, rows.weight) for one in through]
-        elif rows.weight is not None:
+        elif rows.of_output is not None:
             weights = self._weight_part(number, rows.grad_RH, act)
-        elif rows.blocks is not None:
-            weights = self._block_part(cut, rows.blocks.value.shape[1], act, grad_taken)
+        elif (blocks := rows.of_columns) is not None:
+            weights = self._block_part(cut, blocks.value.shape[1], act, grad_taken)
+            if rows.in_act and self._adds_bias(number):
+                weights = _sum([weights, self._bias_part(cut, rows.grad_RH)])
         return RankPart(through, weights)
 
-    def _through_w13(self, grad: Rows, w_IH: torch.Tensor, relative: torch.Tensor | None, columns: Range) -> Rows:
-        """One projection's part of the gradient of the rows' tokens; an error that columns share adds up coherently."""
-        part, w_IH = grad.columns(*columns), w_IH[slice(*columns)]
-        result = self.back.again(self.back.through(part, w_IH), 1)
+    def _through_w13(self, part: Rows, w_NH: torch.Tensor, relative: torch.Tensor | None, columns: Range) -> Rows:
+        """A projection's part of the gradient of the rows' tokens, or that of both: rows (R, N), N a multiple of the
+        rank's columns; an error that columns share adds up coherently.
+        """
+        result = self.back.again(self.back.through(part, w_NH), 1)
         if relative is None:
             return result
         if relative.shape[1] == 1:
             return _with_shared(result, relative)
-        variance, num_blocks = spread(result), relative.shape[1]
+        width, num_blocks, variance = columns[1] - columns[0], relative.shape[1], spread(result)
         for block in range(num_blocks):
-            inside = slice(*(one - columns[0] for one in self._block(block, num_blocks, columns)))
-            variance = variance + relative[:, block, None] * (part.value[:, inside] @ w_IH[inside]).square()
+            start, stop = (one - columns[0] for one in self._block(block, num_blocks, columns))
+            column_N = torch.arange(len(w_NH)) % max(1, width)
+            inside_N = (column_N >= start) & (column_N < stop)
+            variance = variance + relative[:, block, None] * (part.value[:, inside_N] @ w_NH[inside_N]).square()
         return replace(result, variance=variance)
 
     def _block(self, block: int, num_blocks: int, columns: Range) -> Range:
@@ -192,14 +226,22 @@ class MLPBackward:
         w2_HI, grad = self.w2_HI[slice(*cut.outputs), slice(*cut.inner)], exact(grad_RH[:, slice(*cut.outputs)])
         inner = act.columns(*cut.inner)
         down = back.again(back.through(inner, w2_HI.T), 1)
-        over_outputs = back.dot(grad, down)
-        over_columns = back.dot(inner, back.again(back.through(grad, w2_HI), 1))
-        result = Rows(over_outputs.value, torch.maximum(over_outputs.bound, over_columns.bound),
-                      torch.maximum(spread(over_outputs), spread(over_columns)))
-        if self.expert.w2_bias_H is None or not (self.by_output or number == 0):
-            return result
+        result = back.dot(grad, down)
+        if back.rule is None:
+            over_columns = back.dot(inner, back.again(back.through(grad, w2_HI), 1))
+            result = Rows(result.value, torch.maximum(result.bound, over_columns.bound),
+                          torch.maximum(spread(result), spread(over_columns)))
+        return _sum([result, self._bias_part(cut, grad_RH)]) if self._adds_bias(number) else result
+
+    def _adds_bias(self, number: int) -> bool:
+        return self.expert.w2_bias_H is not None and (self.by_output or number == 0)
+
+    def _bias_part(self, cut: Cut, grad_RH: torch.Tensor) -> Rows:
+        """What w2's bias adds to the gradient of the rows' weights, (R, 1)."""
+        assert self.expert.w2_bias_H is not None
+        grad = exact(grad_RH[:, slice(*cut.outputs)])
         bias = exact(self.expert.w2_bias_H[slice(*cut.outputs)].expand_as(grad.value))
-        return _sum([result, back.dot(grad, back.again(bias, 1))])
+        return self.back.dot(grad, self.back.again(bias, 1))
 
     def _block_part(self, cut: Cut, num_blocks: int, act: Rows, grad_taken: Rows) -> Rows:
         """One rank's part of the gradient of the blocks' weights, (R, S)."""

@@ -6,7 +6,7 @@ kept wider is then right by a wider margin. The variance has all of these roundi
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,9 +14,10 @@ from moe_ref.contract.vocabulary import Format, Stage
 from moe_ref.numerics.accumulation import ROUNDING
 from moe_ref.numerics.gauges import Gauges, gauges
 from moe_ref.numerics.magnitudes import nonnegative_product
+from moe_ref.verify.bounds.operands import OperandRule, rounded_rows, scale_variance
 from moe_ref.verify.bounds.rounding import FLUSH
-from moe_ref.verify.bounds.rows import Rows
-from moe_ref.verify.bounds.steps import Steps
+from moe_ref.verify.bounds.rows import Rows, exact
+from moe_ref.verify.bounds.steps import SCALED, Steps
 
 _ROW_STAGES = (Stage.PERMUTE, Stage.GATE_UP, Stage.ACT, Stage.DOWN, Stage.SHARED, Stage.MERGED, Stage.REDUCED)
 
@@ -114,25 +115,38 @@ class BackwardSteps:
         """What a sum of so many products may lose, per unit of the sum of their absolute values."""
         return float(self.steps.model.summed(torch.ones((), dtype=torch.float64), max(1, terms)))
 
+    @property
+    def rule(self) -> OperandRule | None:
+        """How both operands of an expert's product are rounded along its sum; None: they are not."""
+        return self.steps.rule(None, True)
+
     def through(self, rows: Rows, weight_NM: torch.Tensor) -> Rows:
         """rows @ weight, (R, M), in the accumulator."""
-        weight_NM, terms = weight_NM.double(), len(weight_NM)
-        error_RN = rows.bound + self.coefficient(terms) * rows.largest
-        sums = gauges(rows.value, weight_NM.T, self.steps.model.accumulation.truncates)
-        variance = self.steps.model.summed_variance(sums, terms) + nonnegative_product(spread(rows), weight_NM.T, 2)
-        return Rows(sums.value, error_RN @ weight_NM.abs() + terms * FLUSH, variance)
+        return self._product_of(rows, exact(weight_NM.T))
 
     def outer(self, one: Rows, other: Rows) -> Rows:
         """one^T @ other, (N, M): the sum over rows in the accumulator; exactly 0 where there is no row."""
-        terms = len(one.value)
-        error_RN = one.bound + self.coefficient(terms) * one.largest
-        bound, sums = error_RN.T @ other.largest, gauges(
-            one.value.T, other.value.T, self.steps.model.accumulation.truncates)
-        variance = self.steps.model.summed_variance(sums, terms) + nonnegative_product(spread(one).T, other.value.T, 2)
+        return self._product_of(*(rows.mapped(torch.Tensor.t) for rows in (one, other)))
+
+    def _product_of(self, one_MK: Rows, other_NK: Rows) -> Rows:
+        """one @ other^T, (M, N), of operands as they are multiplied."""
+        if (rule := self.rule) is None:
+            return self._summed(one_MK, other_NK, one_MK.value.shape[1])
+        one, other = (rounded_rows(rows, rule, scale_apart=True) for rows in (one_MK, other_NK))
+        product = self._summed(one, other, one.value.shape[1] + SCALED * bool(one.value.shape[1]))
+        # What the scale of a row is off by is the same in all of its terms.
+        scales = scale_variance(one_MK, rule) + scale_variance(other_NK, rule).T
+        return replace(product, variance=spread(product) + scales * product.value.square())
+
+    def _summed(self, one: Rows, other: Rows, terms: int) -> Rows:
+        error_MK = one.bound + self.coefficient(terms) * one.largest
+        bound = error_MK @ other.largest.T
+        sums = gauges(one.value, other.value, self.steps.model.accumulation.truncates)
+        variance = self.steps.model.summed_variance(sums, terms) + nonnegative_product(spread(one), other.value, 2)
         if bool(other.bound.any()):
-            bound = bound + one.value.abs().T @ other.bound
+            bound = bound + one.value.abs() @ other.bound.T
             both = one.value.square() + spread(one)
-            variance = variance + nonnegative_product(both.T, spread(other).T, 1)
+            variance = variance + nonnegative_product(both, spread(other), 1)
         return Rows(sums.value, bound + terms * FLUSH, variance)
 
     def down_columns(self, rows: Rows) -> Rows:

@@ -22,6 +22,15 @@ quotient and a number in fp32 are rounded, each by half a unit of 2^-23."""
 SCALE = 2.0**-22
 """What two right scales may differ by, relative to them: a quotient by 448, or a product with its reciprocal."""
 
+LARGEST_LOSS, SUBNORMAL = 2.0**-4 + QUOTIENT, 2.0**-9
+"""Of e4m3: half the distance of its numbers relative to them, and the distance of the smallest."""
+
+MANY_BORDERS = 1.25
+"""Mean square of the difference of two rounded numbers over that of their own, where those of e4m3 lie closer."""
+
+FAR = 0.25
+"""What a scale moves by that is no small part of it."""
+
 REACHES = ((0.5, 0.5), (1.0, 0.31), (2.0, 0.16), (8.0, 0.025))
 """Standard deviations of an operand's error, beside its last store -> the chance that a border so far off is crossed.
 
@@ -29,10 +38,6 @@ A store in 16 bits puts what lies next to a border upon it, and half of that goe
 of a Gaussian error beyond the reach before. What lies between two and eight deviations rarely does go wrong; its chance
 is that of two, so that the few that do are within what is likely however few terms a sum has.
 """
-
-FLUSH = 2.0**-252
-"""Keeps the square of a row's largest number above zero."""
-
 
 @dataclass(frozen=True)
 class OperandRule:
@@ -65,8 +70,8 @@ class OperandRule:
 MXFP8 = OperandRule(32, power_of_two=True)
 """32 elements along the sum, the scale rounded up to a power of two (OCP Microscaling 1.0; torchao's RCEIL)."""
 
-RULES = {"mxfp8": MXFP8, "fp8_row": OperandRule(None), "fp8_block": OperandRule(128), "fp8_tensor": OperandRule(None),
-         "int8_row": OperandRule(None, is_integer=True)}
+RULES = {"mxfp8": MXFP8, "fp8_row": OperandRule(None), "fp8_row_e8m0": OperandRule(None, power_of_two=True),
+         "fp8_block": OperandRule(128), "fp8_tensor": OperandRule(None), "int8_row": OperandRule(None, is_integer=True)}
 """Words of `Numerics.products` -> how operands are rounded; blocks are those of the tensor as a rank holds it, or those
 of encoded weights where these are cut inside one."""
 
@@ -142,8 +147,12 @@ def _as_codes(values_RK: torch.Tensor, rule: OperandRule) -> torch.Tensor:
     return ~torch.isnan(values_RK) if rule.fixed is not None else torch.isfinite(values_RK)
 
 
-def rounded_rows(rows: Rows, rule: OperandRule) -> Rows:
-    """Rows as they are multiplied, with what their own errors become and what two right quantisers differ by."""
+def rounded_rows(rows: Rows, rule: OperandRule, scale_apart: bool = False) -> Rows:
+    """Rows as they are multiplied, with what their own errors become and what two right quantisers differ by.
+
+    scale_apart: of an error of a scale the variance has what crosses borders alone, the rest is the product's to add.
+    Sharper, for what is judged number by number: few errors that are shared by whole rows make a mean square uncertain.
+    """
     value = rounded_operand(rows.value, rule)
     if not value.numel():
         return Rows(value, rows.bound, rows.variance, drift=rows.drift)
@@ -151,25 +160,60 @@ def rounded_rows(rows: Rows, rule: OperandRule) -> Rows:
     bound = torch.maximum(high - value, value - low).nan_to_num(torch.inf)
     if rows.variance is None:
         return Rows(value, bound, drift=rows.drift)
-    variance = _crossed(rows, rule) if bool(rows.bound.any()) else (high - low).square() / 2
-    variance = variance.nan_to_num(torch.inf) + scale_variance(rows, rule) * value.square()
+    crossed = _crossed_apart if scale_apart else _crossed
+    variance = crossed(rows, value, rule) if bool(rows.bound.any()) else (high - low).square() / 2
+    variance = variance.nan_to_num(torch.inf)
+    if not scale_apart:
+        variance = variance + scale_variance(rows, rule) * value.square()
     return Rows(value, bound, variance, drift=rows.drift)
 
 
-def _crossed(rows: Rows, rule: OperandRule) -> torch.Tensor:
+def _crossed(rows: Rows, value: torch.Tensor, rule: OperandRule) -> torch.Tensor:
     """Mean square of what each becomes off by, since errors cross borders."""
-    variance = torch.zeros_like(rows.value)
+    variance = torch.zeros_like(value)
     for reach, chance in REACHES:
         low, high = _ends(rows.value, torch.minimum(_reach(rows, reach), rows.bound), rule)
         variance = torch.maximum(variance, chance * (high - low).square())
     return variance
 
 
-def _ends(value: torch.Tensor, error: torch.Tensor, rule: OperandRule) -> tuple[torch.Tensor, torch.Tensor]:
-    """The least and the largest number that each may be multiplied as, up to so large an error."""
+def _crossed_apart(rows: Rows, value: torch.Tensor, rule: OperandRule) -> torch.Tensor:
+    """The same under a scale that stays: one in fp32 takes numbers across borders as errors of their own do."""
+    assert rows.variance is not None
+    variance = off = torch.zeros_like(value)
+    for reach, chance in REACHES:
+        error = torch.minimum(_reach(rows, reach), rows.bound)
+        low, high = _ends(rows.value, error, rule)
+        if not rule.power_of_two and rule.fixed is None:
+            moved = over_columns(_relative_moves(rows.value, error, rule), rows.value.shape[1], rule)
+            moved_by = rows.value.abs() * moved
+            # Two errors seldom add up; of stores, which end at half a unit, they may.
+            both = error + moved_by if reach == REACHES[-1][0] else torch.hypot(error, moved_by)
+            at_scale = _ends(rows.value, both, rule, scale_moves=False)
+            low, high = (torch.where(moved < FAR, near, end) for near, end in zip(at_scale, (low, high), strict=True))
+        off = torch.maximum(high - value, value - low).square()
+        variance = torch.maximum(variance, chance * off)
+    # An error across many borders comes through as it is, with a rounding.
+    return torch.maximum(variance, torch.minimum(off, MANY_BORDERS * rows.variance))
+
+
+def _relative_moves(value: torch.Tensor, error: torch.Tensor, rule: OperandRule) -> torch.Tensor:
+    """How far scales move at most while every number does by so much, relative to them; infinite from or to zeros."""
+    scales, magnitude = operand_scales(value, rule), value.abs()
+    low, high = (operand_scales((magnitude + sign * error).clamp(min=0), rule) for sign in (-1, 1))
+    zeros = (low == 1.0) != (high == 1.0)
+    return (torch.maximum(high - scales, scales - low) / scales).masked_fill(zeros, torch.inf)
+
+
+def _ends(value: torch.Tensor, error: torch.Tensor, rule: OperandRule,
+          scale_moves: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """The least and the largest number that each may be multiplied as, up to so large an error.
+
+    scale_moves: with the largest of its block, beside the roundings of a scale.
+    """
     columns = value.shape[1]
-    magnitude = value.abs()
-    scales = [over_columns(operand_scales((magnitude + sign * error).clamp(min=0), rule), columns, rule)
+    magnitude, error_of_largest = value.abs(), error if scale_moves else torch.zeros_like(error)
+    scales = [over_columns(operand_scales((magnitude + sign * error_of_largest).clamp(min=0), rule), columns, rule)
               for sign in (-1, 1)]
     if not rule.power_of_two and rule.fixed is None:
         scales = [scales[0] * (1 - SCALE), scales[1] * (1 + SCALE)]
@@ -182,7 +226,13 @@ def _ends(value: torch.Tensor, error: torch.Tensor, rule: OperandRule) -> tuple[
             # The scale itself, or any of its neighbours; another power of two has codes of its own.
             found += [code * other for other in ([scale] if rule.power_of_two else scales)]
     ends = torch.stack(found)
-    return ends.amin(0), ends.amax(0)
+    low, high = ends.amin(0), ends.amax(0)
+    if rule.fixed is not None:
+        return low, high
+    # No rounding loses more than half a unit of the code, under whatever scale.
+    lost = error + scales[1] / 2 if rule.is_integer else error + (
+        LARGEST_LOSS * (magnitude + error) + scales[1] * SUBNORMAL / 2)
+    return torch.maximum(low, value - lost), torch.minimum(high, value + lost)
 
 
 def _reach(rows: Rows, deviations: float) -> torch.Tensor:
@@ -193,12 +243,13 @@ def _reach(rows: Rows, deviations: float) -> torch.Tensor:
     return unit_in_last_place(rows.largest, rows.stored) / 2 + deviations * rows.unrounded.sqrt()
 
 
-def scale_variance(rows: Rows, rule: OperandRule) -> torch.Tensor | float:
+def scale_variance(rows: Rows, rule: OperandRule) -> torch.Tensor:
     """(R, 1): relative variance of the scales of a row, which the error of a block's largest number makes.
 
     It is the same in all products of a block. Of the row's largest; a power of two moves by no small amount.
     """
     if rule.power_of_two or rule.fixed is not None or rows.variance is None or not rows.value.shape[1]:
-        return 0.0
-    largest_R1, at_R1 = rows.value.nan_to_num(0.0, 0.0, 0.0).abs().max(1, keepdim=True)
-    return rows.variance.gather(1, at_R1) / largest_R1.square().clamp(min=FLUSH)
+        return torch.zeros(len(rows.value), 1, dtype=torch.float64, device=rows.value.device)
+    # From zeros, what becomes of the numbers themselves is all there is.
+    moves = _relative_moves(rows.value, rows.variance.sqrt(), rule)
+    return torch.where(torch.isfinite(moves), moves, 0.0).square().amax(1, keepdim=True)

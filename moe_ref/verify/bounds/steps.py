@@ -12,9 +12,9 @@ from moe_ref.contract.weights import ExpertWeights, WeightSource
 from moe_ref.inputs.build import Inputs
 from moe_ref.numerics.accumulation import ROUNDING
 from moe_ref.numerics.gauges import gauges_and_products
-from moe_ref.numerics.magnitudes import Left
+from moe_ref.numerics.magnitudes import Left, nonnegative_product
 from moe_ref.verify.bounds.activation import activated
-from moe_ref.verify.bounds.operands import RULES, OperandRule, rounded_operand, rounded_rows, scale_variance
+from moe_ref.verify.bounds.operands import RULES, OperandRule, rounded_rows, scale_variance
 from moe_ref.verify.bounds.rounding import FLUSH, RoundingModel
 from moe_ref.verify.bounds.rows import DownRows, Rows, exact, relative_variance, total_drift, total_variance
 from moe_ref.verify.decoded import DecodedWeights
@@ -111,11 +111,12 @@ class Steps:
         """
         if rule is None:
             return self.linear(rows, w_NK, bias, stage)
-        w_NK = w_NK if self.encoded.is_encoded else rounded_operand(w_NK, rule)
-        if given is not None:
-            return self.linear(given, w_NK, bias, stage)
-        found = self.linear(rounded_rows(rows, rule), w_NK, bias, stage)
-        if found.variance is None:
+        weight = exact(w_NK) if self.encoded.is_encoded else rounded_rows(exact(w_NK), rule)
+        taken = rounded_rows(rows, rule) if given is None else given
+        found = self.linear(taken, weight.value, bias, stage)
+        if bool(weight.bound.any()):
+            found = _with_weight_errors(found, taken, weight)
+        if found.variance is None or given is not None:
             return found
         return replace(found, variance=found.variance + scale_variance(rows, rule) * found.value.square())
 
@@ -278,3 +279,12 @@ class Steps:
         if merge is None:
             return added
         return added + ROUNDING * 4.0**-model.tolerances.file.formats[merge].significand_bits * squares
+
+
+def _with_weight_errors(product: Rows, rows: Rows, weight: Rows) -> Rows:
+    """rows @ weight^T with what two right quantisers of the weight differ by."""
+    bound = product.bound + nonnegative_product(rows.largest, weight.bound, 1)
+    if product.variance is None or weight.variance is None:
+        return replace(product, bound=bound)
+    variance = product.variance + nonnegative_product(rows.value.square(), weight.variance, 1)
+    return replace(product, bound=bound, variance=variance)

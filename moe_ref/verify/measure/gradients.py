@@ -91,8 +91,8 @@ class GradientComparison:
                 token_R, slot_R = served_TK.nonzero(as_tuple=True)
                 cuts = [Cut(share.columns, self._inner(share.columns, self.spec.intermediate_size), share.outputs)
                         for share in shares]
-                rows = MLPRows(self.x_TH[token_R], self.grad_merged_TH[token_R], self._weight(token_R, slot_R),
-                               self.back.steps.on_input)
+                rows = MLPRows.routed(self.back, self.x_TH[token_R], self.grad_merged_TH[token_R],
+                                      self._weight(token_R, slot_R))
                 gradients = MLPBackward(self.back, expert, self.spec.experts, cuts).run(rows)
                 for tp_rank, part in enumerate(gradients.parts):
                     rank_R = self._home(token_R, torch.full_like(token_R, ep_rank)) * self.parallel.tp + tp_rank
