@@ -1,9 +1,9 @@
 """Encoded weights as fused_experts_impl of vLLM and of SGLang take them, by the same names, and the rows it rounds.
 
-fp8row, fp8block: codes (E, N, K), scales (E, N, 1) and (E, N / 128, K / 128). int8: the same as fp8row. int4: two codes
-to a byte along K, the even one low, as in the contract; scales (E, N, K / group); zero points (E, N / 2, K / group), two
-rows to a byte. Both take one group size for both matrices. Where a rank's part is not whole groups of 128, smaller
-groups are made of each, as MoeWNA16Method of vLLM does (group_size_div_factor); its smallest is 32.
+fp8row, int8: codes (E, N, K), scales (E, N, 1). fp8block: scales (E, N / 128, K / 128). int4: two codes to a byte along
+K, the even one low, as in the contract; scales (E, N, K / group); zero points (E, N / 2, K / group), two rows to a
+byte. Both matrices have groups of one size: where a rank's part is not whole groups of 128, smaller ones are made of
+each, as MoeWNA16Method of vLLM does (group_size_div_factor), whose smallest is 32.
 """
 
 from math import gcd
