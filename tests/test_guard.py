@@ -29,6 +29,14 @@ def test_inside_custom_operators_and_their_gradients(run, value):
         torch.testing.assert_close(tensor.detach(), torch.full((5,), value), rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize(("run", "value"), [(0, torch.nan), (1, 448.0)])
+def test_codes_in_8_bits(run, value):
+    """e4m3 ends at 448, and torch refuses to fill with more."""
+    with poison(run):
+        codes = torch.empty(5, dtype=torch.float8_e4m3fn)
+    torch.testing.assert_close(codes.float(), torch.full((5,), value), rtol=0, atol=0, equal_nan=True)
+
+
 def test_not_outside():
     """An operator that a poison has reached into runs under no mode once that is left."""
     with poison(0):

@@ -11,6 +11,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.autotuner import Autotuner, Heuristics
@@ -59,6 +61,21 @@ def _interpret(kernel: object, grid: Any, args: tuple[object, ...], kwargs: Mapp
     options = {name: value for name, value in kwargs.items() if name not in named}
     sizes = grid(bound.arguments) if callable(grid) else grid
     return interpret(kernel, tuple(int(size) for size in sizes), {**bound.arguments, **options})
+
+
+@triton.jit
+def round_away(x):
+    """libdevice.round of fp32, which the interpreter lacks: to nearest, halves away from zero."""
+    magnitude = tl.abs(x)
+    whole = tl.floor(magnitude)
+    whole += (magnitude - whole >= 0.5).to(tl.float32)
+    return tl.where(x < 0, -whole, whole)
+
+
+@triton.jit
+def round_int8(x):
+    """The same, as int8."""
+    return round_away(x).to(tl.int8)
 
 
 class _Driver:

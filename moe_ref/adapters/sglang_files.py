@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import gelu, silu
 
 from moe_ref.adapters.aligned_rows import aligned_rows
-from moe_ref.adapters.interpreted import interpret_on_cpu
+from moe_ref.adapters.interpreted import interpret_on_cpu, round_away
 from moe_ref.adapters.single_file import absent, load
 
 _KERNELS = "sglang.kernels.ops"
@@ -59,14 +59,49 @@ def _add_up(rows_TKH: torch.Tensor, output_TH: torch.Tensor, scale: float) -> No
     output_TH.copy_(rows_TKH.float().sum(1) * scale)
 
 
-def fused_moe() -> ModuleType:
-    """moe_runner/triton_utils/fused_moe.py with `fused_experts_impl`; its kernels are interpreted on CPU tensors."""
+def _per_token_quant_fp8(rows: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor) -> None:
+    """A CUDA operator in plain torch: in fp32, by the largest magnitude over 448."""
+    output_s.copy_(rows.float().abs().amax(-1, keepdim=True) / 448)
+    codes = rows.float() / output_s.where(output_s > 0, 1.0)
+    output_q.copy_(codes.clamp(-448, 448).to(output_q.dtype))
+
+
+def _quantizers(quantized: Callable[[torch.Tensor, torch.Tensor], None]) -> dict[str, dict[str, object]]:
+    """The quantisers that fused_moe_triton_kernels.py imports, told that there is no CUDA: then its Triton kernels."""
+    arguments = {"sglang.srt.utils": {**_as_on(cuda=False), **absent("ceil_align")}}
+    fp8 = load(f"{_KERNELS}.quantization.fp8_kernel", {
+        **_COMMON, **arguments, f"{_KERNELS}.quantization.fp8_utils": absent("fp8_dtype_to_triton"),
+        "sglang.srt.utils.patch_torch": absent("register_fake_if_exists")})
+    int8 = load(f"{_KERNELS}.quantization.int8_kernel", {
+        **_COMMON, "sglang.srt.utils": {**_as_on(cuda=False), "is_hip": lambda: not torch.cuda.is_available()}})
+    if not torch.cuda.is_available():
+        vars(fp8)["sgl_per_token_quant_fp8"] = _per_token_quant_fp8
+        vars(int8)["libdevice"] = SimpleNamespace(round=round_away)
+    interpret_on_cpu(fp8, int8)
+
+    def watched(function: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> Callable:
+        def call(*arguments: object, **named: object) -> tuple[torch.Tensor, torch.Tensor]:
+            codes, scales = function(*arguments, **named)
+            quantized(codes, scales)
+            return codes, scales
+
+        return call
+
+    return {f"{_KERNELS}.quantization.fp8_kernel": {
+                "sglang_per_token_group_quant_fp8": watched(fp8.per_token_group_quant_fp8),
+                "scaled_fp8_quant": watched(fp8.scaled_fp8_quant), **absent("per_token_group_quant_fp8")},
+            f"{_KERNELS}.quantization.int8_kernel": {
+                "per_token_quant_int8": watched(int8.per_token_quant_int8),
+                **absent("per_token_group_quant_int8", "sglang_per_token_group_quant_int8")}}
+
+
+def fused_moe(quantized: Callable[[torch.Tensor, torch.Tensor], None] = lambda codes, scales: None) -> ModuleType:
+    """moe_runner/triton_utils/fused_moe.py with `fused_experts_impl`; its kernels are interpreted on CPU tensors.
+
+    quantized: is shown codes and scales of the rows of each product, where they are rounded and tensors are on a CPU.
+    """
     kernels = load(f"{_KERNELS}.moe.fused_moe_triton_kernels", {
-        **_COMMON, "sglang.srt.utils": _as_on(cuda=True),
-        f"{_KERNELS}.quantization.fp8_kernel": absent("per_token_group_quant_fp8", "scaled_fp8_quant",
-                                                      "sglang_per_token_group_quant_fp8"),
-        f"{_KERNELS}.quantization.int8_kernel": absent("per_token_group_quant_int8", "per_token_quant_int8",
-                                                       "sglang_per_token_group_quant_int8")})
+        **_COMMON, "sglang.srt.utils": _as_on(cuda=True), **_quantizers(quantized)})
     interpret_on_cpu(kernels)
     tiles = load(f"{_TRITON}.fused_moe_triton_config", {
         **_COMMON, "sglang.srt.utils": {**_as_on(cuda=True), **absent("get_device_name")}})
@@ -87,9 +122,9 @@ def fused_moe() -> ModuleType:
         "sglang.srt.utils.custom_op": {"register_custom_op": lambda **_: lambda function: function},
         # The lookup names a file by the device and imports the package; without one there are the defaults.
         f"{_TRITON}.fused_moe_triton_config": {
-            "get_config_dtype_str": lambda **_: None,
-            "try_get_optimal_moe_config": lambda w1, w2, top_k, dtype, M, **_: (
-                tiles.get_default_config(M, w2[0], w2[2], w1[2], top_k, dtype, False), (None, None))},
+            "get_config_dtype_str": tiles.get_config_dtype_str,
+            "try_get_optimal_moe_config": lambda w1, w2, top_k, dtype, M, block_shape=None, **_: (
+                tiles.get_default_config(M, w2[0], w2[2], w1[2], top_k, dtype, False, block_shape), (None, None))},
         f"{_TRITON}.moe_align_block_size": {"moe_align_block_size": _align}})
 
 

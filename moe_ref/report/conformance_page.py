@@ -48,15 +48,17 @@ def _summary(document: Conformance, ran: Sequence[Implementation]) -> str:
 
 def _overview(ran: Sequence[Implementation]) -> str:
     names = [family.name for family in FAMILIES]
+    kinds = {"experts over ranks": "experts over ranks", "probe": "probes", "model": "widths"}
+    if any(rows(one.cells, "encoded") for one in ran):
+        kinds["encoded"] = "encoded"
+    columns = [*names, *kinds.values()]
     lines = ["## By family", "", "Cases that pass, of those that ran: every dtype, tp 1 and 2, both directions; "
-             "experts over ranks: ep 2.", "",
-             f"| implementation | packages | {' | '.join(names)} | experts over ranks | probes | widths | same bits |",
-             "|" + " --- |" * (len(names) + 6)]
+             "experts over ranks: ep 2.", "", f"| implementation | packages | {' | '.join(columns)} | same bits |",
+             "|" + " --- |" * (len(columns) + 3)]
     for one in ran:
         by_row = {row: [cell for _, cell in cells] for row, cells in rows(one.cells, "family")}
         groups = [by_row.get(name, []) for name in names]
-        groups += [[cell for _, cells in rows(one.cells, kind) for _, cell in cells]
-                   for kind in ("experts over ranks", "probe", "model")]
+        groups += [[cell for _, cells in rows(one.cells, kind) for _, cell in cells] for kind in kinds]
         same = [cell.same_bits for cell in one.executed if cell.same_bits is not None]
         lines.append(f"| {code(one.name)} | {text_cell(', '.join(one.packages))} | "
                      f"{' | '.join(_share(cells) for cells in groups)} | {sum(same)} of {len(same)} |")
@@ -89,7 +91,8 @@ def _details(one: Implementation) -> str:
     spread = [column for column in _COLUMNS if column[1] is not Dtype.FP16 and column[2] == 1]
     tables = (("family", _COLUMNS), ("experts over ranks", spread),
               ("probe", [(Direction.FORWARD, dtype, 1) for dtype in (Dtype.FP32, Dtype.BF16)]),
-              ("model", [(Direction.FORWARD, dtype, tp) for dtype in (Dtype.BF16, Dtype.FP16) for tp in (1, 2)]))
+              ("model", [(Direction.FORWARD, dtype, tp) for dtype in (Dtype.BF16, Dtype.FP16) for tp in (1, 2)]),
+              ("encoded", [(Direction.FORWARD, Dtype.BF16, tp) for tp in (1, 2)]))
     for kind, columns in tables:
         found = [(row, cells) for row, cells in rows(one.cells, kind)
                  if any(cell.verdict in EXECUTED_VERDICTS for _, cell in cells)]

@@ -9,7 +9,7 @@ from functools import cache
 from itertools import product
 from typing import Literal
 
-from moe_ref.contract.vocabulary import Direction, Dtype
+from moe_ref.contract.vocabulary import Direction, Dtype, Scheme
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,20 @@ PROBES = (
 WIDE = (("qwen3.30b.a3b.T4.E8", Dtype.BF16), ("olmoe.1b.7b.T8.E4", Dtype.BF16), ("olmoe.1b.7b.T8.E4", Dtype.FP16))
 """Published widths, fewer experts."""
 
+ENCODED = ((Scheme.FP8_TENSOR, 1), (Scheme.FP8_ROW, 1), (Scheme.FP8_BLOCK, 1), (Scheme.FP8_BLOCK, 2), (Scheme.INT8, 1),
+           (Scheme.GPTQ, 1), (Scheme.GPTQ, 2), (Scheme.GPTQ_ORDER, 1), (Scheme.AWQ_32, 2), (Scheme.MXFP4, 1),
+           (Scheme.MXFP8, 1), (Scheme.NVFP4, 1))
+"""Encoded experts in bf16, with the first family's mathematics: scheme, and ranks, none of which cuts a block."""
+
+_ENCODED_SIZES = "T33.H256.I512.E4.K2"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConformanceCase:
-    """A case and its place in the table: row is a family, a probe or a published model."""
+    """A case and its place in the table: row is a family, a probe, a published model or a scheme."""
 
     case_id: str
-    kind: Literal["family", "experts over ranks", "probe", "model"]
+    kind: Literal["family", "experts over ranks", "probe", "model", "encoded"]
     row: str
     purpose: str
     dtype: Dtype
@@ -82,7 +89,7 @@ class ConformanceCase:
 @cache
 def conformance_cases() -> tuple[ConformanceCase, ...]:
     """Families in three dtypes, on one rank and two, backward in fp32 and bf16; their experts over two ranks; probes;
-    widths.
+    widths; encoded experts.
     """
     cases = []
     for family, dtype, tp, direction in product(FAMILIES, Dtype, (1, 2), Direction):
@@ -103,4 +110,6 @@ def conformance_cases() -> tuple[ConformanceCase, ...]:
     cases += [ConformanceCase(case_id=f"v1-{text}-{dtype}" + f"-tp{tp}" * (tp > 1), kind="model",
                               row=text.partition(".T")[0], purpose="published width, fewer experts", dtype=dtype, tp=tp)
               for (text, dtype), tp in product(WIDE, (1, 2))]
+    cases += [ConformanceCase(case_id=f"v1-{_ENCODED_SIZES}-bf16-{scheme}-norm" + f"-tp{tp}" * (tp > 1), kind="encoded",
+                              row=scheme, purpose="encoded experts", dtype=Dtype.BF16, tp=tp) for scheme, tp in ENCODED]
     return tuple(cases)

@@ -49,7 +49,8 @@ class Poison(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATIONS and result.device.type != "meta":
             if result.dtype.is_floating_point:
-                result.fill_(self.value)
+                # Numbers that a format cannot hold are its largest; a NaN stays one.
+                result.fill_(min(self.value, torch.finfo(result.dtype).max))
             elif result.dtype in (torch.int32, torch.int64):
                 result.fill_(self.integer)
         return result
