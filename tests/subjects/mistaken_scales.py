@@ -29,6 +29,20 @@ class ScaleOfNextRow(QuantisedMoE):
         return super().scales(replace(w, scales=w.scales.roll(-1, -2)))
 
 
+class ScaleOfRowBefore(QuantisedMoE):
+    """The scale of the row, or block of rows, before."""
+
+    def scales(self, w: Encoded) -> torch.Tensor:
+        return super().scales(replace(w, scales=w.scales.roll(1, -2)))
+
+
+class RunsForGroups(QuantisedMoE):
+    """Groups of columns taken for runs of them, although they are in act-order."""
+
+    def of_columns(self, per_block: torch.Tensor, w: Encoded) -> torch.Tensor:
+        return super().of_columns(per_block, replace(w, groups=None))
+
+
 class ScaleOfNextExpert(QuantisedMoE):
     """Scales of w13 come from the next expert."""
 
@@ -125,8 +139,7 @@ class GroupSizeFromShapes(QuantisedMoE):
     promises = UNCOUNTED
 
     def taken(self, call: ParallelCall, weights: QuantisedWeights) -> QuantisedWeights:
-        w2 = replace(weights.w2, scales=whole_scales(call, weights.w2))
-        return replace(weights, w2=w2)
+        return replace(weights, w2=replace(weights.w2, scales=whole_scales(call, weights.w2)))
 
     def of_columns(self, per_block: torch.Tensor, w: Encoded) -> torch.Tensor:
         size = max(1, w.num_columns // per_block.shape[1])
@@ -150,8 +163,7 @@ class ShardBeginsABlock(QuantisedMoE):
     """The first block of a shard is taken to begin with the shard."""
 
     def of_columns(self, per_block: torch.Tensor, w: Encoded) -> torch.Tensor:
-        found = super().of_columns(per_block, replace(w, column_start=0))
-        return found
+        return super().of_columns(per_block, replace(w, column_start=0))
 
 
 class ScalesLeftAsTheyCame(TravellingCodes):

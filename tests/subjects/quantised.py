@@ -85,9 +85,9 @@ class Matrix:
 
     encoded: Encoded
     held: Held
-    expert: int
-    rows_of: Stage
-    input_scale: torch.Tensor | None
+    expert: int = SHARED
+    rows_of: Stage = Stage.PERMUTE
+    input_scale: torch.Tensor | None = None
 
 
 Operand = tuple[torch.Tensor, torch.Tensor]
@@ -130,13 +130,20 @@ class QuantisedMoE(ParallelMoE):
 
     def expert_rows_of(self, call: ParallelCall, served: Served) -> torch.Tensor:
         down_RH = super().expert_rows_of(call, served)
-        if call.trace is not None and self.shows_operands:
-            for stage, by_expert in call.weights.operands.items():
-                whole = torch.zeros(len(served.expert_R), next(iter(by_expert.values())).shape[1])
-                for expert, rows in by_expert.items():
+        if call.trace is not None and self.shows_operands and self.products_of(call.weights.w13) != "exact":
+            for stage, width in self.widths(call.weights).items():
+                whole = torch.zeros(len(served.expert_R), width)
+                for expert, rows in call.weights.operands.get(stage, {}).items():
                     whole[served.expert_R == expert] = rows
                 call.trace.record(stage, whole)
         return down_RH
+
+    def widths(self, held: Held) -> dict[Stage, int]:
+        """Columns of the codes of both products' rows, and of their scales."""
+        size = COLUMNS.get(self.products_of(held.w13))
+        inner = [w.column_start + w.num_columns for w in (held.w13, held.w2)]
+        scales = [-(-stop // size) if size else 1 for stop in inner]
+        return dict(zip(OPERAND_STAGES, (scales[0], held.w13.num_columns, scales[1], held.w2.num_columns), strict=True))
 
     # Products.
 

@@ -107,7 +107,7 @@ class TravellingCodes(QuantisedMoE):
     promises = UNCOUNTED
 
     def dispatched(self, call: ParallelCall, group: Routed) -> Served:
-        w13, products = call.weights.expert(0).w13_GIH, self.products_of(call.weights.w13)
+        w13, products = Matrix(call.weights.w13, call.weights), self.products_of(call.weights.w13)
         if not call.travels or products in ("exact", "fp8_tensor"):
             return super().dispatched(call, group)
         scales_TQ = self.row_scales(group.x_TH.float(), products, w13)
