@@ -226,8 +226,10 @@ class QuantisedMoE(ParallelMoE):
     def blocks(self, w: Encoded) -> list[slice]:
         """Columns under one scale."""
         size = ENCODINGS[w.scheme].columns
+        if not w.num_columns:
+            return []
         if size is None:
-            return [slice(0, w.num_columns)] if w.num_columns else []
+            return [slice(0, w.num_columns)]
         return [slice(max(first, 0), min(first + size, w.num_columns))
                 for first in range(-w.column_start, w.num_columns, size)]
 
