@@ -6,7 +6,7 @@ from functools import cache
 import torch
 
 from moe_fast.form import ACTIVATIONS
-from moe_ref.contract.capabilities import Capabilities, Numerics
+from moe_ref.contract.capabilities import Capabilities, Numerics, Products
 from moe_ref.contract.dtypes import TORCH_DTYPES
 from moe_ref.contract.errors import UsageTypeError, raise_faults
 from moe_ref.contract.features import Feature
@@ -38,6 +38,15 @@ def _decoded(dtype: Dtype) -> Numerics:
     return replace(_numerics(dtype), decoded=Format(dtype.value))
 
 
+def _rounded(products: Products, dtype: Dtype) -> Numerics:
+    """The same with weights as codes, and rows rounded to codes beside them."""
+    return replace(_numerics(dtype), products=products)
+
+
+ROUNDED: dict[Scheme, Products] = {Scheme.FP8_TENSOR: "fp8_tensor", Scheme.FP8_ROW: "fp8_row",
+                                   Scheme.FP8_BLOCK: "fp8_block", Scheme.MXFP8: "mxfp8"}
+"""Schemes whose products have two operands in e4m3."""
+
 DECODED = (Scheme.GPTQ, Scheme.GPTQ_32, Scheme.GPTQ_ORDER, Scheme.GPTQ_ORDER_32, Scheme.AWQ, Scheme.AWQ_32,
            Scheme.MXFP4)
 """Schemes whose weights are decoded before a product."""
@@ -47,9 +56,10 @@ EXACT = (Scheme.INT8, Scheme.NVFP4)
 CAPABILITIES = Capabilities(
     name="moe_fast", version="0.1.0", numerics={dtype: _numerics(dtype) for dtype in Dtype},
     schemes={scheme: {dtype: _decoded(dtype) for dtype in Dtype} for scheme in DECODED}
-    | {scheme: {dtype: _numerics(dtype) for dtype in Dtype} for scheme in EXACT},
-    stages=(Stage.LOGITS, Stage.IDS, Stage.WEIGHTS, Stage.ACT, Stage.DOWN, Stage.SHARED, Stage.MERGED,
-            Stage.REDUCED),
+    | {scheme: {dtype: _numerics(dtype) for dtype in Dtype} for scheme in EXACT}
+    | {scheme: {dtype: _rounded(products, dtype) for dtype in Dtype} for scheme, products in ROUNDED.items()},
+    stages=(Stage.LOGITS, Stage.IDS, Stage.WEIGHTS, Stage.PERMUTE_SCALES, Stage.PERMUTE_CODES, Stage.ACT,
+            Stage.ACT_SCALES, Stage.ACT_CODES, Stage.DOWN, Stage.SHARED, Stage.MERGED, Stage.REDUCED),
     activations=ACTIVATIONS, scores=("softmax", "sigmoid", "sqrt_softplus"),
     features=(Feature.DENSE, Feature.LOGIT_BIAS, Feature.LOGIT_CAP, Feature.GROUPS, Feature.GROUP_FILL_ZERO,
               Feature.SELECTION_BIAS, Feature.SELECTION_BIAS_ON_LOGITS, Feature.EPSILON_CLAMP, Feature.LEARNED_SCALE,

@@ -32,9 +32,8 @@ def merged(given: Arguments) -> torch.Tensor:
 
 def hosted(weights: Held) -> torch.Tensor:
     """hosted_E where ids are places among this rank's experts."""
-    if isinstance(weights, QuantisedWeights):
-        return torch.arange(weights.num_experts, device=weights.device)
-    return torch.arange(len(weights.w13_EGIH), device=weights.w13_EGIH.device)
+    experts = weights.w13.codes if isinstance(weights, QuantisedWeights) else weights.w13_EGIH
+    return torch.arange(len(experts), device=experts.device)
 
 
 def routed_experts(x_TH: torch.Tensor, local_TK: torch.Tensor, weights_TK: torch.Tensor, weights: Held, spec: MoESpec,

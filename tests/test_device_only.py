@@ -40,6 +40,9 @@ FORMS = ("", "-tp2", "-ep3", "-tp2-ep2-split1.3-roundrobin-copy0", "-tp2-ep2-who
 CASES = [f"{name}{form}-bwd" for name in LAYERS for form in FORMS
          if ("-sh16" in name or "wholeshared" not in form) and (".E" in name or "-ep" not in form)
          and ("-cap" not in name or "tokenstp" not in form)]
+ENCODED = [f"v1-T40.H96.I48.E6.K2-bf16-{scheme}-norm-mlpbias-sh16-shgate{form}"
+           for scheme in ("int8", "gptqorder32", "awq", "mxfp4", "nvfp4", "fp8tensor", "fp8row", "fp8block", "mxfp8")
+           for form in ("", "-tp2-ep2", "-tp2-gather")]
 
 
 class Watched(TorchDispatchMode):
@@ -77,7 +80,7 @@ def watch(case_id: str) -> Counter[str]:
     return watched.seen
 
 
-@pytest.mark.parametrize("case_id", CASES)
+@pytest.mark.parametrize("case_id", CASES + ENCODED)
 def test_nothing_waits_and_nothing_is_on_the_host(case_id: str) -> None:
     seen = watch(case_id)
     assert seen["empty"] > 0, "nothing was seen, so it proves nothing"

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+import moe_fast
 from moe_fast.form import form_of, parse_form
 from moe_fast.interpreter import interpret
 from moe_fast.kernels import round_rows as rounding
@@ -24,9 +25,10 @@ from moe_fast.operators.scaled import SCHEMES, scaled_act_rows, scaled_down_rows
 from moe_ref.contract.encoded import Encoded
 from moe_ref.contract.schemes import ENCODINGS
 from moe_ref.contract.spec import MLP
-from moe_ref.contract.vocabulary import Scheme
+from moe_ref.contract.vocabulary import Scheme, Stage, Verdict
 from moe_ref.oracle.decode import decode
 from moe_ref.oracle.expert import activate
+from tests.in_process import judged
 
 TENSOR, ROW, BLOCK, MX = SCHEMES
 SIZES = {TENSOR: 0, ROW: 0, BLOCK: 128, MX: 32}
@@ -106,12 +108,12 @@ def expected_rows(rows_RK: torch.Tensor, scheme: Scheme, column_start: int = 0) 
         scales = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int()).float()
     scales = torch.where(scales < 2.0**-126, 1.0, scales)
     spread = scales.repeat_interleave(size, 1)[:, column_start:column_start + values.shape[1]]
-    return codes_of(values, spread), scales
+    return torch.where(values.isfinite(), codes_of(values, spread), nan), scales
 
 
 def codes_of(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    codes = (values / scales).clamp(-448, 448).to(E4M3).float()
-    return torch.where(values.isfinite(), codes, nan)
+    """Clamped, which keeps NaN."""
+    return (values / scales).clamp(-448, 448).to(E4M3).float()
 
 
 def wide_rows(num_columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -153,7 +155,7 @@ def test_codes_and_scales_of_rows(scheme: Scheme, column_start: int, num_columns
 
 
 def test_every_bf16_number_under_a_fixed_scale() -> None:
-    """Each of 2^16, by experts of several scales; what is beyond 448 of them saturates, an infinity is NaN."""
+    """Each of 2^16, by experts of several scales; what is beyond 448 of them saturates, an infinity too."""
     rows_RK = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).view(256, 256)
     ids_T1, scale_E = torch.arange(256)[:, None] % 3, torch.tensor([1.0, 2.0**-20, 0.3])
     alignment = align(ids_T1, torch.arange(3), 16)
@@ -225,6 +227,7 @@ def layer(scheme: Scheme, sizes: Sizes = Sizes(), dtype: torch.dtype = torch.flo
     ids_TK = torch.randint(-1, num, (sizes.tokens, sizes.top_k), generator=generator)
     hosted_E = torch.arange(num).flip(0)
     ids_TK[ids_TK == hosted_E[-1]] = num + 3
+    ids_TK[0, 0] = hosted_E[0]
     scale_E = None
     if scheme is TENSOR:
         scale_E = torch.randint(-8, -5, (num,), generator=generator).float().exp2() * (1 if exact else 1.3)
@@ -320,7 +323,7 @@ PRODUCT = MLP(activation="relu", gated=False)
 def test_products_are_those_of_the_codes(scheme: Scheme, dtype: torch.dtype) -> None:
     """All codes, scales of many sizes, rows of no expert, an expert without rows, sizes that nothing divides."""
     given = layer(scheme, dtype=dtype, mlp=PRODUCT)
-    check(given, scaled_mlp_rows(given))
+    check(given, scaled_mlp_rows(given, traced=True))
 
 
 @pytest.mark.parametrize("sizes", [Sizes(tokens=1, top_k=1, experts=2), Sizes(hidden=16, intermediate=24),
@@ -329,16 +332,16 @@ def test_products_are_those_of_the_codes(scheme: Scheme, dtype: torch.dtype) -> 
 def test_other_sizes(scheme: Scheme, sizes: Sizes) -> None:
     """One token; less than a block; blocks that end with the matrix; tiles of more than one block of rows."""
     given = layer(scheme, sizes, mlp=PRODUCT)
-    check(given, scaled_mlp_rows(given))
+    check(given, scaled_mlp_rows(given, traced=True))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_architectures_without_e4m3_multiply_the_same_numbers(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     """On sm_80 and gfx942 kernels decode bytes to fp16; products of those in fp32 are the same to the bit here."""
     given = layer(scheme, dtype=torch.bfloat16)
-    native = scaled_mlp_rows(given)
+    native = scaled_mlp_rows(given, traced=True)
     monkeypatch.setattr(rounding, "multiplies_codes", lambda device: False)
-    found = scaled_mlp_rows(given)
+    found = scaled_mlp_rows(given, traced=True)
     held_R = place_of(given) >= 0
     assert torch.equal(found.down_RH[held_R], native.down_RH[held_R])
     assert torch.equal(found.act_codes_RI[held_R].float(), native.act_codes_RI[held_R].float())
@@ -351,7 +354,7 @@ def test_parts_that_begin_inside_a_block(scheme: Scheme, cuts: tuple[int, ...]) 
     whole = layer(scheme, mlp=PRODUCT)
     for start, stop in pairwise(cuts):
         given = replace(whole, w13=whole.w13.rows((start, stop)), w2=whole.w2.columns((start, stop)))
-        rows = scaled_mlp_rows(given)
+        rows = scaled_mlp_rows(given, traced=True)
         if start < stop:
             check(given, rows)
         else:
@@ -362,7 +365,7 @@ def test_parts_that_begin_inside_a_block(scheme: Scheme, cuts: tuple[int, ...]) 
 def test_parts_by_output_of_the_gather_schedule(scheme: Scheme) -> None:
     """Halves by themselves: act of all ranks in (token, slot) order, and rows of w2 that begin inside a block."""
     whole = layer(scheme, mlp=PRODUCT)
-    rows, num_rows = scaled_mlp_rows(whole), whole.ids_TK.numel()
+    rows, num_rows = scaled_mlp_rows(whole, traced=True), whole.ids_TK.numel()
     first = scaled_act_rows(EncodedGateUp(whole.x_TH, whole.ids_TK, whole.hosted_E, whole.w13, whole.form, None, None,
                                           whole.w13_input_scale_E))
     act_RI, held_R = act_in_row_order(rows, num_rows), place_of(whole) >= 0
@@ -370,7 +373,7 @@ def test_parts_by_output_of_the_gather_schedule(scheme: Scheme) -> None:
     for start, stop in ((0, 72), (72, 200)):
         w2 = whole.w2.rows((start, stop))
         found = scaled_down_rows(EncodedDown(act_RI.float(), whole.ids_TK, whole.weights_TK, whole.hosted_E, w2, None,
-                                             whole.w2_input_scale_E))
+                                             whole.w2_input_scale_E), traced=True)
         assert torch.equal(found.act_codes_RI[held_R].float(), rows.act_codes_RI[held_R].float())
         part = replace(rows, down_RH=found.down_RH)
         check(replace(whole, w2=w2), part)
@@ -400,7 +403,7 @@ MLPS = {
 def test_forms(name: str, weight_on_input: bool) -> None:
     """Products are exact here, of integers under powers of two: what act differs by is the formula's own rounding."""
     given = layer(MX, mlp=MLPS[name], biases=True, exact=True, weight_on_input=weight_on_input)
-    rows, held_R = scaled_mlp_rows(given), place_of(given) >= 0
+    rows, held_R = scaled_mlp_rows(given, traced=True), place_of(given) >= 0
     places_R = place_of(given)[held_R]
     check(given, rows)
     products_RGI, _ = exact_products(rows.permute_codes_RH[held_R], rows.permute_scales_RQ[held_R], given.w13, places_R)
@@ -413,12 +416,12 @@ def test_forms(name: str, weight_on_input: bool) -> None:
     assert float((found_RI - truth_RI).abs().max()) <= 64 * SUM * float(largest)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("bad", [nan, inf])
+@pytest.mark.parametrize(("scheme", "bad"), [
+    (TENSOR, nan), (ROW, nan), (BLOCK, nan), (MX, nan), (ROW, inf), (BLOCK, -inf), (MX, inf)])
 def test_a_row_that_is_not_finite_is_nan_alone(scheme: Scheme, bad: float) -> None:
     """e4m3 has no infinity, so the rows of a token with one are NaN; no other row changes by a bit."""
     given = layer(scheme)
-    clean = scaled_mlp_rows(given)
+    clean = scaled_mlp_rows(given, traced=True)
     x_TH = given.x_TH.clone()
     x_TH[3, 150] = bad
     found = scaled_mlp_rows(replace(given, x_TH=x_TH))
@@ -429,10 +432,29 @@ def test_a_row_that_is_not_finite_is_nan_alone(scheme: Scheme, bad: float) -> No
     assert torch.equal(found.down_RH[held_R & ~of_token_R], clean.down_RH[held_R & ~of_token_R])
 
 
+CASES = [
+    "v1-T33.H128.I256.E8.K2-bf16-fp8block-norm", "v1-T33.H200.I192.E4.K2-fp16-fp8block-norm-sh72-tp2",
+    "v1-T33.H144.I192.E4.K2-fp16-fp8row-norm-tp2-gather", "v1-T33.H160.I72.E4.K2-bf16-mxfp8-norm-tp2",
+    "v1-T33.H160.I96.E4.K2-bf16-mxfp8-norm-zipf-extreme-ep2",
+    "v1-T33.H128.I96.E4.K2-bf16-fp8tensor-norm-sh48-tp2-gather",
+    "v1-T21.H96.I80.E4.K2-bf16-fp8tensor-norm-zipf-nonfinite",
+    "v1-T21.H160.I80.E4.K2-bf16-fp8block-norm-zipf-nonfinite",
+]
+
+
+@pytest.mark.parametrize("case_id", CASES)
+def test_layers_are_right(case_id: str) -> None:
+    """By the harness: codes, scales and both products as stages of their own, and the layer as a whole."""
+    found = judged(moe_fast, case_id)
+    assert found.verdict == Verdict.PASS, found.reason
+    assert {Stage.PERMUTE_SCALES, Stage.PERMUTE_CODES, Stage.ACT_SCALES, Stage.ACT_CODES} <= {
+        one.stage for one in found.stages}
+
+
 def test_a_wrong_scale_is_seen() -> None:
     """The comparison fails for a scale of the next block, along either axis."""
     given = layer(BLOCK, mlp=PRODUCT)
-    rows = scaled_mlp_rows(given)
+    rows = scaled_mlp_rows(given, traced=True)
     for axis in (-1, -2):
         for name in ("w13", "w2"):
             wrong = replace(getattr(given, name), scales=getattr(given, name).scales.flip(axis))

@@ -13,9 +13,11 @@ import torch
 import moe_fast
 from moe_fast.architecture import assuming
 from moe_fast.kernels.act_gradient import three_product_tile
+from moe_fast.kernels.decoded_tile import decoded_gemm_tile
 from moe_fast.kernels.gate_up import gate_up_tile
 from moe_fast.kernels.route import Cut, route_cut
 from moe_fast.kernels.row_gradient import row_gradient_tile
+from moe_fast.kernels.scaled import scaled_tile
 from moe_fast.operators.route import route_by
 from moe_fast.operators.select import select_by
 from moe_fast.tiles import Tile, choose, gemm_tile
@@ -47,7 +49,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, **table: object) -> set[Tile]:
             return found
         return chosen
 
-    choosers = (gemm_tile, gate_up_tile, three_product_tile, row_gradient_tile, route_cut)
+    choosers = (gemm_tile, gate_up_tile, three_product_tile, row_gradient_tile, route_cut, decoded_gemm_tile,
+                scaled_tile)
     replacements = {function: replaced(function) for function in choosers}
     for name, module in list(sys.modules.items()):
         for function, replacement in replacements.items() if name.startswith("moe_fast.") else ():
@@ -70,6 +73,30 @@ def test_every_tile_of_a_gpu_computes_the_layer(rows: int, layer: str, dtype: st
     assert next(size for size in (16, 32, 64, wide) if rows <= size or size == wide) in {tile.block_m for tile in used}
     if (layer, dtype, direction) == ("aligned", "bf16", ""):
         assert {1: 128, 16: 128, 30: 128, 64: 128, 100: 256}[rows] in {tile.block_n for tile in used}
+
+
+@pytest.mark.parametrize(("rows", "words", "columns"), [
+    (1, "bf16-nvfp4", 64), (30, "bf16-gptqorder", 32), (64, "bf16-awq32", 64), (100, "bf16-gptq32", 64),
+    (100, "bf16-mxfp4", 64), (30, "fp32-int8", 64)])
+def test_every_tile_of_encoded_experts(rows: int, words: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoded weights pass through registers, so that tiles are narrower; a rank begins at column 80."""
+    used = on_gpu(monkeypatch, multiprocessors=1)
+    found = judged(moe_fast, f"v1-T{2 * rows}.{LAYERS['aligned']}-{words}-norm-tp2", runs=1)
+    assert found.verdict == Verdict.PASS, found.reason
+    block_m = 32 if words.startswith("fp32") else next(size for size in (16, 32, 64, 128) if rows <= size)
+    assert (block_m, columns) in {(tile.block_m, tile.block_n) for tile in used}
+
+
+@pytest.mark.parametrize(("rows", "words", "columns"), [
+    (1, "bf16-fp8block", 128), (30, "fp16-mxfp8", 32), (64, "bf16-fp8row", 64), (100, "bf16-fp8block", 64),
+    (100, "fp32-fp8tensor", 64)])
+def test_every_tile_of_8_bit_operands(rows: int, words: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside each accumulator is the sum of a block, in tiles whose rows of the weight may have two scales."""
+    used = on_gpu(monkeypatch, multiprocessors=1)
+    found = judged(moe_fast, f"v1-T{2 * rows}.{LAYERS['aligned']}-{words}-norm-tp2", runs=1)
+    assert found.verdict == Verdict.PASS, found.reason
+    block_m = next(size for size in (16, 32, 64, 128) if rows <= size)
+    assert (block_m, columns) in {(tile.block_m, tile.block_n) for tile in used}
 
 
 @pytest.mark.parametrize(("words", "columns"), [("limit1", 32), ("weightinput", 32), ("gatecap2-upcap2.5", 16)])

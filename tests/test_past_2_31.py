@@ -27,6 +27,8 @@ from moe_fast.kernels import (
     bias_gradient,
     bias_product,
     combine,
+    decoded_down,
+    decoded_gate_up,
     down,
     down_gradient,
     drop,
@@ -35,18 +37,24 @@ from moe_fast.kernels import (
     gather_sum,
     product,
     projection_gradient,
+    round_rows,
     route,
     row_gradient,
+    scaled_down,
+    scaled_gate_up,
     select,
     select_gradient,
     take,
     weight_gradient,
 )
 from moe_fast.kernels.align import Alignment
+from moe_fast.kernels.round_rows import RoundedRows
 from moe_fast.launch import recording
 from moe_fast.tiles import Load, Tile, gemm_tile
+from moe_ref.contract.encoded import Encoded
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.contract.spec import Capacity, Router
+from moe_ref.contract.vocabulary import Scheme
 from tests.test_compile import started
 
 Tensor = torch.Tensor
@@ -171,6 +179,72 @@ def run_down(at: Near) -> Results:
     bias_EH = at.view("w2_bias_EH", integers(3, at.width))
     weights_R = at.rows(integers(8, dtype=FP32))
     return ends(down.down(act_RI, w2_EHI, bias_EH, weights_R, at.alignment(), tile_of(at.width, at.width)))
+
+
+def encoded(at: Near, name: str, *shape: int, far_blocks: int = 0) -> Encoded:
+    """Numbers from -8 to 7 under scales of 1 and 2, by a group for every column; so many scales before those of use."""
+    generator, (*leading, num_rows, num_columns) = torch.Generator().manual_seed(sum(shape)), shape
+    codes = torch.randint(0, 256, (*leading, num_rows, num_columns // 2), generator=generator).to(torch.uint8)
+    scales = sparse(*leading, num_rows, far_blocks + 5, dtype=BF16)
+    scales[..., far_blocks:] = torch.randint(1, 3, (*leading, num_rows, 5), generator=generator).to(BF16)
+    groups = torch.randint(0, 5, (*leading, num_columns), generator=generator).to(torch.int32) + far_blocks
+    return Encoded(scheme=Scheme.GPTQ_ORDER_32, codes=at.view(name, codes), scales=scales, num_columns=num_columns,
+                   groups=groups)
+
+
+def run_decoded_gate_up(at: Near, far_blocks: int = 0) -> Results:
+    x_TH, width = at.view("x_TH", at.tokens(integers(4, NARROW))), at.width
+    w13 = encoded(at, "w13_EGIH", 3, 2, width, NARROW, far_blocks=far_blocks)
+    bias_EGI = at.view("w13_bias_EGI", integers(3, 2, width))
+    return ends(decoded_gate_up.decoded_gate_up(x_TH, w13, bias_EGI, None, at.alignment(), 2, RELU,
+                                                tile_of(width, NARROW)))
+
+
+def run_decoded_down(at: Near, far_blocks: int = 0) -> Results:
+    act_RI, width = at.view("act_RI", at.rows(integers(8, at.width))), at.width
+    w2 = encoded(at, "w2_EHI", 3, width, width, far_blocks=far_blocks)
+    bias_EH, weights_R = at.view("w2_bias_EH", integers(3, width)), at.rows(integers(8, dtype=FP32))
+    return ends(decoded_down.decoded_down(act_RI, w2, bias_EH, weights_R, at.alignment(), tile_of(width, width)))
+
+
+def run_round_rows(at: Near) -> Results:
+    """Of rows in expert order, by blocks; and of tokens, under the scale of each row's expert. One part of columns."""
+    alignment, rows_RK = at.alignment(), at.view("rows_RK", at.rows(integers(8, at.width)))
+    tokens_TH, scale_E = at.view("tokens_TH", at.tokens(integers(4, at.width))), torch.tensor([1.0, 0.5, 2.0])
+    found = (round_rows.round_rows(rows_RK, Scheme.FP8_BLOCK, 0, None, alignment),
+             round_rows.round_rows(tokens_TH, Scheme.FP8_TENSOR, 0, scale_E, alignment, 2))
+    return ends(*(one.codes_RK[:, -512:].float()[-8:] for one in found), found[0].scales_RB[:, -4:])
+
+
+def rounded(codes_RK: Tensor, num_rows: int, by_token: bool) -> RoundedRows:
+    """Codes of rows, of which the last have other scales than 1 in blocks of 32."""
+    scales_BR = sparse(-(-codes_RK.shape[1] // 32), len(codes_RK), dtype=FP32)
+    scales_BR[:, -num_rows:] = integers(len(scales_BR), num_rows, dtype=FP32).exp2()
+    return RoundedRows(codes_RK, scales_BR.T, by_token)
+
+
+def in_e4m3(at: Near, name: str, *shape: int) -> Encoded:
+    """-2 to 2 under powers of two of 32 columns; codes and scales may have any strides."""
+    scales = integers(*shape[:-1], -(-shape[-1] // 32), dtype=FP32).add(127).to(torch.uint8)
+    return Encoded(scheme=Scheme.MXFP8, codes=at.view(name, integers(*shape, dtype=torch.float8_e4m3fn)),
+                   scales=at.view(f"{name}_scales", scales), num_columns=shape[-1])
+
+
+def run_scaled_gate_up(at: Near) -> Results:
+    """A token has twice as many columns as a row, since there are half as many tokens."""
+    codes_TH = at.tokens(integers(4, 2 * at.width, dtype=torch.float8_e4m3fn))
+    w13 = in_e4m3(at, "w13_EGIH", 3, 2, at.width, 2 * at.width)
+    bias_EGI, tile = at.view("w13_bias_EGI", integers(3, 2, at.width)), tile_of(at.width, 2 * at.width)
+    return ends(scaled_gate_up.scaled_gate_up(rounded(codes_TH, 4, True), BF16, w13, bias_EGI, None, at.alignment(), 2,
+                                              RELU, replace(tile, block_k=32)))
+
+
+def run_scaled_down(at: Near) -> Results:
+    codes_RI = at.rows(integers(8, at.width, dtype=torch.float8_e4m3fn))
+    w2 = in_e4m3(at, "w2_EHI", 3, at.width, at.width)
+    bias_EH, weights_R = at.view("w2_bias_EH", integers(3, at.width)), at.rows(integers(8, dtype=FP32))
+    return ends(scaled_down.scaled_down(rounded(codes_RI, 8, False), BF16, w2, bias_EH, weights_R, at.alignment(),
+                                        replace(tile_of(at.width, at.width), block_k=32)))
 
 
 def run_act_gradient(at: Near) -> Results:
@@ -315,6 +389,11 @@ class Case:
 CASES = {
     "gate_up_kernel": Case(run_gate_up, "x_TH:01 w13_EGIH:0123 w13_bias_EGI:012"),
     "down_kernel": Case(run_down, "act_RI:0 w2_EHI:012 w2_bias_EH:01"),
+    "decoded_gate_up_kernel": Case(run_decoded_gate_up, "x_TH:01 w13_EGIH:0123 w13_bias_EGI:012"),
+    "decoded_down_kernel": Case(run_decoded_down, "act_RI:0 w2_EHI:012 w2_bias_EH:01"),
+    "round_rows_kernel": Case(run_round_rows, "rows_RK:01 tokens_TH:01", by_token=True),
+    "scaled_gate_up_kernel": Case(run_scaled_gate_up, "w13_EGIH:0123 w13_EGIH_scales:0123 w13_bias_EGI:012"),
+    "scaled_down_kernel": Case(run_scaled_down, "w2_EHI:012 w2_EHI_scales:012 w2_bias_EH:01"),
     "act_gradient_kernel": Case(run_act_gradient, "x_TH:01 grad_TH:01 w13_EGIH:0123 w13_bias_EGI:012 w2_EHI:012"),
     "row_gradient_kernel": Case(run_row_gradient, "w13_EGIH:0123"),
     "projection_gradient_kernel": Case(run_projection_gradient,
@@ -422,6 +501,13 @@ def test_far_strides(kernel: str, name: str, axis: int) -> None:
     """Experts of a large layer, and every other axis, in whatever order a view has them."""
     found = CASES[kernel].run(FarStride(name, axis))
     assert all(torch.equal(one, other) for one, other in zip(found, near_results(kernel, NARROW), strict=True))
+
+
+@pytest.mark.parametrize(("run", "rows"), [(run_decoded_gate_up, 3 * 2 * NARROW), (run_decoded_down, 3 * NARROW)])
+def test_far_scales(run: Callable[..., Results], rows: int) -> None:
+    """Scales have no strides of their own: there are 2^31 of them before the last experts'."""
+    wanted, found = (run(Near(NARROW), far_blocks=before) for before in (0, 2**31 // (rows - 1)))
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("kernel", [kernel for kernel in CASES if kernel != "drop_kernel"])

@@ -8,15 +8,14 @@ import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_fast.architecture import assuming
+from moe_fast.compile.parameters import META, parameters
 from moe_fast.launch import recording
 from moe_fast.layer import moe
 from moe_ref.contract.case import Case
 from moe_ref.contract.comm import Groups
 from moe_ref.contract.dtypes import TORCH_DTYPES
-from moe_ref.contract.vocabulary import Direction
-from moe_ref.contract.weights import MoEWeights, parameter_shapes
+from moe_ref.contract.vocabulary import Direction, Scheme
 
-META = torch.device("meta")
 _GPU = torch._C.DispatchKey.CUDA
 
 
@@ -35,10 +34,9 @@ def record(case: Case, architecture: str) -> list[Launch]:
     that travel between ep ranks are left out, as their number is only known to a device that ran.
     """
     launches: list[Launch] = []
-    problem, dtype = case.problem, TORCH_DTYPES[case.problem.dtype]
-    shapes = parameter_shapes(problem.spec, case.parallel, 0)
-    weights = MoEWeights(**{name: _parameter(shape, dtype) for name, shape in shapes.items()})
-    x_TH = _parameter((problem.num_tokens, problem.spec.hidden_size), dtype)
+    problem, weights = case.problem, parameters(case)
+    x_TH = torch.empty(problem.num_tokens, problem.spec.hidden_size, dtype=TORCH_DTYPES[problem.dtype], device=META,
+                       requires_grad=problem.scheme is Scheme.PLAIN)
     groups = Groups(tp=_MetaComm(case.parallel.tp), ep=_MetaComm(case.parallel.ep))
     recorder = recording(lambda kernel, arguments: launches.append(Launch(kernel, arguments)))
     with assuming(architecture), recorder, _RunOperators():
@@ -46,10 +44,6 @@ def record(case: Case, architecture: str) -> list[Launch]:
         if case.direction is Direction.BACKWARD:
             y_TH.backward(torch.empty_like(y_TH))
     return launches
-
-
-def _parameter(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device=META, requires_grad=True)
 
 
 class _RunOperators(TorchDispatchMode):

@@ -22,7 +22,7 @@ _CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 _SASS_MATRIX = re.compile(r"\b(?:HGMMA|QGMMA|IGMMA|HMMA|QMMA|IMMA|UTC[A-Z]*MMA)[.\w]*")
 _AMD_MATRIX = re.compile(r"\bv_mfma_\w+")
 _DOT = re.compile(r"tt\.dot\b.*: tensor<[^>]*x(\w+)>")
-_HALVES = frozenset({"f16", "bf16"})
+_NARROW = frozenset({"f16", "bf16", "f8E4M3FN"})
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def faults(combination: Combination, found: Resources) -> list[str]:
                        f"{limit}")
     if found.dots and found.spill_bytes:
         reasons.append(f"{found.spill_bytes} bytes spilled per thread, but a product should spill none")
-    if _HALVES.intersection(found.dots) and not found.matrix:
+    if _NARROW.intersection(found.dots) and not found.matrix:
         reasons.append(f"products of {', '.join(found.dots)} without a matrix instruction")
     return reasons
 

@@ -83,10 +83,10 @@ def each_column(value, RUN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.con
 
 @triton.jit
 def decoded_tile(codes_at, scales, zeros, groups, matrix, blocks_at, in_rows, start, num_columns, column_start,
-                 stride_K, dtype: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr, COLUMNS: tl.constexpr,
+                 stride_K, DTYPE: tl.constexpr, CODES: tl.constexpr, SCALES: tl.constexpr, COLUMNS: tl.constexpr,
                  RUN: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_TAIL: tl.constexpr,
                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """(BLOCK_K, BLOCK_N) in `dtype` of columns from `start`: 0 past the last one.
+    """(BLOCK_K, BLOCK_N) in DTYPE of columns from `start`: 0 past the last one.
 
     codes_at: where the rows' codes begin; blocks_at: the place of their first scale among all; matrix: which one it is.
     """
@@ -111,7 +111,7 @@ def decoded_tile(codes_at, scales, zeros, groups, matrix, blocks_at, in_rows, st
         if HAS_TAIL:
             # A code of 0 is -8, or less a zero point, and with a huge scale none that a 0 of the rows takes away.
             weight = tl.where((start + tl.arange(0, BLOCK_K) < num_columns)[None, :], weight, 0.0)
-    return tl.trans(weight.to(dtype))
+    return tl.trans(weight.to(DTYPE))
 
 
 @triton.jit
@@ -126,14 +126,20 @@ def with_joined_scale(total, scales, second, matrix, blocks_at, in_rows, COLUMNS
         return total
 
 
-def decoded_gemm_tile(device: torch.device, dtype: torch.dtype, load: Load, out_features: int, in_features: int,
-                      accumulators: int = 1, *, kernel: str, block_m: int | None = None) -> Tile:
-    """The tile of a product whose weights are decoded: not so wide, as the numbers pass through registers."""
-    tile = gemm_tile(device, dtype, load, out_features, in_features, accumulators, kernel=kernel, block_m=block_m)
+def decoded_gemm_tile(device: torch.device, dtype: torch.dtype, load: Load, encoded: Encoded, accumulators: int = 1, *,
+                      kernel: str, block_m: int | None = None) -> Tile:
+    """The tile of a product whose weights are decoded: not so wide, as they pass through registers.
+
+    Where columns have their group in no order each weight has the address of a scale there as well; two products of 64
+    columns of those spill on sm_80.
+    """
+    *_, num_rows, num_columns = encoded.shape
+    tile = gemm_tile(device, dtype, load, num_rows, num_columns, accumulators, kernel=kernel, block_m=block_m)
     if device.type == "cpu":
         return tile
-    return replace(tile, block_n=min(tile.block_n, 64), block_k=min(tile.block_k, 64), num_stages=2, descriptors=False,
-                   persistent=False)
+    widest = 32 if encoded.groups is not None and accumulators > 1 else 64
+    return replace(tile, block_n=min(tile.block_n, widest), block_k=min(tile.block_k, 64), num_stages=2,
+                   descriptors=False, persistent=False)
 
 
 def encoded_operand(encoded: Encoded, tile: Tile) -> dict[str, object]:

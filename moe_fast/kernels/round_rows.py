@@ -56,7 +56,7 @@ def magnitude(value):
 
 @triton.jit
 def code_under(value, scale):
-    """Codes of value / scale; what is not finite is NaN under any scale."""
+    """Codes of value / scale; e4m3 has no infinity, so that under a scale made without it one is NaN."""
     return e4m3_of(tl.where(tl.abs(value) < float("inf"), tl.div_rn(value, scale), float("nan")))
 
 
@@ -105,7 +105,7 @@ def round_rows_kernel(rows, codes, scales, input_scales, sorted_rows, local_ids,
             scale = tl.load(input_scales + expert, mask=in_rows, other=1.0)
             if part == 0:
                 tl.store(scales + row, scale, mask=in_rows)
-            found = code_under(tile, scale[:, None])
+            found = e4m3_of(tl.div_rn(tile, scale[:, None]))
         else:
             blocked = tile.reshape(BLOCK_R, BLOCKS, SIZE)
             scale = scale_of(tl.max(magnitude(blocked), axis=2), POWER_OF_TWO)
@@ -123,10 +123,12 @@ def round_rows(rows_RK: torch.Tensor, scheme: Scheme, column_start: int, input_s
 
     top_k: rows are tokens, (T, K), and so are the codes, but where each expert fixes its scale: then there is a row
     for every position. Else they lie in expert order, (R, K), as their codes do; those past the last stay unwritten.
-    Of a block, what is not finite has no part in the scale; its code is NaN, which a product hands to all of its row.
+    What is not finite has no part in a block's scale; its code is NaN, which a product hands to all of the row. Under a
+    fixed scale NaN is NaN too, but an infinity is 448, as all that is beyond.
     """
     size, (num_rows, num_columns), device = SIZES[scheme], rows_RK.shape, rows_RK.device
     by_token = top_k is not None and size != FIXED
+    column_start = column_start if num_columns else 0  # no columns have no block, wherever they begin
     num_codes = num_rows if by_token else alignment.sorted_rows_R.numel()
     num_blocks = -(-(column_start + num_columns) // size) if size > 0 else 1
     codes_RK = torch.empty(num_codes, num_columns, dtype=torch.uint8, device=device)

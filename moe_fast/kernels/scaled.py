@@ -63,17 +63,22 @@ def scaled_tile(device: torch.device, load: Load, encoded: Encoded, accumulators
                 block_m: int | None = None) -> Tile:
     """The tile of a product of codes: as that of bf16, with no more than a block of the scheme along the sum.
 
-    Beside every accumulator there is the sum of a block, so that columns are fewer; half of these where every row of
-    the weight has scales along K, and with codes that are decoded first, which also are fewer at a time.
+    Beside every accumulator there are the sum of a block and its scales, so that columns are fewer, and fewest where
+    every row of the weight has scales along K. Codes that are decoded first take registers too: fewer along the sum,
+    more warps and fewer stages. `moe-ref compile` says what spills.
     """
     (num_rows, num_columns), size = encoded.shape[-2:], ENCODINGS[encoded.scheme].columns or LONGEST_SUM
     tile = gemm_tile(device, torch.bfloat16, load, num_rows, num_columns, accumulators, kernel=kernel, block_m=block_m)
     if device.type == "cpu":
         return replace(tile, block_k=size)
-    decodes = not multiplies_codes(device)
-    widest = 64 if decodes or encoded.scheme is Scheme.MXFP8 else 128
-    return replace(tile, block_n=min(tile.block_n, widest // accumulators), block_k=min(size, 64 if decodes else size),
-                   descriptors=False, persistent=False)
+    columns = 128 // accumulators
+    if not multiplies_codes(device):
+        columns, size = columns // 2, min(size, 64)
+        if tile.block_m >= 64:
+            tile = replace(tile, num_warps=8, num_stages=2)
+    if encoded.scheme is Scheme.MXFP8:
+        columns = min(columns, 32)
+    return replace(tile, block_n=min(tile.block_n, columns), block_k=size, descriptors=False, persistent=False)
 
 
 def product_arguments(rounded: RoundedRows, encoded: Encoded, name: str) -> dict[str, object]:
@@ -82,9 +87,10 @@ def product_arguments(rounded: RoundedRows, encoded: Encoded, name: str) -> dict
     for axis, size in ((-2, encoding.rows), (-1, encoding.columns)):
         if size is None:
             strides[axis] = 0  # one for all
+    column_start = encoded.column_start if encoded.num_columns else 0  # no columns have no block to read a scale of
     letters = {"w13": "EGIH", "w2": "EHI"}[name]
     return {"codes": rounded.codes_RK, "scales": rounded.scales_RB, name: as_operand(encoded.codes.view(torch.uint8)),
-            f"{name}_scales": encoded.scales, "row_start": encoded.row_start, "column_start": encoded.column_start,
+            f"{name}_scales": encoded.scales, "row_start": encoded.row_start, "column_start": column_start,
             "stride_scales_B": rounded.scales_RB.stride(1), "SCALE_ROWS": encoding.rows or 1,
             "SCALE_COLUMNS": encoding.columns or 0,
             **{f"stride_w_{letter}": stride for letter, stride in zip(letters, encoded.codes.stride(), strict=True)},

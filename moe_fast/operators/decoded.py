@@ -45,12 +45,11 @@ def decoded_down_rows(given: EncodedDown) -> EncodedDownRows:
 
 
 def _gate_up_tile(x_TH: torch.Tensor, ids_TK: torch.Tensor, w13: Encoded) -> Tile:
-    num_experts, num_parts, intermediate, hidden = w13.shape
-    return decoded_gemm_tile(x_TH.device, x_TH.dtype, load_of(ids_TK, num_experts), intermediate, hidden,
-                             accumulators=num_parts, kernel="decoded_gate_up")
+    num_experts, num_parts, *_ = w13.shape
+    return decoded_gemm_tile(x_TH.device, x_TH.dtype, load_of(ids_TK, num_experts), w13, accumulators=num_parts,
+                             kernel="decoded_gate_up")
 
 
 def _down_tile(act_RI: torch.Tensor, ids_TK: torch.Tensor, w2: Encoded, block_m: int | None = None) -> Tile:
-    num_experts, hidden, intermediate = w2.shape
-    return decoded_gemm_tile(act_RI.device, act_RI.dtype, load_of(ids_TK, num_experts), hidden, intermediate,
-                             kernel="decoded_down", block_m=block_m)
+    return decoded_gemm_tile(act_RI.device, act_RI.dtype, load_of(ids_TK, len(w2.codes)), w2, kernel="decoded_down",
+                             block_m=block_m)

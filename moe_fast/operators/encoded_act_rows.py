@@ -49,7 +49,7 @@ def act_by_codes(given: EncodedGateUp, trace: Trace | None = None) -> torch.Tens
 def encoded_act_forward(given: EncodedGateUp, trace: Trace | None = None) -> torch.Tensor:
     """What the operator runs."""
     _check(given)
-    rows = encoded_gate_up_rows(given)
+    rows = encoded_gate_up_rows(given, trace is not None)
     record_codes(trace, rows.alignment, rows.codes)
     return take(rows.act_RI, order(rows.alignment)[1])
 

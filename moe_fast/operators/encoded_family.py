@@ -1,33 +1,24 @@
-"""Which kernels compute a scheme: those that round rows to codes too, or those that decode weights alone."""
+"""Which kernels compute a scheme: those that round rows to codes too, or those that decode weights alone.
+
+traced: codes and scales of rows are returned as well, where there are any.
+"""
 
 from moe_fast.operators.decoded import decoded_act_rows, decoded_down_rows, decoded_mlp_rows
 from moe_fast.operators.encoded_arguments import EncodedDown, EncodedGateUp, EncodedMLP
 from moe_fast.operators.encoded_rows import EncodedActRows, EncodedDownRows, EncodedRows
-from moe_ref.contract.vocabulary import Scheme
-
-SCALED = frozenset({Scheme.FP8_TENSOR, Scheme.FP8_ROW, Scheme.FP8_BLOCK, Scheme.MXFP8})
-"""Schemes whose products have two operands in e4m3."""
+from moe_fast.operators.scaled import SCHEMES, scaled_act_rows, scaled_down_rows, scaled_mlp_rows
 
 
-def encoded_mlp_rows(mlp: EncodedMLP) -> EncodedRows:
+def encoded_mlp_rows(mlp: EncodedMLP, traced: bool) -> EncodedRows:
     """Both products."""
-    if mlp.w13.scheme in SCALED:
-        from moe_fast.operators.scaled import scaled_mlp_rows
-        return scaled_mlp_rows(mlp)
-    return decoded_mlp_rows(mlp)
+    return scaled_mlp_rows(mlp, traced) if mlp.w13.scheme in SCHEMES else decoded_mlp_rows(mlp)
 
 
-def encoded_gate_up_rows(given: EncodedGateUp) -> EncodedActRows:
+def encoded_gate_up_rows(given: EncodedGateUp, traced: bool) -> EncodedActRows:
     """The first product."""
-    if given.w13.scheme in SCALED:
-        from moe_fast.operators.scaled import scaled_act_rows
-        return scaled_act_rows(given)
-    return decoded_act_rows(given)
+    return scaled_act_rows(given, traced) if given.w13.scheme in SCHEMES else decoded_act_rows(given)
 
 
-def encoded_down_rows(given: EncodedDown) -> EncodedDownRows:
+def encoded_down_rows(given: EncodedDown, traced: bool) -> EncodedDownRows:
     """The second product."""
-    if given.w2.scheme in SCALED:
-        from moe_fast.operators.scaled import scaled_down_rows
-        return scaled_down_rows(given)
-    return decoded_down_rows(given)
+    return scaled_down_rows(given, traced) if given.w2.scheme in SCHEMES else decoded_down_rows(given)

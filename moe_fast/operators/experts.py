@@ -102,7 +102,7 @@ def experts_forward(given: ExpertsArguments | EncodedArguments, trace: Trace | N
 
 def _merge(given: ExpertsArguments | EncodedArguments, merged_TH: torch.Tensor, trace: Trace | None,
            products: Products | None) -> None:
-    rows = mlp_rows(given.routed(), None if products is None else products.routed_RGI)
+    rows = mlp_rows(given.routed(), None if products is None else products.routed_RGI, trace is not None)
     alignment, down_RH = rows.alignment, rows.down_RH
     record_routed_rows(trace, alignment, rows.act_RI, down_RH)
     record_codes(trace, alignment, rows.codes)
@@ -116,10 +116,10 @@ def _merge(given: ExpertsArguments | EncodedArguments, merged_TH: torch.Tensor, 
             mean=given.mean, merged_TH=merged_TH)
 
 
-def mlp_rows(mlp: GroupedMLP | EncodedMLP, products_RGI: torch.Tensor | None) -> EncodedRows:
+def mlp_rows(mlp: GroupedMLP | EncodedMLP, products_RGI: torch.Tensor | None, traced: bool = False) -> EncodedRows:
     """Rows of both products; products_RGI is filled, if given, where weights are not encoded."""
     if isinstance(mlp, EncodedMLP):
-        return encoded_mlp_rows(mlp)
+        return encoded_mlp_rows(mlp, traced)
     (num_experts, _, intermediate, hidden), top_k = mlp.w13_EGIH.shape, mlp.ids_TK.shape[1]
     load, device, dtype = load_of(mlp.ids_TK, num_experts), mlp.x_TH.device, mlp.x_TH.dtype
     first = gate_up_tile(device, dtype, load, mlp.w13_EGIH, mlp.form, mlp.w13_bias_EGI is not None)

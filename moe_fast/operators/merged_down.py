@@ -58,7 +58,7 @@ def merged_down_forward(given: MergedDownArguments | EncodedDownArguments, trace
     gradient.
     """
     given.check("moe_fast::merged_down" if isinstance(given, MergedDownArguments) else "moe_fast::encoded_merged_down")
-    rows = _down_rows(given.routed())
+    rows = _down_rows(given.routed(), trace is not None)
     alignment, down_RH = rows.alignment, rows.down_RH
     shared, shared_TH = given.shared(), None
     if shared is not None:
@@ -72,10 +72,10 @@ def merged_down_forward(given: MergedDownArguments | EncodedDownArguments, trace
                    mean=given.mean)
 
 
-def _down_rows(rows: GroupedDown | EncodedDown) -> EncodedDownRows:
+def _down_rows(rows: GroupedDown | EncodedDown, traced: bool = False) -> EncodedDownRows:
     """Weighted rows."""
     if isinstance(rows, EncodedDown):
-        return encoded_down_rows(rows)
+        return encoded_down_rows(rows, traced)
     num_experts, hidden, intermediate = rows.w2_EHI.shape
     tile = gemm_tile(rows.act_RI.device, rows.act_RI.dtype, load_of(rows.ids_TK, num_experts), hidden, intermediate,
                      kernel="down")
