@@ -186,9 +186,9 @@ class QuantisedMoE(ParallelMoE):
         if products == "fp8_tensor":
             return w.input_scale.expand(len(rows_RK), 1)
         size, start = COLUMNS.get(products), w.encoded.column_start
-        start = start if size else 0
-        size = size or max(1, rows_RK.shape[1])
-        padded = torch.nn.functional.pad(rows_RK.abs(), (start, -(start + rows_RK.shape[1]) % size))
+        start, size = (start, size) if size else (0, max(1, rows_RK.shape[1]))
+        blocks = max(1, -(-(start + rows_RK.shape[1]) // size))
+        padded = torch.nn.functional.pad(rows_RK.abs(), (start, blocks * size - start - rows_RK.shape[1]))
         scales = self.scale_of(padded.unflatten(1, (-1, size)).amax(-1), products)
         return torch.where(scales < 2.0**-126, 1.0, scales)
 
@@ -208,6 +208,8 @@ class QuantisedMoE(ParallelMoE):
     def product(self, rows: Operand, w: Matrix) -> torch.Tensor:
         """rows @ w^T, (R, N): decoded weights, or sums of codes times scales for every block of columns."""
         (codes_RK, scale_RK), encoded = rows, w.encoded
+        if not encoded.num_columns:
+            return torch.zeros(len(codes_RK), encoded.shape[0])
         if self.products_of(encoded) != "exact":
             return self.sum_of_blocks(codes_RK, scale_RK, encoded)
         if encoded.scheme is Scheme.INT8:
@@ -226,8 +228,6 @@ class QuantisedMoE(ParallelMoE):
     def blocks(self, w: Encoded) -> list[slice]:
         """Columns under one scale."""
         size = ENCODINGS[w.scheme].columns
-        if not w.num_columns:
-            return []
         if size is None:
             return [slice(0, w.num_columns)]
         return [slice(max(first, 0), min(first + size, w.num_columns))
