@@ -68,8 +68,10 @@ def with_shared_down(given: DownArguments, act_TI: torch.Tensor, gate_TS: torch.
     """The same with the shared expert that is part of the sum."""
     given = replace(given, shared_act_TI=act_TI, shared_gate_T1=gate_TS, shared_w2_bias_H=shared_bias(weights, rank),
                     mean=takes_mean(spec))
-    if isinstance(weights, QuantisedWeights):
+    if isinstance(given, EncodedDownArguments):
+        assert isinstance(weights, QuantisedWeights)
         return replace(given, shared_w2=weights.shared_w2, shared_w2_input_scale=weights.shared_w2_input_scale)
+    assert not isinstance(weights, QuantisedWeights)
     return replace(given, shared_w2_HI=weights.shared_w2_HI)
 
 

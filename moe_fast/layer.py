@@ -53,13 +53,14 @@ def route(x_TH: torch.Tensor, weights: WeightSource | QuantisedWeights, spec: Mo
     """
     check_tokens(x_TH, spec, DTYPES, "moe_fast")
     check_supported(spec)
-    check_whole_parameters(weights, spec)
+    check_whole_parameters(weights, spec)  # pyrefly: ignore
     if logits_TE is not None:
         check_logits(logits_TE, spec, len(x_TH))
     return _route(x_TH, weights, spec, logits_TE)
 
 
-def _route(x_TH: torch.Tensor, weights: WeightSource | QuantisedWeights, spec: MoESpec, logits_TE: torch.Tensor | None) -> Routing:
+def _route(x_TH: torch.Tensor, weights: WeightSource | QuantisedWeights, spec: MoESpec,
+           logits_TE: torch.Tensor | None) -> Routing:
     router = spec.router
     if router is None:
         ids_TK = torch.zeros(len(x_TH), 1, dtype=torch.int32, device=x_TH.device)

@@ -13,7 +13,8 @@ import torch
 
 from moe_fast.dispatch import send, send_back
 from moe_fast.gather_form import merged_columns
-from moe_fast.held import Arguments, Held, entered, merged, routed_experts, shared_alone, with_shared
+from moe_fast.held import Held
+from moe_fast.held_experts import Arguments, entered, merged, routed_experts, shared_alone, with_shared
 from moe_fast.operators.experts import experts_forward
 from moe_fast.operators.moved_rows import sum_rows, take_rows
 from moe_fast.slot_rows import has_blocks, has_identity, merged_slots, merges_slots, shared_blocks, slots, sum_of_blocks

@@ -11,18 +11,17 @@ from functools import cache
 
 import torch
 
+from moe_fast.held import Held
 from moe_fast.tokens import GroupTokens
 from moe_ref.contract.collectives import leave
-from moe_ref.contract.quantised import QuantisedWeights
 from moe_ref.contract.rank import Rank
 from moe_ref.contract.vocabulary import Schedule
-from moe_ref.contract.weights import MoEWeights
 
 CHUNK_TOKENS = 4096
 """Tokens of a chunk; their experts read every weight once more. To be timed: no GPU has run it."""
 
 
-def overlaps(tokens: GroupTokens, weights: MoEWeights | QuantisedWeights, rank: Rank) -> bool:
+def overlaps(tokens: GroupTokens, weights: Held, rank: Rank) -> bool:
     """Whether there is a sum over ranks of at least two chunks, all tokens are here, and nothing records gradients."""
     if rank.parallel.schedule is not Schedule.ALL_REDUCE or rank.over_tp or rank.over_ep:
         return False

@@ -6,17 +6,16 @@ blocks of the shared expert's width, each an expert with a weight of its own.
 
 import torch
 
+from moe_fast.held import Held
 from moe_fast.operators.moved_rows import sum_rows
 from moe_fast.tokens import GroupTokens
 from moe_fast.whole import output_bias, takes_mean
 from moe_ref.contract.collectives import leave, once
 from moe_ref.contract.parallel import Range
-from moe_ref.contract.quantised import QuantisedWeights
 from moe_ref.contract.rank import Rank
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Stage
-from moe_ref.contract.weights import MoEWeights
 
 
 def merges_slots(spec: MoESpec, rank: Rank) -> bool:
@@ -40,7 +39,7 @@ def slots(shape_TK: torch.Size, device: torch.device) -> tuple[torch.Tensor, tor
     return slot_R // shape_TK[1], slot_R.view(shape_TK)
 
 
-def merged_slots(rows_RH: torch.Tensor, shared_TH: torch.Tensor | None, tokens: GroupTokens, weights: MoEWeights | QuantisedWeights,
+def merged_slots(rows_RH: torch.Tensor, shared_TH: torch.Tensor | None, tokens: GroupTokens, weights: Held,
                  spec: MoESpec, rank: Rank, trace: Trace | None) -> torch.Tensor:
     """Rows of every slot, the shared expert's as one more, added up over slots, and over ranks before where they are.
 

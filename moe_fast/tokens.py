@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from moe_fast.held import Held
 from moe_ref.contract.collectives import assemble, copy, enter, gather, leave, scatter
 from moe_ref.contract.parallel import cut
 from moe_ref.contract.quantised import QuantisedWeights
 from moe_ref.contract.rank import Rank
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.vocabulary import Schedule
-from moe_ref.contract.weights import MoEWeights
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ def agreed_tokens(x_TH: torch.Tensor, rank: Rank) -> torch.Tensor:
     return copy(x_TH, rank.tp) if rank.by_output else x_TH
 
 
-def router_over_tokens(weights: MoEWeights | QuantisedWeights, rank: Rank) -> MoEWeights | QuantisedWeights:
+def router_over_tokens(weights: Held, rank: Rank) -> Held:
     """The weights, those of router and gates with gradients from all tokens, wherever those are.
 
-    Each rank routes its own.
+    Each rank routes its own. Beside encoded experts nothing has gradients.
     """
-    if not rank.with_other_tokens:
+    if isinstance(weights, QuantisedWeights) or not rank.with_other_tokens:
         return weights
     held = {name: getattr(weights, name) for name in ("router_EH", "router_bias_E", "weight_scale_E", "shared_gate_SH")}
     return replace(weights, **{name: enter(tensor, *rank.with_other_tokens)

@@ -7,11 +7,10 @@ so it is complete where the bias was replaced by zeros as well, and needs no col
 import torch
 from torch.autograd.function import once_differentiable
 
+from moe_fast.held import Held
 from moe_ref.contract.collectives import enter
-from moe_ref.contract.quantised import QuantisedWeights
 from moe_ref.contract.rank import Rank
 from moe_ref.contract.spec import MoESpec
-from moe_ref.contract.weights import MoEWeights
 
 
 class _Zeros(torch.autograd.Function):
@@ -25,19 +24,19 @@ class _Zeros(torch.autograd.Function):
         return gradient
 
 
-def routed_bias(weights: MoEWeights | QuantisedWeights, rank: Rank) -> torch.Tensor | None:
+def routed_bias(weights: Held, rank: Rank) -> torch.Tensor | None:
     """w2_bias_EH as this rank adds it: the first one of the ranks that hold parts of w2, or each its own columns."""
     bias_EH = weights.w2_bias_EH
     return bias_EH if bias_EH is None or rank.by_output or rank.tp.rank == 0 else _Zeros.apply(bias_EH)
 
 
-def shared_bias(weights: MoEWeights | QuantisedWeights, rank: Rank) -> torch.Tensor | None:
+def shared_bias(weights: Held, rank: Rank) -> torch.Tensor | None:
     """shared_w2_bias_H as this rank adds it to a shared expert that is cut."""
     bias_H = weights.shared_w2_bias_H
     return bias_H if bias_H is None or rank.by_output or rank.adds_what_is_whole else _Zeros.apply(bias_H)
 
 
-def output_bias(weights: MoEWeights | QuantisedWeights, spec: MoESpec, rank: Rank) -> torch.Tensor | None:
+def output_bias(weights: Held, spec: MoESpec, rank: Rank) -> torch.Tensor | None:
     """The output's bias as this rank adds it to the merge; None where a whole shared expert is added before it."""
     bias_H = weights.output_bias_H
     if bias_H is None or rank.whole_shared:
@@ -49,7 +48,7 @@ def output_bias(weights: MoEWeights | QuantisedWeights, spec: MoESpec, rank: Ran
     return bias_H if rank.by_slot or rank.adds_what_is_whole else _Zeros.apply(bias_H)
 
 
-def with_whole_shared(y_TH: torch.Tensor, shared_TH: torch.Tensor | None, weights: MoEWeights | QuantisedWeights, spec: MoESpec,
+def with_whole_shared(y_TH: torch.Tensor, shared_TH: torch.Tensor | None, weights: Held, spec: MoESpec,
                       rank: Rank) -> torch.Tensor:
     """The completed sum, a shared expert that is whole on every rank, and what follows it: the mean, and the bias."""
     if shared_TH is not None:

@@ -14,7 +14,7 @@ _HOMES = {
     "load_balancing_loss": "oracle.losses", "sequence_balance_loss": "oracle.losses",
     "router_z_loss": "oracle.losses",
     "Layout": "layouts.layout", "from_layout": "layouts.convert", "to_layout": "layouts.convert",
-    "open_checkpoint": "checkpoints.reader",
+    "open_checkpoint": "checkpoints.reader", "open_quantised": "checkpoints.quantised_reader",
     "moe_as_released": "oracle.released", "ReleasedNumerics": "contract.released",
     "MoESpec": "contract.spec", "Router": "contract.router_spec", "Capacity": "contract.router_spec",
     "MLP": "contract.spec", "SharedExpert": "contract.spec",
@@ -103,6 +103,7 @@ __all__ = [
     "moe_as_released",
     "moe_backward",
     "open_checkpoint",
+    "open_quantised",
     "parse_case",
     "route",
     "router_z_loss",
@@ -112,6 +113,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from moe_ref.checkpoints.quantised_reader import open_quantised
     from moe_ref.checkpoints.reader import open_checkpoint
     from moe_ref.conforms.assertion import Conformed, assert_conforms
     from moe_ref.conforms.mismatch import Mismatch

@@ -59,6 +59,8 @@ COMMANDS: dict[str, Run | Elsewhere | NotHere] = {
     "moe-ref replay v1-T9.H64.I48.E4.K2-bf16-norm-tp2 --impl moe_fast": Run(),
     "moe-ref verify moe_fast --tier quick": Elsewhere("ci/verify", "moe_ref verify moe_fast --tier"),
     "moe-ref show mixtral.8x7b --tp 8": Run(),
+    "python -m tests.third_party.decoders.table":
+        Elsewhere("tests/test_third_party_decoders.py", "from tests.third_party.decoders.compare import agreement"),
     "python -m tests.third_party.table mixtral": Elsewhere("tests/test_third_party.py", "from tests.third_party"),
     # docs/tutorial.md
     "pip install -e '.[triton,reports,dev]'": INSTALLS,
@@ -118,7 +120,7 @@ COMMANDS: dict[str, Run | Elsewhere | NotHere] = {
     "moe-ref verify moe_fast --tier smoke": Elsewhere("ci/oldest", "-m moe_ref verify moe_fast --tier smoke"),
     "moe-ref verify moe_ref.simulated.subjects:pairwise": Run(ONE_CASE),
     "moe-ref verify mypkg.layer --tp 1,2,4,8": Run({"--shard": "1/20"}),
-    "moe-ref verify mypkg.layer --tier quick --record RUN": Run({"--shard": "1/599", "--record": "runs/quick"}),
+    "moe-ref verify mypkg.layer --tier quick --record RUN": Run({"--shard": "1/690", "--record": "runs/quick"}),
     "torchrun --nproc-per-node 4 -m moe_ref verify mypkg.layer --tier ranks --ranks torchrun":
         Elsewhere("tests/test_torchrun.py", '"torch.distributed.run"'),
     "pytest --moe-impl mypkg.layer --moe-tier quick": Elsewhere("tests/test_pytest_plugin.py", '"--moe-impl"'),

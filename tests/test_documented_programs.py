@@ -133,6 +133,14 @@ def test_our_experts_in_a_whole_model(capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().out == "True\n"
 
 
+def test_encoded_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each line is printed as its comment says."""
+    text = program("docs/quantised.md", "encode(Scheme.MXFP4")
+    run(text)
+    assert capsys.readouterr().out.splitlines() == [line.partition("  # ")[2] for line in text.splitlines()
+                                                    if line.startswith("print")]
+
+
 @pytest.mark.usefixtures("checkpoint")
 def test_checkpoints() -> None:
     """A layer whole, for a rank of eight, and for a rank of a grid."""

@@ -14,7 +14,7 @@ from torch.library import opcheck
 import moe_fast
 from moe_fast import capabilities
 from moe_fast.capabilities import CAPABILITIES
-from moe_fast.held import routed_experts, with_shared
+from moe_fast.held_experts import routed_experts, with_shared
 from moe_fast.kernels import decoded_down as down_module
 from moe_fast.kernels import decoded_gate_up as gate_up_module
 from moe_fast.kernels.align import align

@@ -165,13 +165,14 @@ def test_the_same_cases_in_every_process() -> None:
     """Sets iterate in an order that depends on PYTHONHASHSEED; the tiers must not, nor need torch."""
     hash_seed = "4711" if os.environ.get("PYTHONHASHSEED") == "0" else "0"  # another one than this process has
     script = ("import sys; from moe_ref.tiers.tiers import tier\n"
-              "for n in ('smoke', 'quick', 'full', 'nightly', 'families', 'ranks', 'conformance'):\n"
+              "for n in ('smoke', 'quick', 'full', 'nightly', 'families', 'ranks', 'conformance', 'encoded'):\n"
               "    for c in tier(n).cases: print(n, c.case_id, c.ranks.value, c.purpose)\n"
               "assert 'torch' not in sys.modules")
     output = subprocess.run([sys.executable, "-c", script], env={**os.environ, "PYTHONHASHSEED": hash_seed},
                             capture_output=True, text=True, check=True).stdout
     assert output.splitlines() == [f"{name} {one.case_id} {one.ranks.value} {one.purpose}"
-                                   for name in (*NAMES, "families", "ranks", "conformance") for one in tier(name).cases]
+                                   for name in (*NAMES, "families", "ranks", "conformance", "encoded")
+                                   for one in tier(name).cases]
 
 
 def test_an_unknown_tier_lists_the_known_ones() -> None:

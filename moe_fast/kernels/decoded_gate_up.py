@@ -1,4 +1,4 @@
-"""Gate and up products of the routed rows with encoded weights, decoded inside the kernel; the rest as in gate_up.py."""
+"""Gate and up products of the routed rows with encoded weights, decoded in the kernel; the rest as in gate_up.py."""
 
 import torch
 import triton

@@ -167,7 +167,7 @@ def check_matrices(operator: str, whose: str, matrix: Encoded, shape: tuple[int,
     """Raise unless an encoded matrix, its bias and its input scale fit `shape`, (E, ..., N, K), and the rows."""
     (name, bias_tensor), = bias.items()
     check_encoded(f"{operator}: {whose}{name.partition('_')[0]}", matrix, matrix.scheme, shape)
-    sizes = dict(zip("EGI" if len(shape) == 4 else "EH", shape[:-1], strict=True))
+    sizes: dict[str, int] = dict(zip("EGI" if len(shape) == 4 else "EH", shape[:-1], strict=True))
     check_shapes(operator, {name: bias_tensor, "input_scale_E": input_scale_E}, sizes)
     check_dtypes(operator, bias, (x_TH.dtype,))
     check_dtypes(operator, {"input_scale_E": input_scale_E}, (torch.float32,))

@@ -52,4 +52,5 @@ def _matrix(scheme: Scheme, values: Iterator) -> Encoded | None:
     tensors, numbers = next(values), next(values)
     if not tensors:
         return None
-    return Encoded(scheme=scheme, **dict(zip(TENSORS, tensors, strict=True)), **dict(zip(NUMBERS, numbers, strict=True)))
+    held, sizes = (dict(zip(names, given, strict=True)) for names, given in ((TENSORS, tensors), (NUMBERS, numbers)))
+    return Encoded(scheme=scheme, **held, **sizes)

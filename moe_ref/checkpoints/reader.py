@@ -41,7 +41,7 @@ def open_checkpoint(path: str | Path, layer: int | str, naming: str | Naming, sp
     parallel = check_place(parallel, rank)
     naming = find_naming(naming) if isinstance(naming, str) else naming
     files = CheckpointFiles(path)
-    prefix = naming.layer.format(layer=layer) if is_integer(layer) else f"{str(layer).rstrip('.')}."
+    prefix = layer_prefix(naming, layer)
     stored = _open_tensors(files, prefix, naming, spec)
     names = mlp_axes(naming.experts, spec.experts)
     experts = StoredMLP({name: _one_or_list(stored[name], naming) for name in names}, naming.experts, spec.experts,
@@ -56,6 +56,11 @@ def open_checkpoint(path: str | Path, layer: int | str, naming: str | Naming, sp
                                           for name, tensor in whole.items()})
 
 
+def layer_prefix(naming: Naming, layer: int | str) -> str:
+    """How the names of that layer begin."""
+    return naming.layer.format(layer=layer) if is_integer(layer) else f"{str(layer).rstrip('.')}."
+
+
 def _one_or_list(tensors: list[StoredSlice], naming: Naming) -> StoredSlice | list[StoredSlice]:
     return tensors[0] if naming.experts.stacked else tensors
 
@@ -67,13 +72,13 @@ def _open_tensors(files: CheckpointFiles, prefix: str, naming: Naming,
     wanted = {key: _names(key, prefix, naming, spec) for key in shapes if key in naming.tensors}
     faults = [f"the spec needs {key}, but naming {naming.name} has no tensor for it"
               for key in shapes if key not in wanted]
-    faults += _name_faults(files, prefix, naming, {name for names in wanted.values() for name in names},
-                           _identity_names(prefix, naming, spec))
+    faults += name_faults(files, prefix, naming, {name for names in wanted.values() for name in names},
+                           identity_names(prefix, naming, spec))
     stored, dtypes = {}, []
     for key, names in wanted.items():
         held = {name: files.stored(name) for name in names if name in files}
         shape = ((1,) if key in naming.unit_axes else ()) + shapes[key]
-        faults += _tensor_faults(held, shape)
+        faults += tensor_faults(held, shape)
         stored[key] = list(held.values())
         dtypes += [StoredDtype(name, key, DTYPES[tensor.dtype]) for name, tensor in held.items()
                    if tensor.dtype in DTYPES]
@@ -81,7 +86,7 @@ def _open_tensors(files: CheckpointFiles, prefix: str, naming: Naming,
     return stored
 
 
-def _name_faults(files: CheckpointFiles, prefix: str, naming: Naming, needed: set[str],
+def name_faults(files: CheckpointFiles, prefix: str, naming: Naming, needed: set[str],
                  ignored: set[str]) -> list[str]:
     """What is missing, and what is there that nobody asked for: it would change the layer's result unnoticed."""
     modules = tuple(f"{prefix}{module}." for module in naming.modules)
@@ -106,7 +111,7 @@ def _names(key: str, prefix: str, naming: Naming, spec: MoESpec) -> list[str]:
     return [prefix + name.format(e=e) for e in range(spec.num_experts)]
 
 
-def _identity_names(prefix: str, naming: Naming, spec: MoESpec) -> set[str]:
+def identity_names(prefix: str, naming: Naming, spec: MoESpec) -> set[str]:
     """What may be stored for identity experts, which have no parameters."""
     if not naming.identity_stored:
         return set()
@@ -114,12 +119,13 @@ def _identity_names(prefix: str, naming: Naming, spec: MoESpec) -> set[str]:
             for e in range(spec.num_experts, spec.num_choices)}
 
 
-def _tensor_faults(tensors: Mapping[str, StoredSlice], shape: tuple[int, ...]) -> list[str]:
+def tensor_faults(tensors: Mapping[str, StoredSlice], shape: tuple[int, ...]) -> list[str]:
+    """A fault for each of these plain tensors, by name, that is quantised or of another shape."""
     faults = []
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES:
             faults.append(f"{name}: stored as {tensor.dtype}, but should be one of {', '.join(DTYPES)}; "
-                          "quantised weights are not read")
+                          "open_quantised reads quantised checkpoints")
         if tensor.shape != shape:
             faults.append(f"{name}: shape {tensor.shape}, but should be {shape}")
     return faults

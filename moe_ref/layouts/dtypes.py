@@ -24,8 +24,8 @@ def dtype_faults(held: Iterable[StoredDtype]) -> list[str]:
     experts together when they are read must keep too: torch.stack would promote a mixture without a word.
     """
     held = list(held)
-    faults = [f"{one.label}: dtype {one.dtype}, but should be one of {', '.join(map(str, PLAIN_DTYPES))}; quantised "
-              "weights are not read" for one in held if one.dtype not in PLAIN_DTYPES]
+    faults = [f"{one.label}: dtype {one.dtype}, but should be one of {', '.join(map(str, PLAIN_DTYPES))}; "
+              "open_quantised reads quantised checkpoints" for one in held if one.dtype not in PLAIN_DTYPES]
     floating = [one for one in held if one.dtype in PLAIN_DTYPES]
     reference = next((one for one in floating if one.parameter not in KEPT_PRECISE), None)
     if reference is None:

@@ -55,6 +55,12 @@ class StoredMLP:
         """The one MLP, in the same way."""
         return ExpertWeights(*self._read_all(None))
 
+    def biases(self, index: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of w13 and of w2 alone, of one expert of this rank or, None, of the one MLP; `tensors` may be the
+        biases alone."""
+        e = None if index is None else self.experts[index]
+        return self._gate_up("_bias", e), self._read("w2_bias", e)
+
     def whole(self) -> tuple[torch.Tensor | None, ...]:
         """w13, w2 and their biases over all stored experts; views if the layout is one that has them."""
         return self._read_all(None)

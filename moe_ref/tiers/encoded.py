@@ -39,6 +39,15 @@ SMOKE = ("v1-T17.H160.I136.E6.K3-bf16-fp8block-norm-tp3", "v1-T17.H160.I136.E6.K
          "v1-T17.H160.I136.E6.K3-bf16-mxfp4-norm-tp2-ep2")
 
 
+QUICK_MODELS = ("v1-granite3.1b.a400m.T8.E4-bf16-mxfp4-tp4", "v1-granite3.1b.a400m.T8.E4-bf16-fp8block-tp8")
+"""Real widths that two cores manage in seconds; eight ranks cut the second's blocks of 128 in half."""
+
+MODELS = ("v1-qwen3.30b.a3b.T4.E4-bf16-fp8block-tp8", "v1-gptoss.20b.T4.E4-bf16-mxfp4-tp2",
+          "v1-qwen3.30b.a3b.T4.E4-bf16-awq-tp4", "v1-qwen3.30b.a3b.T4.E4-bf16-gptqorder-tp3",
+          "v1-olmoe.1b.7b.T4.E4-bf16-fp8row-tp2", "v1-gptoss.20b.T4.E4-bf16-nvfp4-tp4")
+"""As they are released, or as others have encoded them, with fewer experts, never with other widths."""
+
+
 def row_case(row: Row) -> Case | None:
     """The case of a row; None where its values exclude each other."""
     tp, spread = int(str(row["tp"])), str(row["spread"])
@@ -69,8 +78,11 @@ def encoded_cases(tier: str) -> list[tuple[Case, str]]:
     if tier == "smoke":
         return [(parse_case(text), "encoded experts") for text in SMOKE]
     rows = COVER.rows([])
-    found = [*encoded_cases("smoke"), *((row, "encoded experts, pairwise cover") for row in rows)]
+    found: list[tuple[Row | Case, str]] = [*encoded_cases("smoke")]
+    found += [(parse_case(text), "published widths, encoded") for text in QUICK_MODELS]
+    found += [(row, "encoded experts, pairwise cover") for row in rows]
     if tier in ("encoded", "nightly"):
+        found += [(parse_case(text), "published widths, encoded") for text in MODELS]
         kinds = cycle(product(AXES["data"], SIZES))
         grid = product(SCHEMES, AXES["tp"], ("", "ep2"), AXES["dtype"])
         for (scheme, tp, spread, dtype), (data, sizes) in zip(grid, kinds, strict=False):

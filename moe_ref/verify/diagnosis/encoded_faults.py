@@ -100,7 +100,8 @@ class EncodedReading(Layer):
         """The matrix of an expert as this mistake has it."""
         weights, count = known.inputs.weights, known.case.problem.spec.num_experts
         assert isinstance(weights, DecodedWeights)
-        one, following = (weights.encoded_expert(e)[cls.matrix] for e in (expert, (expert + 1) % count))
+        both = (weights.encoded_expert(e) for e in (expert, (expert + 1) % count))
+        one, following = (drawn.w2 if cls.matrix else drawn.w13 for drawn in both)
         changed = CHANGES[name](one, following)
         return None if changed is None else weights.read(changed)
 
