@@ -9,18 +9,23 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from moe_ref.contract.errors import UsageValueError
 from moe_ref.records.score import SCORE_FILE, read_score
 from moe_ref.report.score import complaints, totals
+from moe_ref.score import trial
+from moe_ref.score.criteria import refused
 from moe_ref.score.load import load_catalogue
-from moe_ref.score.messages import CaseToTry
+from moe_ref.score.messages import CaseToTry, Done, Job
 from moe_ref.score.run import alike
 from moe_ref.score.schema import Patch
 from moe_ref.score.seed import package_root, seed
 from tests.command_line import command
+from tests.subjects.mistaken_scales import ScaleOfNextBlock
+from tests.subjects.quantised import QuantisedMoE
 
 CASE, WITHOUT = "v1-T33.H96.I160.E8.K2-bf16-norm-tp2", "v1-T33.H96.I160.E8.K2-bf16-norm"
 SUBJECT = "tests.subjects.right:round_each_stage"
@@ -126,6 +131,35 @@ def test_other_criteria_see_the_same_mutant_on_data_of_their_scale(scored) -> No
     assert refused["triton_kernels"]
     assert not refused["sglang"]  # outputs of 1e-4 beside 1e-2 absolute
     assert scored[0].mutants["X04.seeded"].refused == {}  # a crash is no verdict of a criterion
+
+
+def test_a_fault_of_that_comparison_is_no_catch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge's own crash would else be one of the subject's, which catches every mutant."""
+    def lost(subject: object, case_id: str) -> dict[str, bool]:
+        raise RuntimeError("lost")
+
+    monkeypatch.setattr(trial, "refused", lost)
+    sent: list[object] = []
+    case = CaseToTry("v1-T1.H64.I96.E4.K2-fp32-norm", "local")
+    trial.try_cases(Job(subject="tests.subjects.right:black_box", folder="", cases=[case], stop=False, criteria=1),
+                    sent.append)
+    assert sent == [Done(failed=f"criteria of other projects, {case.case}: RuntimeError: lost")]
+
+
+@pytest.mark.parametrize("scheme", ["gptq32", "mxfp4", "nvfp4"])
+def test_other_criteria_see_encoded_experts(scheme: str) -> None:
+    """At their scale the codes stay as they are, and a wrong scale's address is seen by the tighter of them."""
+    case = f"v1-T17.H160.I136.E6.K3-bf16-{scheme}-norm"
+    right, wrong = (refused(SimpleNamespace(moe=one.moe, CAPABILITIES=one.CAPABILITIES), case)
+                    for one in (QuantisedMoE(), ScaleOfNextBlock()))
+    assert not right["triton_kernels"]
+    assert wrong["triton_kernels"]
+
+
+def test_nothing_is_said_of_rows_in_8_bits() -> None:
+    one = QuantisedMoE()
+    assert refused(SimpleNamespace(moe=one.moe, CAPABILITIES=one.CAPABILITIES),
+                   "v1-T17.H160.I136.E6.K3-bf16-fp8row-norm") == {}
 
 
 def test_a_run_goes_on_from_its_record(scored) -> None:

@@ -45,6 +45,6 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
-    """A job is over; failed: why it could not even begin."""
+    """A job is over; failed: why it could not begin, or how the judge itself failed."""
 
     failed: str = ""

@@ -66,9 +66,14 @@ def try_cases(job: Job, send: Callable[[msgspec.Struct], None]) -> None:
         ends = job.stop and place >= job.unstopped and line.verdict in RED_VERDICTS
         asked = left > 0 and (ends or (not job.stop and line.verdict == Verdict.PASS))
         left -= asked
+        try:
+            others = refused(subject, one.case) if asked else {}
+        except Exception as error:  # the judge's own, which must not pass for a catch
+            pool.ranks.close()
+            return send(Done(failed=f"criteria of other projects, {one.case}: {type(error).__name__}: {error}"))
         send(Trial(case=one.case, verdict=line.verdict, first_stage=line.first_stage or "", message=line.message,
                    bits=pool.bits, seconds=round(time.monotonic() - began, 2),
-                   refused=refused(subject, one.case) if asked else {}))
+                   refused=others))
         if ends:
             break
     pool.ranks.close()

@@ -105,12 +105,15 @@ class TorchMoE:
             groups: Groups | None = None, *, routing: Routing | None = None, logits_TE: torch.Tensor | None = None,
             residual_TH: torch.Tensor | None = None, trace: Trace | None = None) -> torch.Tensor:
         """The contract's entry point, (T, H)."""
-        names = {torch_dtype: name for name, torch_dtype in TORCH_DTYPES.items()}
-        call = Call(x_TH, weights, spec, groups or Groups(), trace,
-                    self.CAPABILITIES.numerics[Dtype(names[x_TH.dtype])], self.shows)
+        call = Call(x_TH, weights, spec, groups or Groups(), trace, self.declared(x_TH, weights), self.shows)
         ids_TK, weights_TK = self.route(call, logits_TE) if routing is None else self.injected(call, routing)
         merged_TH = self.merge(call, ids_TK, weights_TK)
         return self.finish(call, merged_TH, residual_TH)
+
+    def declared(self, x_TH: torch.Tensor, weights: MoEWeights) -> Numerics:
+        """The contract for tokens of this dtype."""
+        names = {torch_dtype: name for name, torch_dtype in TORCH_DTYPES.items()}
+        return self.CAPABILITIES.numerics[Dtype(names[x_TH.dtype])]
 
     # Router: from logits to ids and weights.
 

@@ -6,13 +6,12 @@ from dataclasses import replace
 import torch
 
 from moe_ref.contract.comm import Comm, Groups
-from moe_ref.contract.dtypes import TORCH_DTYPES
 from moe_ref.contract.features import Feature
 from moe_ref.contract.parallel import Parallel, cut
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec, SharedExpert
 from moe_ref.contract.trace import Trace
-from moe_ref.contract.vocabulary import Dtype, Hosting, Schedule, SharedPlacement, Stage, Tokens
+from moe_ref.contract.vocabulary import Hosting, Schedule, SharedPlacement, Stage, Tokens
 from moe_ref.contract.weights import ExpertWeights, MoEWeights
 from tests.subjects.base import Call
 from tests.subjects.parallel_call import ParallelCall, Routed, Served
@@ -42,9 +41,7 @@ class ParallelMoE(WholeSpec):
     def moe(self, x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, parallel: Parallel | None = None,
             groups: Groups | None = None, *, routing: Routing | None = None, logits_TE: torch.Tensor | None = None,
             residual_TH: torch.Tensor | None = None, trace: Trace | None = None) -> torch.Tensor:
-        names = {torch_dtype: name for name, torch_dtype in TORCH_DTYPES.items()}
-        numerics = self.CAPABILITIES.numerics[Dtype(names[x_TH.dtype])]
-        call = ParallelCall(x_TH, weights, spec, groups or Groups(), trace, numerics, self.shows,
+        call = ParallelCall(x_TH, weights, spec, groups or Groups(), trace, self.declared(x_TH, weights), self.shows,
                             parallel or Parallel())
         if call.by_output and call.size > 1:
             call = replace(call, x_TH=self.agreed(call.groups.tp, x_TH))
@@ -202,7 +199,7 @@ class ParallelMoE(WholeSpec):
             act_TI = call.round(Stage.ACT, act_TI * columns_TI).float()
         if call.by_output and call.cuts_shared and call.size > 1:
             act_TI = self.act_of_all(call, act_TI)
-        shared_TH = act_TI @ expert.w2_HI.float().T + self.shared_bias(call, expert)
+        shared_TH = self.product_back(act_TI, expert.w2_HI) + self.shared_bias(call, expert)
         if shared.gate == "sigmoid" and tokens.shared_TS is not None:
             shared_TH = shared_TH * tokens.shared_TS.float()
         return call.store(Stage.SHARED, shared_TH).float()

@@ -4,23 +4,20 @@ Codes are read bit by bit, by code of its own. Weight-only schemes round decoded
 the others multiply codes of both operands, block by block of their scales.
 """
 
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 
 from moe_ref.contract.capabilities import Numerics, Products
-from moe_ref.contract.comm import Groups
 from moe_ref.contract.dtypes import TORCH_DTYPES
 from moe_ref.contract.encoded import Encoded
-from moe_ref.contract.features import Feature
-from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.quantised import QuantisedWeights
 from moe_ref.contract.schemes import ENCODINGS, Codes, Scales
-from moe_ref.contract.spec import MoESpec
-from moe_ref.contract.trace import Trace
 from moe_ref.contract.vocabulary import Dtype, Format, Scheme, Stage
-from tests.subjects.base import ALL_STAGES, Call, TorchMoE
+from moe_ref.contract.weights import ExpertWeights
+from tests.subjects.parallel import ParallelMoE
+from tests.subjects.parallel_call import ParallelCall, Served
 
 PRODUCTS: dict[Scheme, Products] = {Scheme.FP8_TENSOR: "fp8_tensor", Scheme.FP8_ROW: "fp8_row",
                                     Scheme.FP8_BLOCK: "fp8_block", Scheme.MXFP8: "mxfp8"}
@@ -31,37 +28,81 @@ EXACT = (Scheme.INT8, Scheme.NVFP4)
 
 COLUMNS = {"fp8_block": 128, "mxfp8": 32}
 OPERAND_STAGES = (Stage.PERMUTE_SCALES, Stage.PERMUTE_CODES, Stage.ACT_SCALES, Stage.ACT_CODES)
+SHARED = -1
+"""Stands for the shared expert."""
+
+
+class Sizes(NamedTuple):
+    """The shape of a matrix of every expert, where a tensor stands in plain layers."""
+
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return self.shape[0]
 
 
 @dataclass(frozen=True)
 class Held:
-    """What the steps of TorchMoE read of encoded weights; `matrices` by expert, -1 for the shared one."""
+    """Encoded weights as the steps of a plain layer read them; operands: rows as they were multiplied, by expert."""
 
     weights: QuantisedWeights
+    dtype: torch.dtype
+    operands: dict[Stage, dict[int, torch.Tensor]] = field(default_factory=dict)
 
     @property
-    def w13_EGIH(self) -> SimpleNamespace:
-        return SimpleNamespace(shape=self.weights.w13.shape)
+    def w13_EGIH(self) -> Sizes:
+        return Sizes(self.weights.w13.shape)
+
+    @property
+    def w2_EHI(self) -> Sizes:
+        return Sizes(self.weights.w2.shape)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.weights, name)
 
-    def expert(self, e: int) -> tuple[Encoded, Encoded, None, None]:
-        return self.weights.w13.at(e), self.weights.w2.at(e), None, None
+    def expert(self, e: int) -> ExpertWeights:
+        held = self.weights
+        scales = (None if one is None else one[e] for one in (held.w13_input_scale_E, held.w2_input_scale_E))
+        biases = (None if one is None else one[e] for one in (held.w13_bias_EGI, held.w2_bias_EH))
+        return ExpertWeights(*self.matrices(e, (held.w13.at(e), held.w2.at(e)), tuple(scales)), *biases)
 
-    def shared_expert(self) -> tuple[Encoded | None, Encoded | None, None, None]:
-        return self.weights.shared_w13, self.weights.shared_w2, None, None
+    def shared_expert(self) -> ExpertWeights | None:
+        held = self.weights
+        if held.shared_w13 is None or held.shared_w2 is None:
+            return None
+        scales = (held.shared_w13_input_scale, held.shared_w2_input_scale)
+        return ExpertWeights(*self.matrices(SHARED, (held.shared_w13, held.shared_w2), scales),
+                             held.shared_w13_bias_GI, held.shared_w2_bias_H)
+
+    def matrices(self, expert: int, encoded: tuple[Encoded, ...], scales: tuple) -> list["Matrix"]:
+        return [Matrix(one, self, expert, rows_of, scale) for one, rows_of, scale
+                in zip(encoded, (Stage.PERMUTE, Stage.ACT), scales, strict=True)]
 
 
-class QuantisedMoE(TorchMoE):
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix of one expert, what rows it takes, and their fixed scale if they have one."""
+
+    encoded: Encoded
+    held: Held
+    expert: int = SHARED
+    rows_of: Stage = Stage.PERMUTE
+    input_scale: torch.Tensor | None = None
+
+
+Operand = tuple[torch.Tensor, torch.Tensor]
+"""Codes of rows as numbers, and the scale of every column; the rows and 1 where nothing is rounded."""
+
+
+class QuantisedMoE(ParallelMoE):
     """Every scheme. products: of which scheme rows are rounded, and how; shows_operands: their codes and scales."""
 
     products = PRODUCTS
     shows_operands = True
-    features = (Feature.DENSE, Feature.SHARED_EXPERT, Feature.RESIDUAL)
 
     def __init__(self) -> None:
-        self.shows = ALL_STAGES + OPERAND_STAGES if self.shows_operands else ALL_STAGES
+        plain = type(self).shows
+        self.shows = plain + OPERAND_STAGES if self.shows_operands else plain
         super().__init__()
 
         def numerics(scheme: Scheme, dtype: Dtype) -> Numerics:
@@ -76,97 +117,128 @@ class QuantisedMoE(TorchMoE):
             scheme: {dtype: numerics(scheme, dtype) for dtype in Dtype}
             for scheme in Scheme if scheme is not Scheme.PLAIN})
 
-    def moe(self, x_TH: torch.Tensor, weights: QuantisedWeights, spec: MoESpec, parallel: Parallel | None = None,
-            groups: Groups | None = None, *, logits_TE: torch.Tensor | None = None,
-            residual_TH: torch.Tensor | None = None, trace: Trace | None = None) -> torch.Tensor:
+    def declared(self, x_TH: torch.Tensor, weights: QuantisedWeights) -> Numerics:
         names = {torch_dtype: name for name, torch_dtype in TORCH_DTYPES.items()}
-        numerics = self.CAPABILITIES.schemes[weights.scheme][Dtype(names[x_TH.dtype])]
-        call = Call(x_TH, Held(weights), spec, groups or Groups(), trace, numerics, self.shows)  # pyrefly: ignore
-        self.operands: dict[Stage, dict[int, torch.Tensor]] = {}
-        self.rows_of: list[torch.Tensor] = []
-        ids_TK, weights_TK = self.route(call, logits_TE)
-        merged_TH = self.merge(call, ids_TK, weights_TK)
-        if trace is not None and self.operands and self.shows_operands:
-            self.show_operands(call, ids_TK)
-        return self.finish(call, merged_TH, residual_TH)
+        return self.CAPABILITIES.schemes[weights.scheme][Dtype(names[x_TH.dtype])]
 
-    def show_operands(self, call: Call, ids_TK: torch.Tensor) -> None:
-        """In (token, slot) order, from one expert after the other."""
-        for stage, by_expert in self.operands.items():
-            width = next(iter(by_expert.values())).shape[1]
-            whole = torch.zeros(ids_TK.numel(), width)
-            for expert, rows in by_expert.items():
-                whole[(ids_TK.flatten() == expert).nonzero().flatten()] = rows
-            call.trace.record(stage, whole)
+    def loaded(self, call: ParallelCall) -> ParallelCall:
+        return replace(call, weights=Held(self.taken(call, call.weights), call.x_TH.dtype))
+
+    def taken(self, call: ParallelCall, weights: QuantisedWeights) -> QuantisedWeights:
+        """What a rank keeps of the weights that it is handed."""
+        return weights
+
+    def expert_rows_of(self, call: ParallelCall, served: Served) -> torch.Tensor:
+        down_RH = super().expert_rows_of(call, served)
+        if call.trace is not None and self.shows_operands and self.products_of(call.weights.w13) != "exact":
+            for stage, width in self.widths(call.weights).items():
+                whole = torch.zeros(len(served.expert_R), width)
+                for expert, rows in call.weights.operands.get(stage, {}).items():
+                    whole[served.expert_R == expert] = rows
+                call.trace.record(stage, whole)
+        return down_RH
+
+    def widths(self, held: Held) -> dict[Stage, int]:
+        """Columns of the codes of both products' rows, and of their scales."""
+        size = COLUMNS.get(self.products_of(held.w13))
+        inner = [w.column_start + w.num_columns for w in (held.w13, held.w2)]
+        scales = [-(-stop // size) if size else 1 for stop in inner]
+        return dict(zip(OPERAND_STAGES, (scales[0], held.w13.num_columns, scales[1], held.w2.num_columns), strict=True))
 
     # Products.
 
-    def gate_up(self, call: Call, x_RH: torch.Tensor, w13: Encoded, expert: int) -> torch.Tensor:
-        rows = self.operand(call, x_RH.float(), w13, Stage.PERMUTE, expert)
-        return torch.stack([self.product(call, rows, w13.at(half)) for half in (0, 1)], 1)
+    def project(self, x_RH: torch.Tensor, expert: ExpertWeights) -> torch.Tensor:
+        w13, bias_GI = expert.w13_GIH, expert.w13_bias_GI
+        rows = self.operand(x_RH, w13)
+        halves = [replace(w13, encoded=w13.encoded.at(half)) for half in range(len(w13.encoded.codes))]
+        gate_up = torch.stack([self.product(rows, half) for half in halves], 1)
+        return gate_up if bias_GI is None else gate_up + bias_GI.float()
 
-    def down(self, call: Call, act_RI: torch.Tensor, w2: Encoded, expert: int) -> torch.Tensor:
-        return self.product(call, self.operand(call, act_RI.float(), w2, Stage.ACT, expert), w2)
+    def product_back(self, act_RI: torch.Tensor, w2: Matrix) -> torch.Tensor:
+        return self.product(self.operand(act_RI, w2), w2)
 
-    def operand(self, call: Call, rows_RK: torch.Tensor, w: Encoded, stage: Stage, expert: int
-                ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes as numbers, and the scale of every column; the rows and 1 where nothing is rounded."""
-        products = call.numerics.products
+    def products_of(self, w: Encoded) -> Products:
+        return self.products.get(w.scheme, "exact")
+
+    def operand(self, rows_RK: torch.Tensor, w: Matrix) -> Operand:
+        products = self.products_of(w.encoded)
         if products == "exact":
             return rows_RK, torch.ones(())
-        fixed = self.fixed_scale(call.weights, stage, expert) if products == "fp8_tensor" else None
-        scales_RQ, size = self.row_scales(rows_RK, products, w.column_start, fixed), COLUMNS.get(products)
-        column_K = torch.arange(rows_RK.shape[1]) + w.column_start
-        scale_RK = scales_RQ[:, column_K // size] if size else scales_RQ.expand_as(rows_RK)
+        scales_RQ = self.row_scales(rows_RK, products, w)
+        scale_RK = self.over_columns(scales_RQ, rows_RK.shape[1], w)
         codes_RK = self.row_codes(rows_RK, scale_RK, products)
-        if expert >= 0:
-            named = dict(zip((f"{stage}_scales", f"{stage}_codes"), (scales_RQ, codes_RK), strict=True))
-            for name, one in named.items():
-                self.operands.setdefault(Stage(name), {})[expert] = one
+        self.keep(w, scales_RQ, codes_RK)
         return codes_RK, scale_RK
 
-    def fixed_scale(self, weights: QuantisedWeights, stage: Stage, expert: int) -> torch.Tensor:
-        first = stage is Stage.PERMUTE
-        if expert < 0:
-            return weights.shared_w13_input_scale if first else weights.shared_w2_input_scale
-        return (weights.w13_input_scale_E if first else weights.w2_input_scale_E)[expert]
+    def over_columns(self, scales_RQ: torch.Tensor, num_columns: int, w: Matrix) -> torch.Tensor:
+        size = COLUMNS.get(self.products_of(w.encoded))
+        column_K = torch.arange(num_columns) + w.encoded.column_start
+        return scales_RQ[:, column_K // size] if size else scales_RQ.expand(-1, num_columns)
 
-    def row_scales(self, rows_RK: torch.Tensor, products: Products, start: int,
-                   fixed: torch.Tensor | None) -> torch.Tensor:
+    def keep(self, w: Matrix, scales_RQ: torch.Tensor, codes_RK: torch.Tensor) -> None:
+        """For the trace, of routed rows."""
+        if w.expert != SHARED:
+            for name, one in (("scales", scales_RQ), ("codes", codes_RK)):
+                w.held.operands.setdefault(Stage(f"{w.rows_of}_{name}"), {})[w.expert] = one
+
+    def row_scales(self, rows_RK: torch.Tensor, products: Products, w: Matrix) -> torch.Tensor:
         """(R, blocks) fp32."""
-        if fixed is not None:
-            return fixed.expand(len(rows_RK), 1)
-        size = COLUMNS.get(products)
-        start = start if size else 0
-        size = size or max(1, rows_RK.shape[1])
-        padded = torch.nn.functional.pad(rows_RK.abs(), (start, -(start + rows_RK.shape[1]) % size))
-        largest_RQ = padded.unflatten(1, (-1, size)).amax(-1)
-        scales = largest_RQ / (127 if products == "int8_row" else 448)
-        if products == "mxfp8":
-            scales = torch.exp2(torch.ceil(torch.log2(scales)))
+        if products == "fp8_tensor":
+            return w.input_scale.expand(len(rows_RK), 1)
+        size, start = COLUMNS.get(products), w.encoded.column_start
+        start, size = (start, size) if size else (0, max(1, rows_RK.shape[1]))
+        blocks = max(1, -(-(start + rows_RK.shape[1]) // size))
+        padded = torch.nn.functional.pad(rows_RK.abs(), (start, blocks * size - start - rows_RK.shape[1]))
+        scales = self.scale_of(padded.unflatten(1, (-1, size)).amax(-1), products)
         return torch.where(scales < 2.0**-126, 1.0, scales)
 
-    def row_codes(self, rows_RK: torch.Tensor, scale_RK: torch.Tensor, products: Products) -> torch.Tensor:
-        if products == "int8_row":
-            return torch.round(rows_RK / scale_RK).clamp(-127, 127)
-        return (rows_RK / scale_RK).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    def scale_of(self, largest_RQ: torch.Tensor, products: Products) -> torch.Tensor:
+        scales = largest_RQ / (127 if products == "int8_row" else 448)
+        return torch.exp2(torch.ceil(torch.log2(scales))) if products == "mxfp8" else scales
 
-    def product(self, call: Call, rows: tuple[torch.Tensor, torch.Tensor], w: Encoded) -> torch.Tensor:
+    def row_codes(self, rows_RK: torch.Tensor, scale_RK: torch.Tensor, products: Products) -> torch.Tensor:
+        quotient = self.quotient(rows_RK, scale_RK)
+        if products == "int8_row":
+            return torch.round(quotient).clamp(-127, 127)
+        return quotient.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+
+    def quotient(self, rows_RK: torch.Tensor, scale_RK: torch.Tensor) -> torch.Tensor:
+        return rows_RK / scale_RK
+
+    def product(self, rows: Operand, w: Matrix) -> torch.Tensor:
         """rows @ w^T, (R, N): decoded weights, or sums of codes times scales for every block of columns."""
-        codes_RK, scale_RK = rows
-        if call.numerics.products == "exact":
-            if w.scheme is Scheme.INT8:
-                return codes_RK @ self.numbers(w).T * self.scales(w)[:, 0]
-            second = 1.0 if w.second_scale is None else w.second_scale
-            return codes_RK @ self.decoded(w).to(call.x_TH.dtype).float().T * second
-        size = ENCODINGS[w.scheme].columns or max(1, w.num_columns)
+        (codes_RK, scale_RK), encoded = rows, w.encoded
+        if not encoded.num_columns:
+            return torch.zeros(len(codes_RK), encoded.shape[0])
+        if self.products_of(encoded) != "exact":
+            return self.sum_of_blocks(codes_RK, scale_RK, encoded)
+        if encoded.scheme is Scheme.INT8:
+            return codes_RK @ self.numbers(encoded).T * self.scales(encoded)[:, 0]
+        second = 1.0 if encoded.second_scale is None else encoded.second_scale
+        return codes_RK @ self.decoded(encoded).to(w.held.dtype).float().T * second
+
+    def sum_of_blocks(self, codes_RK: torch.Tensor, scale_RK: torch.Tensor, w: Encoded) -> torch.Tensor:
         total_RN = torch.zeros(len(codes_RK), w.shape[0])
         numbers_NK, scale_NK = self.numbers(w), self.scales(w)
-        for start in range(-(w.column_start if ENCODINGS[w.scheme].columns else 0), w.num_columns, size):
-            block = slice(max(start, 0), min(start + size, w.num_columns))
-            part_RN = codes_RK[:, block] @ numbers_NK[:, block].T
-            total_RN += part_RN * scale_RK[:, block][:, :1] * scale_NK[:, block][:, 0]
+        for block in self.blocks(w):
+            part_RN = self.block_sum(codes_RK[:, block], numbers_NK[:, block])
+            total_RN = total_RN + self.scaled(part_RN, scale_RK[:, block][:, :1], scale_NK[:, block][:, 0])
         return total_RN
+
+    def blocks(self, w: Encoded) -> list[slice]:
+        """Columns under one scale."""
+        size = ENCODINGS[w.scheme].columns
+        if size is None:
+            return [slice(0, w.num_columns)]
+        return [slice(max(first, 0), min(first + size, w.num_columns))
+                for first in range(-w.column_start, w.num_columns, size)]
+
+    def block_sum(self, codes_RK: torch.Tensor, numbers_NK: torch.Tensor) -> torch.Tensor:
+        """Sums of products of codes, in fp32."""
+        return codes_RK @ numbers_NK.T
+
+    def scaled(self, part_RN: torch.Tensor, scale_R1: torch.Tensor, scale_N: torch.Tensor) -> torch.Tensor:
+        return part_RN * scale_R1 * scale_N
 
     # Weights.
 

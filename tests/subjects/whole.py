@@ -6,14 +6,13 @@ import torch
 import torch.nn.functional as F
 
 from moe_ref.contract.comm import Groups
-from moe_ref.contract.dtypes import TORCH_DTYPES
 from moe_ref.contract.features import Feature
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.router_spec import Score
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MLP, Activation, MoESpec, SharedExpert
 from moe_ref.contract.trace import Trace
-from moe_ref.contract.vocabulary import Dtype, Stage
+from moe_ref.contract.vocabulary import Stage
 from moe_ref.contract.weights import ExpertWeights, MoEWeights
 from tests.subjects.base import Call, TorchMoE
 from tests.subjects.whole_router import WholeRouter, sigmoid_gate
@@ -33,9 +32,7 @@ class WholeSpec(TorchMoE):
     def moe(self, x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, parallel: Parallel | None = None,
             groups: Groups | None = None, *, routing: Routing | None = None, logits_TE: torch.Tensor | None = None,
             residual_TH: torch.Tensor | None = None, trace: Trace | None = None) -> torch.Tensor:
-        names = {torch_dtype: name for name, torch_dtype in TORCH_DTYPES.items()}
-        call = Call(x_TH, weights, spec, groups or Groups(), trace,
-                    self.CAPABILITIES.numerics[Dtype(names[x_TH.dtype])], self.shows)
+        call = Call(x_TH, weights, spec, groups or Groups(), trace, self.declared(x_TH, weights), self.shows)
         ids_TK, weights_TK, shared_TS = (
             self.routing(call, logits_TE) if routing is None else (routing.ids_TK, routing.weights_TK, None))
         if trace is not None and Stage.IDS in self.shows:
@@ -114,8 +111,11 @@ class WholeSpec(TorchMoE):
 
     def projected_back(self, call: Call, act_RI: torch.Tensor, expert: ExpertWeights) -> torch.Tensor:
         """(R, H); the bias is added by rank 0 alone."""
-        down_RH = act_RI @ expert.w2_HI.float().T
+        down_RH = self.product_back(act_RI, expert.w2_HI)
         return down_RH if expert.w2_bias_H is None else down_RH + self.down_bias(call, expert.w2_bias_H.float())
+
+    def product_back(self, act_RI: torch.Tensor, w2_HI: torch.Tensor) -> torch.Tensor:
+        return act_RI @ w2_HI.float().T
 
     def down_bias(self, call: Call, bias_H: torch.Tensor) -> torch.Tensor:
         return bias_H * (call.rank == 0)

@@ -109,9 +109,12 @@ def codes_of(quotient: torch.Tensor, rule: OperandRule) -> torch.Tensor:
 
 
 def code_rows(rows: Rows, scale_RK: torch.Tensor, rule: OperandRule) -> Rows:
-    """Codes of rows under given scales, and which others a right quantiser may have; nothing is predicted of them."""
+    """Codes of rows under given scales, and which others a right quantiser may have; nothing is predicted of them.
+
+    A quotient by a power of two is exact, so that a tie is one, and goes to the even code.
+    """
     quotient, error = rows.value / scale_RK, rows.bound / scale_RK
-    slack = QUOTIENT * (quotient.abs() + error)
+    slack = 0.0 if rule.power_of_two else QUOTIENT * (quotient.abs() + error)
     low, high = (codes_of(quotient + sign * (error + slack), rule) for sign in (-1, 1))
     value = codes_of(quotient, rule)
     value = torch.where(_as_codes(rows.value, rule), value, rows.value)
