@@ -5,12 +5,12 @@ import torch
 from moe_ref.contract.errors import raise_faults
 from moe_ref.contract.routing import Routing
 from moe_ref.contract.spec import MoESpec
-from moe_ref.contract.weights import WeightSource
+from moe_ref.contract.weights import WholeParameters
 
 SCORES = ("softmax", "sigmoid")
 
 
-def routed(x_TH: torch.Tensor, weights: WeightSource, spec: MoESpec, routing: Routing | None,
+def routed(x_TH: torch.Tensor, weights: WholeParameters, spec: MoESpec, routing: Routing | None,
            logits_TE: torch.Tensor | None) -> Routing:
     """The injected routing, or that of a softmax or sigmoid router, in fp32: ids int64 and weights, both (T, K).
 
