@@ -53,7 +53,7 @@ def route(x_TH: torch.Tensor, weights: WeightSource | QuantisedWeights, spec: Mo
     """
     check_tokens(x_TH, spec, DTYPES, "moe_fast")
     check_supported(spec)
-    check_whole_parameters(weights, spec)  # pyrefly: ignore
+    check_whole_parameters(weights, spec)
     if logits_TE is not None:
         check_logits(logits_TE, spec, len(x_TH))
     return _route(x_TH, weights, spec, logits_TE)

@@ -30,8 +30,9 @@ from moe_ref import Router
 from moe_ref.cli.compile_commands import compile_command
 from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.errors import UsageTypeError, UsageValueError
+from moe_ref.contract.vocabulary import Direction
 from moe_ref.inputs.build import build_inputs
-from moe_ref.inputs.shards import build_shards
+from moe_ref.inputs.shards import build_encoded_shards, build_shards
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = "v1-T64.H128.I96.E4.K2-bf16-norm-bwd"
@@ -101,18 +102,25 @@ def test_a_key_names_one_combination() -> None:
                 assert seen.setdefault(one.key, one) == one
 
 
-def test_recorded_launches_are_those_of_a_real_call(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("text", [SMALL, "v1-T64.H128.I96.E4.K2-bf16-awq32-norm-sh33",
+                                  "v1-T64.H128.I96.E4.K2-bf16-gptqorder32-norm", "v1-T64.H128.I96.E4.K2-fp16-int8-norm",
+                                  "v1-T64.H128.I96.E4.K2-bf16-mxfp4-norm", "v1-T64.H128.I96.E4.K2-bf16-nvfp4-norm"])
+def test_recorded_launches_are_those_of_a_real_call(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels, dtypes, strides and sizes; a CPU has other tiles, so what follows from those is left out."""
     real: list[Launch] = []
     monkeypatch.setattr(moe_fast.launch, "interpret", lambda kernel, grid, arguments: _run(real, kernel, arguments))
     monkeypatch.setattr(align, "FEW_ROWS_INTERPRETED", align.FEW_ROWS)
     monkeypatch.setattr(route, "route_cut", _cut_of_a_gpu)
-    case = parse_case(SMALL)
-    inputs, shard = build_inputs(case.problem), build_shards(case.problem, case.parallel)[0]
-    for _, tensor in shard.named_tensors():
-        tensor.requires_grad_()
-    y_TH = moe_fast.moe(inputs.x_TH.requires_grad_(), shard, case.problem.spec)
-    y_TH.backward(torch.empty_like(y_TH))
+    case = parse_case(text)
+    inputs = build_inputs(case.problem)
+    if case.direction is Direction.FORWARD:
+        moe_fast.moe(inputs.x_TH, build_encoded_shards(case.problem, case.parallel)[0], case.problem.spec)
+    else:
+        shard = build_shards(case.problem, case.parallel)[0]
+        for _, tensor in shard.named_tensors():
+            tensor.requires_grad_()
+        y_TH = moe_fast.moe(inputs.x_TH.requires_grad_(), shard, case.problem.spec)
+        y_TH.backward(torch.empty_like(y_TH))
     assert [_seen(one) for one in record(case, "sm_90")] == [_seen(one) for one in real]
 
 

@@ -21,7 +21,7 @@ from moe_ref.contract.vocabulary import Scheme
 from moe_ref.contract.weights import MoEWeights
 from moe_ref.layouts.encoded_order import absorb_order, as_runs, drop_unused_groups
 from moe_ref.oracle.decode import decode
-from tests.made_quantised import assert_same_weights, decoded_weights, make_weights
+from tests.distinct_encoded import assert_same_weights, decoded_weights, make_weights
 from tests.quantised_configs import CONFIGS
 from tests.test_quantised_checkpoints import LAYER, SHARING, write
 

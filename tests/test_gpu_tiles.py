@@ -76,7 +76,7 @@ def test_every_tile_of_a_gpu_computes_the_layer(rows: int, layer: str, dtype: st
 
 
 @pytest.mark.parametrize(("rows", "words", "columns"), [
-    (1, "bf16-nvfp4", 64), (30, "bf16-gptqorder", 32), (64, "bf16-awq32", 64), (100, "bf16-gptq32", 64),
+    (1, "bf16-nvfp4", 64), (30, "bf16-gptqorder", 16), (64, "bf16-awq32", 64), (100, "bf16-gptq32", 64),
     (100, "bf16-mxfp4", 64), (30, "fp32-int8", 64)])
 def test_every_tile_of_encoded_experts(rows: int, words: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Decoded weights pass through registers, so that tiles are narrower; a rank begins at column 80."""

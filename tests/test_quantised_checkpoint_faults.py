@@ -17,7 +17,7 @@ from moe_ref.checkpoints.reader import open_checkpoint
 from moe_ref.contract.errors import UsageTypeError, UsageValueError
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.spec import MoESpec, Router
-from tests.made_quantised import make_weights
+from tests.distinct_encoded import make_weights
 from tests.quantised_configs import AWQ, CONFIGS, FLOAT4, FLOAT8, FP8, GPTQ, INT4, MXFP4, TOKEN, compressed
 from tests.test_quantised_checkpoints import LAYER, family_of, write
 

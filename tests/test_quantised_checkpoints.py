@@ -16,7 +16,7 @@ from moe_ref.contract.local_comm import LocalComm, run_virtual_ranks
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.quantised import check_quantised
 from moe_ref.contract.spec import MLP, MoESpec, Router, SharedExpert
-from tests.made_quantised import assert_same_weights, decoded_weights, make_weights
+from tests.distinct_encoded import assert_same_weights, decoded_weights, make_weights
 from tests.quantised_configs import CONFIGS
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOKENS = 160, 288, 3, 5

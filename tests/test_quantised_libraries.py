@@ -23,7 +23,7 @@ from moe_ref.contract.quantised import QuantisedWeights
 from moe_ref.contract.spec import MLP, MoESpec, Router, SharedExpert
 from moe_ref.contract.vocabulary import Scheme
 from moe_ref.oracle.decode import decode
-from tests.made_quantised import assert_same_weights, make_weights
+from tests.distinct_encoded import assert_same_weights, make_weights
 from tests.quantised_configs import CONFIGS
 
 SPEC = MoESpec(hidden_size=128, intermediate_size=256, shared=SharedExpert(intermediate_size=256),

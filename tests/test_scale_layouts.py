@@ -23,7 +23,7 @@ from moe_ref.layouts.scale_layouts import (
     to_packed_exponents,
 )
 from moe_ref.oracle.decode import decode
-from tests.made_quantised import make_encoded, make_scales
+from tests.distinct_encoded import make_encoded, make_scales
 
 SIZES = [(1, 1), (32, 4), (128, 4), (129, 5), (256, 8), (300, 3), (384, 13)]
 """Rows and blocks: less than a tile, one tile, and more with partial ones along either axis."""

@@ -130,14 +130,14 @@ def decoded_gemm_tile(device: torch.device, dtype: torch.dtype, load: Load, enco
                       kernel: str, block_m: int | None = None) -> Tile:
     """The tile of a product whose weights are decoded: not so wide, as they pass through registers.
 
-    Where columns have their group in no order each weight has the address of a scale there as well; two products of 64
-    columns of those spill on sm_80.
+    Where columns have their group in no order each weight has the address of a scale there as well: two products of 32
+    columns of those spill on sm_80 (Triton 3.6).
     """
     *_, num_rows, num_columns = encoded.shape
     tile = gemm_tile(device, dtype, load, num_rows, num_columns, accumulators, kernel=kernel, block_m=block_m)
     if device.type == "cpu":
         return tile
-    widest = 32 if encoded.groups is not None and accumulators > 1 else 64
+    widest = 16 if encoded.groups is not None and accumulators > 1 else 64
     return replace(tile, block_n=min(tile.block_n, widest), block_k=min(tile.block_k, 64), num_stages=2,
                    descriptors=False, persistent=False)
 

@@ -103,5 +103,4 @@ class QuantisedMatrix:
 def _outward(part: Range, whole: Range, grain: int) -> Range:
     """The range that begins and ends between words and blocks, or where the matrix ends."""
     start, stop = part
-    first = start // grain * grain
-    return (first, min(-(-stop // grain) * grain, whole[1])) if stop > start else (first, first)
+    return start // grain * grain, min(-(-stop // grain) * grain, whole[1])
