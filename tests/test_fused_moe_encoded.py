@@ -21,7 +21,7 @@ def part(scheme: Scheme, columns: tuple[int, int], hidden: int = 160) -> Quantis
 @pytest.mark.parametrize("columns", [(0, 384), (192, 384), (96, 192)])
 @pytest.mark.parametrize("scheme", INT4)
 def test_four_bits(scheme: Scheme, columns: tuple[int, int]) -> None:
-    """As fused_moe_kernel_gptq_awq reads them: (code - zero point) * scale of column // group; zero points in row pairs.
+    """As their kernel reads them: (code - zero point) * scale of column // group; zero points in pairs of rows.
 
     160 columns of the tokens, and parts of the activation's from 192 and 96, leave groups of 32.
     """
