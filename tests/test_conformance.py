@@ -67,6 +67,21 @@ def test_every_failure_is_on_the_page() -> None:
     assert ("## Not run here" in page) == (len(ADAPTERS) > 1)
 
 
+def test_encoded_experts_have_a_column_where_any_ran() -> None:
+    """A table from before has none; a scheme that an adapter does not declare is an empty cell."""
+    assert "| encoded |" not in conformance_page(document())
+    first, second = (one.case_id for one in conformance_cases() if one.row == "fp8block")
+    run = make_run(line(first, "pass"), line(second, "mismatch", first_stage="down", reason="down: 9 its bound"),
+                   tier="conformance", packages="torch 2.13.0")
+    run = type(run)(msgspec.structs.replace(run.header, implementation=Implementation(name=NAME, version="2")),
+                    run.cases, run.end)
+    page = conformance_page(conformance([run], {}))
+    assert "| widths | encoded | same bits |" in page
+    assert "| encoded | bf16 | bf16 tp 2 |" in page
+    assert "| fp8block | 0.25, 7.9 | WRONG down |" in page
+    assert "**1/2** |" in page
+
+
 def test_a_table_of_nothing_is_refused() -> None:
     """An empty page would look like a run."""
     with pytest.raises(UsageValueError, match="no run of an adapter"):
