@@ -59,7 +59,7 @@ class BackwardComm:
 class OracleGradients:
     """The oracle with its gradients, under every form of parallelism; a mistake overrides one of the two methods."""
 
-    CAPABILITIES = moe_ref.CAPABILITIES
+    CAPABILITIES = replace(moe_ref.CAPABILITIES, schemes={})
 
     def moe(self, x_TH: torch.Tensor, weights: MoEWeights, spec: MoESpec, parallel: Parallel | None = None,
             groups: Groups | None = None, *, routing: Routing | None = None, logits_TE: torch.Tensor | None = None,
