@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.autograd.function import once_differentiable
 
 import moe_fast
-from moe_fast import layer as fast_layer
 from moe_fast import held_experts, merge, slot_rows, whole
+from moe_fast import layer as fast_layer
 from moe_ref import Groups, MoEWeights, Trace, parse_case
 from moe_ref.contract import collectives
 from moe_ref.contract.comm import SoloComm
