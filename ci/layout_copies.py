@@ -81,7 +81,9 @@ def bf16_product(stored_ENK: torch.Tensor, rows_RK: torch.Tensor, ends_E: torch.
     copied_EKN = view_EKN.contiguous()
     times = [median(run, stored_ENK.device, results) for run in (
         lambda: product(view_EKN), lambda: view_EKN.contiguous(), lambda: product(copied_EKN))]
-    assert torch.allclose(results[0].float(), results[2].float(), rtol=2**-6, atol=2**-6), "another product"
+    # Each store errs by at most half a unit of bf16, 2^-9 of its number; what sums in fp32 lose is far below that.
+    off, size = torch.dist(results[0].float(), results[2].float()), results[0].float().norm()
+    assert off <= 2**-8 * size, "another product"
     return _measured(times, stored_ENK, rows_RK, results[0])
 
 

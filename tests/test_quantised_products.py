@@ -12,7 +12,7 @@ from moe_ref.adapters.experts_layer import ExpertsLayer
 from moe_ref.adapters.grouped_rows import DECLARED, grouped_experts, rounded
 from moe_ref.contract.capabilities import Capabilities
 from moe_ref.contract.vocabulary import Direction, Dtype, Format, Ranks, Stage, Verdict
-from moe_ref.verify.bounds.operands import MXFP8, rounded_operand, rounded_rows
+from moe_ref.verify.bounds.operands import MXFP8, rounded_operand, rounded_rows, scale_rows
 from moe_ref.verify.bounds.rows import Rows
 from tests.in_process import judged
 
@@ -102,3 +102,14 @@ def test_operands_with_errors_of_their_own() -> None:
     assert got.variance is not None
     assert bool((error <= got.bound).all())
     assert 0.8 < float(error.square().mean() / got.variance.mean()) < 1.05
+
+
+def test_a_scale_of_one_is_judged() -> None:
+    """A block whose largest number is 300 has the scale 1.0 under MXFP8, and a 2.0 in its place is an error;
+    only a block of zeros has a scale of no consequence, which by rule is 1.0 as well."""
+    value = torch.zeros(2, 64, dtype=torch.float64)
+    value[0, :] = 300.0
+    nothing = torch.zeros_like(value)
+    shown = scale_rows(Rows(value, nothing, nothing, nothing, None), MXFP8)
+    assert shown.value.tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    assert shown.bound.tolist() == [[0.0, 0.0], [torch.inf, torch.inf]]

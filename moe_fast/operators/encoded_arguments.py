@@ -1,5 +1,6 @@
 """What the operators over encoded experts compute with."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -122,19 +123,23 @@ class EncodedArguments:
     def check(self, operator: str) -> None:
         """Raise UsageValueError / UsageTypeError unless the arguments fit together."""
         tokens = {"x_TH": self.x_TH, "ids_TK": self.ids_TK, "weights_TK": self.weights_TK}
-        shared = {"shared_gate_T1": self.shared_gate_T1, "shared_w13_bias_GI": self.shared_w13_bias_GI,
-                  "shared_w2_bias_H": self.shared_w2_bias_H}
-        both = [one is not None for one in (self.shared_w13, self.shared_w2)]
-        if any(both) != all(both) or (not any(both) and any(one is not None for one in shared.values())):
-            raise_faults(operator, ["a shared expert is given in part, but needs shared_w13 and shared_w2"])
-        if self.mean and not any(both):
-            raise_faults(operator, ["mean=True, but without a shared expert there is nothing to take the mean with"])
+        check_shared(operator, {"shared_w13": self.shared_w13, "shared_w2": self.shared_w2},
+                     (self.shared_gate_T1, self.shared_w13_bias_GI, self.shared_w2_bias_H), self.mean)
         check_shapes(operator, tokens, {})
         mlps = {"": self.routed()} | ({} if (one := self.shared()) is None else {"shared ": one})
         for whose, mlp in mlps.items():
             check_mlp(operator, whose, mlp)
         check_shapes(operator, {"output_bias_H": self.output_bias_H}, {"H": self.x_TH.shape[1]})
         check_dtypes(operator, {"output_bias_H": self.output_bias_H}, (self.x_TH.dtype,))
+
+
+def check_shared(operator: str, needed: Mapping[str, object], beside: Sequence[object], mean: bool) -> None:
+    """Raise unless a shared expert is given as a whole or not at all, and given where a mean is taken with it."""
+    given = [one is not None for one in needed.values()]
+    if any(given) != all(given) or (not any(given) and any(one is not None for one in beside)):
+        raise_faults(operator, [f"a shared expert is given in part, but needs {' and '.join(needed)}"])
+    if mean and not any(given):
+        raise_faults(operator, ["mean=True, but without a shared expert there is nothing to take the mean with"])
 
 
 def one_expert(matrix: Encoded) -> Encoded:

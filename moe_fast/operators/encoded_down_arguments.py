@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from moe_fast.operators.checks import check_dtypes, check_shapes
-from moe_fast.operators.encoded_arguments import EncodedDown, check_matrices, check_rows, one_expert
+from moe_fast.operators.encoded_arguments import EncodedDown, check_matrices, check_rows, check_shared, one_expert
 from moe_fast.operators.rows import every_token
 from moe_ref.contract.encoded import Encoded
-from moe_ref.contract.errors import raise_faults
 
 
 @dataclass(frozen=True)
@@ -50,12 +49,8 @@ class EncodedDownArguments:
 
     def check(self, operator: str) -> None:
         """Raise UsageValueError / UsageTypeError unless the arguments fit together."""
-        both = [one is not None for one in (self.shared_act_TI, self.shared_w2)]
-        beside = {"shared_gate_T1": self.shared_gate_T1, "shared_w2_bias_H": self.shared_w2_bias_H}
-        if any(both) != all(both) or (not any(both) and any(one is not None for one in beside.values())):
-            raise_faults(operator, ["a shared expert is given in part, but needs shared_act_TI and shared_w2"])
-        if self.mean and not any(both):
-            raise_faults(operator, ["mean=True, but without a shared expert there is nothing to take the mean with"])
+        check_shared(operator, {"shared_act_TI": self.shared_act_TI, "shared_w2": self.shared_w2},
+                     (self.shared_gate_T1, self.shared_w2_bias_H), self.mean)
         for whose, rows in self._halves():
             shape = (len(rows.hosted_E), self.num_columns, rows.act_RI.shape[1])
             check_shapes(operator, {"ids_TK": rows.ids_TK, "weights_TK": rows.weights_TK, "act_RI": rows.act_RI},

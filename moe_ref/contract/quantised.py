@@ -126,8 +126,8 @@ def part_starts(case: Case, parameter: str, rank: int) -> tuple[int, int]:
         return 0, 0
     start = part_range(parameter, whole[placement.shard_dim], case.parallel, rank)[0]
     if placement.kind == "colwise":
-        return start % (encoding.rows or start or 1), 0
-    return 0, 0 if encoding.order else start % (encoding.columns or start or 1)
+        return (start % encoding.rows if encoding.rows else 0), 0
+    return 0, start % encoding.columns if encoding.columns and not encoding.order else 0
 
 
 def check_held(weights: WeightSource | QuantisedWeights, spec: MoESpec, parallel: Parallel, rank: int) -> None:

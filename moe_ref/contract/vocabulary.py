@@ -131,7 +131,7 @@ class Data(StrEnum):
     pre-activations pass the clamps of released models; `nonfinite`: token 1 holds a NaN and token 2 an infinity,
     as far as there are so many tokens; `exact`: sums are exact in any order, so results must agree to the bit, and the
     routing is injected. Of encoded weights alone: `equal` gives all blocks one scale, which hides a scale read from
-    another place; `extreme` has rows whose scales are tiny or huge, blocks of zeros, and codes at their largest.
+    another place; `extreme` has rows whose scales are tiny or huge, runs of code 0, and codes at their largest.
     """
 
     UNIT = "unit"

@@ -113,9 +113,13 @@ class GeneratedWeights:
         w13, w2 = (encoded_matrix(self._name, prefix + name, problem.scheme, problem.dtype, problem.data, shape,
                                   ENCODED_AMPLITUDE * inverse_root(shape[-1]) * amplitudes[name], index)
                    for name, shape in shapes.items())
-        # An activation is a product of two that are so much larger.
-        return EncodedExpert(w13, w2, input_scale(index, 1.0), input_scale(index + 3, 4.0 * factor**2),
-                             *(self._biases(prefix, mlp, intermediate_size, index)))
+        return EncodedExpert(w13, w2, *self.input_scales(index), *self._biases(prefix, mlp, intermediate_size, index))
+
+    def input_scales(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The fixed scales of the rows that w13 and w2 of an expert take, where a scheme has them; shared: index 0."""
+        # An activation is a product of two that are larger by the factor of large data.
+        factor = LARGE_FACTOR if self.problem.data is Data.LARGE else 1.0
+        return input_scale(index, 1.0), input_scale(index + 3, 4.0 * factor**2)
 
     def expert(self, e: int) -> ExpertWeights:
         """Expert e, drawn anew at every call; of a scheme encoded_expert has it."""

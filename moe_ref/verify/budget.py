@@ -21,7 +21,7 @@ from moe_ref.tolerances.load import load_tolerances
 from moe_ref.verify.bounds.output_chain import OutputChain
 from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.bounds.rows import Rows, exact
-from moe_ref.verify.bounds.steps import Encoded, Steps
+from moe_ref.verify.bounds.steps import EncodedOperands, Steps
 from moe_ref.verify.decoded import decoded_inputs
 from moe_ref.verify.measure.placing import servers
 
@@ -95,7 +95,7 @@ def _output(case: Case, inputs: Inputs, numerics: Numerics, hardware: str) -> Ro
     """The output chain's truth and variance."""
     inputs, problem, shares = decoded_inputs(inputs, numerics), case.problem, rank_shares(case)
     model = RoundingModel.of(load_tolerances(), hardware, numerics, problem.dtype)
-    steps = Steps(problem.spec, numerics, model, Encoded.of(inputs))
+    steps = Steps(problem.spec, numerics, model, EncodedOperands.of(inputs))
     routing = inputs.routing or route(inputs.x_TH.nan_to_num(0.0, 0.0, 0.0), inputs.weights, problem.spec,
                                       logits_TE=inputs.logits_TE)
     chain, server_TK = OutputChain(steps, inputs.x_TH, case.parallel, shares), servers(routing.ids_TK, case, shares)

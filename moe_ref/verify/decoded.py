@@ -1,7 +1,7 @@
 """Encoded weights of a case as the oracle and its bounds see them: the numbers that a contract multiplies."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -16,20 +16,19 @@ from moe_ref.numerics.formats import round_to
 from moe_ref.oracle.decode import decode
 
 
+@dataclass(frozen=True)
 class DecodedWeights(GeneratedWeights):
     """Generated codes, decoded exactly and then rounded to the format that a contract declares, one expert at a time.
 
-    What is no matrix of an expert is as generated.
+    What is no matrix of an expert is as generated. stored: that format; None: exact.
     """
 
-    def __init__(self, weights: GeneratedWeights, stored: Format | None) -> None:
-        super().__init__(weights.problem)
-        object.__setattr__(self, "_stored", stored)
+    stored: Format | None = None
 
     def read(self, matrix: Encoded) -> torch.Tensor:
         """A matrix as the contract multiplies it, in fp64."""
-        value, stored = decode(matrix), self.__dict__["_stored"]
-        return value if stored is None else round_to(value, stored)
+        value = decode(matrix)
+        return value if self.stored is None else round_to(value, self.stored)
 
     def _plain(self, expert: EncodedExpert) -> ExpertWeights:
         biases = (None if bias is None else bias.double() for bias in (expert.w13_bias_GI, expert.w2_bias_H))
@@ -49,16 +48,13 @@ class DecodedWeights(GeneratedWeights):
         """(expert, or None for the shared one; whether of w13) -> the fixed scale of the rows that it takes."""
         if not ENCODINGS[self.problem.scheme].input_scale:
             return {}
-        experts: dict[int | None, EncodedExpert] = {
-            e: self.encoded_expert(e) for e in range(self.problem.spec.num_experts)}
-        if shared := self.encoded_shared_expert():
-            experts[None] = shared
-        return {(e, is_first): float(expert.w13_input_scale if is_first else expert.w2_input_scale)
-                for e, expert in experts.items() for is_first in (True, False)}
+        indices: dict[int | None, int] = {e: e for e in range(self.problem.spec.num_experts)} | {None: 0}
+        return {(e, is_first): float(scale) for e, index in indices.items()
+                for is_first, scale in zip((True, False), self.input_scales(index), strict=True)}
 
 
 def decoded_inputs(inputs: Inputs, numerics: Numerics) -> Inputs:
     """The inputs, their weights decoded as the contract multiplies them where they are encoded."""
     if inputs.problem.scheme is Scheme.PLAIN or isinstance(inputs.weights, DecodedWeights):
         return inputs
-    return replace(inputs, weights=DecodedWeights(inputs.weights, numerics.decoded))
+    return replace(inputs, weights=DecodedWeights(inputs.problem, numerics.decoded))

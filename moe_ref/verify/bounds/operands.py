@@ -39,6 +39,10 @@ of a Gaussian error beyond the reach before. What lies between two and eight dev
 is that of two, so that the few that do are within what is likely however few terms a sum has.
 """
 
+_SMALLEST = 2.0**-126
+"""Smallest normal number of fp32, and so the smallest scale."""
+
+
 @dataclass(frozen=True)
 class OperandRule:
     """How rows are rounded: one scale for every `columns` of a row, None for all; codes in e4m3, or in int8.
@@ -76,22 +80,27 @@ RULES = {"mxfp8": MXFP8, "fp8_row": OperandRule(None), "fp8_row_e8m0": OperandRu
 of encoded weights where these are cut inside one."""
 
 
-def operand_scales(values_RK: torch.Tensor, rule: OperandRule) -> torch.Tensor:
-    """(R, blocks) in fp64; what is not finite has no part in its block's scale."""
-    if rule.fixed is not None:
-        return torch.full((len(values_RK), 1), rule.fixed, dtype=torch.float64, device=values_RK.device)
+def _exact_scales(values_RK: torch.Tensor, rule: OperandRule) -> torch.Tensor:
+    """Every block's largest finite number over the largest code, (R, blocks)."""
     finite = torch.where(torch.isfinite(values_RK), values_RK, 0.0).abs()
     size = rule.columns or max(1, values_RK.shape[1])
     start = rule.start if rule.columns else 0
     blocks = torch.nn.functional.pad(finite, (start, -(start + values_RK.shape[1]) % size)).unflatten(1, (-1, size))
-    exact = blocks.amax(2) / rule.largest
+    return blocks.amax(2) / rule.largest
+
+
+def operand_scales(values_RK: torch.Tensor, rule: OperandRule) -> torch.Tensor:
+    """(R, blocks) in fp64; what is not finite has no part in its block's scale."""
+    if rule.fixed is not None:
+        return torch.full((len(values_RK), 1), rule.fixed, dtype=torch.float64, device=values_RK.device)
+    exact = _exact_scales(values_RK, rule)
     if rule.power_of_two:
         mantissa, exponent = torch.frexp(exact)
         scales = torch.ldexp(torch.ones_like(exact), exponent - (mantissa == 0.5).int())
     else:
         scales = round_to(exact, Format.FP32)
     # A subnormal scale has too few bits to keep codes in range, and one of zero would divide by it.
-    return torch.where(scales < 2.0 ** entry(Format.FP32).min_exponent, 1.0, scales)
+    return torch.where(scales < _SMALLEST, 1.0, scales)
 
 
 def over_columns(scales: torch.Tensor, num_columns: int, rule: OperandRule) -> torch.Tensor:
@@ -130,7 +139,8 @@ def scale_rows(rows: Rows, rule: OperandRule) -> Rows:
     low, high = (operand_scales((magnitude + sign * rows.bound).clamp(min=0), rule) for sign in (-1, 1))
     bound = torch.maximum(high - scales, scales - low)
     # That of a block of zeros, or of numbers below what fp32 scales reach, is of no consequence.
-    bound = torch.where((scales == 1.0) | (low == 1.0), torch.inf, bound)
+    nothing = _exact_scales((magnitude - rows.bound).clamp(min=0), rule) < _SMALLEST
+    bound = torch.where(nothing, torch.inf, bound)
     return Rows(scales, bound if rule.power_of_two else bound + SCALE * (scales + bound))
 
 
@@ -204,7 +214,8 @@ def _relative_moves(value: torch.Tensor, error: torch.Tensor, rule: OperandRule)
     """How far scales move at most while every number does by so much, relative to them; infinite from or to zeros."""
     scales, magnitude = operand_scales(value, rule), value.abs()
     low, high = (operand_scales((magnitude + sign * error).clamp(min=0), rule) for sign in (-1, 1))
-    zeros = (low == 1.0) != (high == 1.0)
+    ends = (_exact_scales((magnitude + sign * error).clamp(min=0), rule) < _SMALLEST for sign in (-1, 1))
+    zeros = next(ends) != next(ends)
     return (torch.maximum(high - scales, scales - low) / scales).masked_fill(zeros, torch.inf)
 
 

@@ -24,20 +24,20 @@ SCALED = 3
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedOperands:
     """Whether weights are encoded, and the scales that are fixed for rows: by expert (None: shared), and product."""
 
     is_encoded: bool = False
     fixed_scales: Mapping[tuple[int | None, bool], float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, inputs: Inputs) -> "Encoded":
+    def of(cls, inputs: Inputs) -> "EncodedOperands":
         """What the decoded weights of a case say."""
         weights = inputs.weights
         return cls(True, weights.fixed_scales) if isinstance(weights, DecodedWeights) else PLAIN
 
 
-PLAIN = Encoded()
+PLAIN = EncodedOperands()
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Steps:
     spec: MoESpec
     numerics: Numerics
     model: RoundingModel
-    encoded: Encoded = PLAIN
+    encoded: EncodedOperands = PLAIN
 
     def stored_in(self, stage: Stage) -> Format | None:
         """The declared format of a stage; None while it stays in registers."""

@@ -24,7 +24,7 @@ from moe_ref.verify.bounds.limits import Limits, likely_limits
 from moe_ref.verify.bounds.output_chain import ExpertRows, OutputChain, down_part
 from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.bounds.rows import DownRows, Partials, Rows, exact, joined_columns
-from moe_ref.verify.bounds.steps import Encoded, Steps
+from moe_ref.verify.bounds.steps import EncodedOperands, Steps
 from moe_ref.verify.bounds.summing import Summing
 from moe_ref.verify.decoded import decoded_inputs
 from moe_ref.verify.measure.measurement import Measurement
@@ -65,7 +65,7 @@ class Comparison:
         self.case, self.inputs, self.ranks, self.followed = case, inputs, ranks, followed
         self.spec, self.shares = case.problem.spec, rank_shares(case)
         self.routing = over_all_tokens(ranks, self.shares, case.problem.num_tokens)
-        self.steps = Steps(self.spec, numerics, model, Encoded.of(inputs))
+        self.steps = Steps(self.spec, numerics, model, EncodedOperands.of(inputs))
         self.statistics = OutputStatistics(whole_output(ranks, self.shares, len(inputs.x_TH)),
                                            model.tolerances.file.checks.output, self.routed_rows,
                                            coarsest_sum(numerics, model), beside(case))

@@ -332,4 +332,5 @@ def numerics_words(numerics: Numerics | None) -> dict[str, str]:
                                                      ("inside_merge", numerics.merge),
                                                      ("decoded", numerics.decoded)) if stored is not None}
     return {**stored, "accumulate": numerics.accumulate.value, "between_ranks": numerics.reduce.value,
-            "weight_at": numerics.weight_at, "products": numerics.products, **inner}
+            "weight_at": numerics.weight_at, "products": numerics.products, **inner,
+            **({"gradient_rows": numerics.gradient_rows} if numerics.gradient_rows != "both" else {})}
