@@ -3,6 +3,8 @@
 held_experts.py and held_halves.py are the places that tell one from the other.
 """
 
+from dataclasses import dataclass
+
 import torch
 
 from moe_ref.contract.quantised import QuantisedWeights
@@ -10,6 +12,16 @@ from moe_ref.contract.weights import MoEWeights
 
 Held = MoEWeights | QuantisedWeights
 """Either."""
+
+
+@dataclass(frozen=True)
+class FP8Weights(MoEWeights):
+    """Plain weights of experts whose products round both operands to e4m3, forward and backward: fp8_training.py."""
+
+
+def operands_of(weights: MoEWeights) -> str:
+    """The word by which operators know them."""
+    return "fp8_row" if isinstance(weights, FP8Weights) else "exact"
 
 
 def hosted(weights: Held) -> torch.Tensor:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from moe_fast.form import form_of, routed_form
-from moe_fast.held import Held, hosted
+from moe_fast.held import Held, hosted, operands_of
 from moe_fast.operators.arguments import ExpertsArguments
 from moe_fast.operators.encoded_arguments import EncodedArguments, one_expert
 from moe_fast.operators.encoded_experts import merged_by_codes
@@ -39,7 +39,7 @@ def routed_experts(x_TH: torch.Tensor, local_TK: torch.Tensor, weights_TK: torch
         return EncodedArguments(*rows, weights.w13, weights.w2, form, *biases, weights.w13_input_scale_E,
                                 weights.w2_input_scale_E)
     return ExpertsArguments(*rows, weights.w13_EGIH, weights.w2_EHI, None, None, None, form, form_of(spec.experts),
-                            *biases)
+                            *biases, operands=operands_of(weights))
 
 
 def with_shared(given: Arguments, gate_TS: torch.Tensor | None, weights: Held, spec: MoESpec, rank: Rank) -> Arguments:
@@ -91,4 +91,5 @@ def shared_alone(x_TH: torch.Tensor, gate_T1: torch.Tensor | None, weights: Held
     if columns is not None:
         start, stop = columns
         w13_EGIH, w2_EHI = w13_EGIH[:, :, start:stop], w2_EHI[:, :, start:stop]
-    return ExpertsArguments(*rows, w13_EGIH, w2_EHI, None, None, None, form, form, w13_bias_EGI, w2_bias_EH)
+    return ExpertsArguments(*rows, w13_EGIH, w2_EHI, None, None, None, form, form, w13_bias_EGI, w2_bias_EH,
+                            operands=operands_of(weights))

@@ -5,13 +5,14 @@ from dataclasses import replace
 import torch
 
 from moe_fast.form import form_of, parse_form, routed_form
-from moe_fast.held import Held, hosted
+from moe_fast.held import Held, hosted, operands_of
 from moe_fast.operators.act_rows import act_rows
 from moe_fast.operators.down_arguments import MergedDownArguments
-from moe_fast.operators.encoded_act_rows import act_by_codes
+from moe_fast.operators.encoded_act_rows import act_by_codes, encoded_act_forward
 from moe_fast.operators.encoded_arguments import EncodedGateUp, one_expert
 from moe_fast.operators.encoded_down_arguments import EncodedDownArguments
 from moe_fast.operators.encoded_merged_down import merged_down_by_codes
+from moe_fast.operators.fp8 import gate_up_in_fp8
 from moe_fast.operators.merged_down import merged_down
 from moe_fast.operators.rows import every_token
 from moe_fast.tokens import GroupTokens
@@ -37,7 +38,10 @@ def routed_act(tokens: GroupTokens, weights: Held, spec: MoESpec, trace: Trace |
     if isinstance(weights, QuantisedWeights):
         return act_by_codes(EncodedGateUp(*rows, weights.w13, parse_form(form), weights_TK, weights.w13_bias_EGI,
                                           weights.w13_input_scale_E), trace)
-    return act_rows(*rows, weights.w13_EGIH, form, weights_TK, weights.w13_bias_EGI)
+    given = *rows, weights.w13_EGIH, form, weights_TK, weights.w13_bias_EGI
+    if trace is not None and operands_of(weights) == "fp8_row":
+        return encoded_act_forward(gate_up_in_fp8(*given), trace)
+    return act_rows(*given, operands_of(weights))
 
 
 def shared_act(x_TH: torch.Tensor, weights: Held, spec: MoESpec) -> torch.Tensor:
@@ -51,7 +55,8 @@ def shared_act(x_TH: torch.Tensor, weights: Held, spec: MoESpec) -> torch.Tensor
         return act_by_codes(EncodedGateUp(x_TH, ids_T1, hosted_1, one_expert(weights.shared_w13), parse_form(form),
                                           None, bias_EGI, None if scale is None else scale[None]))
     assert weights.shared_w13_GIH is not None
-    return act_rows(x_TH, ids_T1, hosted_1, weights.shared_w13_GIH[None], form, None, bias_EGI)
+    return act_rows(x_TH, ids_T1, hosted_1, weights.shared_w13_GIH[None], form, None, bias_EGI,
+                    operands_of(weights))
 
 
 def routed_down(act_RI: torch.Tensor, tokens: GroupTokens, weights: Held, spec: MoESpec, rank: Rank) -> DownArguments:
@@ -60,7 +65,7 @@ def routed_down(act_RI: torch.Tensor, tokens: GroupTokens, weights: Held, spec: 
     rows, bias_EH = (act_RI, tokens.ids_TK, weights_TK, hosted(weights)), routed_bias(weights, rank)
     if isinstance(weights, QuantisedWeights):
         return EncodedDownArguments(*rows, weights.w2, bias_EH, weights.w2_input_scale_E)
-    return MergedDownArguments(*rows, weights.w2_EHI, None, None, None, bias_EH)
+    return MergedDownArguments(*rows, weights.w2_EHI, None, None, None, bias_EH, operands=operands_of(weights))
 
 
 def with_shared_down(given: DownArguments, act_TI: torch.Tensor, gate_TS: torch.Tensor | None, weights: Held,
@@ -87,4 +92,5 @@ def shared_down(act_TI: torch.Tensor, gate_T1: torch.Tensor | None, weights: Hel
             weights.shared_w2_input_scale
         return EncodedDownArguments(*rows, one_expert(w2), bias_EH, None if scale is None else scale[None])
     assert weights.shared_w2_HI is not None
-    return MergedDownArguments(*rows, weights.shared_w2_HI[None, :, start:stop], None, None, None, bias_EH)
+    return MergedDownArguments(*rows, weights.shared_w2_HI[None, :, start:stop], None, None, None, bias_EH,
+                               operands=operands_of(weights))

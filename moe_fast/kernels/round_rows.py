@@ -61,13 +61,14 @@ def code_under(value, scale):
 
 
 @triton.jit
-def round_rows_kernel(rows, codes, scales, input_scales, sorted_rows, local_ids, num_sorted, num_rows, num_columns,
-                      column_start, top_k, stride_rows_R, stride_rows_K, stride_scales_B, SIZE: tl.constexpr,
-                      POWER_OF_TWO: tl.constexpr, SORTED: tl.constexpr, GATHERED: tl.constexpr, BLOCK_R: tl.constexpr,
-                      BLOCK_K: tl.constexpr):
+def round_rows_kernel(rows, row_weights, codes, scales, input_scales, sorted_rows, local_ids, num_sorted, num_rows,
+                      num_columns, column_start, top_k, stride_rows_R, stride_rows_K, stride_scales_B,
+                      SIZE: tl.constexpr, POWER_OF_TWO: tl.constexpr, SORTED: tl.constexpr, GATHERED: tl.constexpr,
+                      HAS_WEIGHTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr):
     """codes[row] = e4m3(rows[row] / scales[row, block]), the scale from the largest magnitude of each block.
 
-    SORTED: rows lie in expert order, and those past the last are none; GATHERED: they are read by token.
+    SORTED: rows lie in expert order, and those past the last are none; GATHERED: they are read by token, HAS_WEIGHTS:
+    and multiplied with the weight of the routed row.
     """
     BLOCKS: tl.constexpr = BLOCK_K // SIZE if SIZE > 0 else 1
     column_parts = tl.cdiv(column_start + num_columns, BLOCK_K) if SIZE != 0 else 1
@@ -77,9 +78,12 @@ def round_rows_kernel(rows, codes, scales, input_scales, sorted_rows, local_ids,
     if SORTED:
         limit = tl.load(num_sorted)
     in_rows = row < limit
-    source = row
+    source, weight = row, 1.0
     if GATHERED:
-        source = tl.load(sorted_rows + row, mask=in_rows, other=0) // top_k
+        sorted_row = tl.load(sorted_rows + row, mask=in_rows, other=0)
+        source = sorted_row // top_k
+        if HAS_WEIGHTS:
+            weight = tl.load(row_weights + sorted_row, mask=in_rows, other=0.0)[:, None]
     rows_at = rows + source.to(tl.int64)[:, None] * stride_rows_R
     codes_at = codes + row.to(tl.int64)[:, None] * num_columns
     k = tl.arange(0, BLOCK_K)
@@ -88,17 +92,18 @@ def round_rows_kernel(rows, codes, scales, input_scales, sorted_rows, local_ids,
         for start in range(0, num_columns, BLOCK_K):
             inside = in_rows[:, None] & (start + k < num_columns)[None, :]
             tile = tl.load(rows_at + (start + k).to(tl.int64)[None, :] * stride_rows_K, mask=inside, other=0.0)
-            largest = tl.maximum(largest, tl.max(magnitude(tile.to(tl.float32)), axis=1))
+            largest = tl.maximum(largest, tl.max(magnitude(tile.to(tl.float32) * weight), axis=1))
         scale = scale_of(largest, POWER_OF_TWO)
         tl.store(scales + row, scale, mask=in_rows)
         for start in range(0, num_columns, BLOCK_K):
             inside = in_rows[:, None] & (start + k < num_columns)[None, :]
             tile = tl.load(rows_at + (start + k).to(tl.int64)[None, :] * stride_rows_K, mask=inside, other=0.0)
-            tl.store(codes_at + (start + k)[None, :], code_under(tile.to(tl.float32), scale[:, None]), mask=inside)
+            tl.store(codes_at + (start + k)[None, :], code_under(tile.to(tl.float32) * weight, scale[:, None]), mask=inside)
     else:
         column = part * BLOCK_K + k - column_start
         inside = in_rows[:, None] & ((column >= 0) & (column < num_columns))[None, :]
         tile = tl.load(rows_at + column.to(tl.int64)[None, :] * stride_rows_K, mask=inside, other=0.0).to(tl.float32)
+        tile *= weight
         if SIZE < 0:
             sorted_row = tl.load(sorted_rows + row, mask=in_rows, other=0)
             expert = tl.load(local_ids + sorted_row, mask=in_rows, other=0)
@@ -118,16 +123,17 @@ def round_rows_kernel(rows, codes, scales, input_scales, sorted_rows, local_ids,
 
 
 def round_rows(rows_RK: torch.Tensor, scheme: Scheme, column_start: int, input_scale_E: torch.Tensor | None,
-               alignment: Alignment, top_k: int | None = None) -> RoundedRows:
+               alignment: Alignment, top_k: int | None = None, row_weights_R: torch.Tensor | None = None) -> RoundedRows:
     """Codes and scales of rows: by the rules of Numerics.products that SIZES has, blocks from `column_start` on.
 
     top_k: rows are tokens, (T, K), and so are the codes, but where each expert fixes its scale: then there is a row
-    for every position. Else they lie in expert order, (R, K), as their codes do; those past the last stay unwritten.
+    for every position, as there is where row_weights_R (fp32, (token, slot) order) are given, which multiply tokens
+    before these are rounded. Else they lie in expert order, (R, K), as their codes do; those past the last stay unwritten.
     What is not finite has no part in a block's scale; its code is NaN, which a product hands to all of the row. Under a
     fixed scale NaN is NaN too, but an infinity is 448, as all that is beyond.
     """
     size, (num_rows, num_columns), device = SIZES[scheme], rows_RK.shape, rows_RK.device
-    by_token = top_k is not None and size != FIXED
+    by_token = top_k is not None and size != FIXED and row_weights_R is None
     column_start = column_start if num_columns else 0  # no columns have no block, wherever they begin
     num_codes = num_rows if by_token else alignment.sorted_rows_R.numel()
     num_blocks = -(-(column_start + num_columns) // size) if size > 0 else 1
@@ -137,7 +143,8 @@ def round_rows(rows_RK: torch.Tensor, scheme: Scheme, column_start: int, input_s
     block_r = _BLOCK_R_INTERPRETED if device.type == "cpu" else _BLOCK_R
     parts = triton.cdiv(column_start + num_columns, _COLUMNS) if size else 1
     launch(round_rows_kernel, (triton.cdiv(num_codes, block_r) * parts,), device, rows=rows_RK, codes=codes_RK,
-           scales=scales_BR, input_scales=scales_BR if input_scale_E is None else input_scale_E.contiguous(),
+           row_weights=scales_BR if row_weights_R is None else row_weights_R.contiguous(), scales=scales_BR,
+           HAS_WEIGHTS=row_weights_R is not None, input_scales=scales_BR if input_scale_E is None else input_scale_E.contiguous(),
            sorted_rows=alignment.sorted_rows_R, local_ids=alignment.local_ids_R, num_sorted=alignment.offsets[-1:],
            num_rows=num_codes, num_columns=num_columns, column_start=column_start, top_k=top_k or 1,
            stride_rows_R=rows_RK.stride(0), stride_rows_K=rows_RK.stride(1), stride_scales_B=num_codes, SIZE=size,

@@ -69,6 +69,11 @@ def scaled_tile(device: torch.device, load: Load, encoded: Encoded, accumulators
     """
     (num_rows, num_columns), size = encoded.shape[-2:], ENCODINGS[encoded.scheme].columns or LONGEST_SUM
     tile = gemm_tile(device, torch.bfloat16, load, num_rows, num_columns, accumulators, kernel=kernel, block_m=block_m)
+    return of_codes(tile, device, size, accumulators, 32 if encoded.scheme is Scheme.MXFP8 else 128)
+
+
+def of_codes(tile: Tile, device: torch.device, size: int, accumulators: int, most_columns: int = 128) -> Tile:
+    """A tile of bf16 as one of codes, with `size` of them along a sum."""
     if device.type == "cpu":
         return replace(tile, block_k=size)
     columns = 128 // accumulators
@@ -76,9 +81,8 @@ def scaled_tile(device: torch.device, load: Load, encoded: Encoded, accumulators
         columns, size = columns // 2, min(size, 64)
         if tile.block_m >= 64:
             tile = replace(tile, num_warps=8, num_stages=2)
-    if encoded.scheme is Scheme.MXFP8:
-        columns = min(columns, 32)
-    return replace(tile, block_n=min(tile.block_n, columns), block_k=size, descriptors=False, persistent=False)
+    return replace(tile, block_n=min(tile.block_n, columns, most_columns), block_k=size, descriptors=False,
+                   persistent=False)
 
 
 def product_arguments(rounded: RoundedRows, encoded: Encoded, name: str) -> dict[str, object]:

@@ -5,9 +5,13 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from moe_fast.form import Form, parse_form
-from moe_fast.operators.checks import check_dtypes, check_one_device, check_shapes
+from moe_fast.operators.checks import check_dtypes, check_one_device, check_shapes, check_words
 from moe_fast.operators.rows import every_token
 from moe_ref.contract.errors import raise_faults
+
+
+OPERANDS = ("exact", "fp8_row")
+"""What products of experts multiply: their operands as they are, or rounded as Numerics.products says."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class ExpertsArguments:
     shared_w2_bias_H: torch.Tensor | None = None
     output_bias_H: torch.Tensor | None = None
     mean: bool = False
+    operands: str = "exact"
 
     def values(self) -> tuple:
         """In their order, as they are."""
@@ -79,6 +84,7 @@ class ExpertsArguments:
     def check(self, operator: str) -> None:
         """Raise UsageValueError / UsageTypeError unless the arguments fit together."""
         form, shared_form = parse_form(self.form), parse_form(self.shared_form)
+        check_words(operator, {"operands": self.operands}, OPERANDS)
         tokens = {"x_TH": self.x_TH, "ids_TK": self.ids_TK, "weights_TK": self.weights_TK}
         matrices = {"w13_EGIH": self.w13_EGIH, "w2_EHI": self.w2_EHI}
         biases = {"w13_bias_EGI": self.w13_bias_EGI, "w2_bias_EH": self.w2_bias_EH, "output_bias_H": self.output_bias_H}

@@ -4,7 +4,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from moe_fast.operators.checks import check_dtypes, check_shapes
+from moe_fast.operators.arguments import OPERANDS
+from moe_fast.operators.checks import check_dtypes, check_shapes, check_words
 from moe_fast.operators.rows import every_token
 from moe_ref.contract.errors import raise_faults
 
@@ -37,6 +38,7 @@ class MergedDownArguments:
     shared_w2_bias_H: torch.Tensor | None = None
     output_bias_H: torch.Tensor | None = None
     mean: bool = False
+    operands: str = "exact"
 
     def values(self) -> tuple:
         """In their order, as they are."""
@@ -56,6 +58,7 @@ class MergedDownArguments:
 
     def check(self, operator: str, grad_TH: torch.Tensor | None = None) -> None:
         """Raise UsageValueError / UsageTypeError unless the arguments, and the gradient if given, fit together."""
+        check_words(operator, {"operands": self.operands}, OPERANDS)
         shared = {"shared_act_TI": self.shared_act_TI, "shared_w2_HI": self.shared_w2_HI}
         beside = {"shared_gate_T1": self.shared_gate_T1, "shared_w2_bias_H": self.shared_w2_bias_H}
         given = [one is not None for one in (*shared.values(), *beside.values())]

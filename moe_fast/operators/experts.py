@@ -15,6 +15,7 @@ from moe_fast.operators.encoded_arguments import EncodedArguments, EncodedMLP
 from moe_fast.operators.encoded_family import encoded_mlp_rows
 from moe_fast.operators.encoded_rows import EncodedRows
 from moe_fast.operators.experts_backward import experts_backward
+from moe_fast.operators.fp8 import experts_in_fp8
 from moe_fast.operators.rows import load_of
 from moe_fast.tiles import gemm_tile
 from moe_ref.contract.trace import Trace
@@ -27,18 +28,19 @@ def experts(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, 
             shared_w2_HI: torch.Tensor | None, shared_gate_T1: torch.Tensor | None, form: str, shared_form: str,
             w13_bias_EGI: torch.Tensor | None = None, w2_bias_EH: torch.Tensor | None = None,
             shared_w13_bias_GI: torch.Tensor | None = None, shared_w2_bias_H: torch.Tensor | None = None,
-            output_bias_H: torch.Tensor | None = None, mean: bool = False) -> torch.Tensor:
+            output_bias_H: torch.Tensor | None = None, mean: bool = False,
+            operands: str = "exact") -> torch.Tensor:
     """merged_TH of one rank in x's dtype: sum of weighted expert rows, plus the shared expert times its gate.
 
     hosted_E (int64): the global id of the expert at each place of w13 and w2; any other id (int32 or int64)
     contributes nothing. weights_TK, shared_gate_T1: fp32; the other tensors in x's dtype. form, shared_form: the words
     of moe_fast.form.form_of. mean: half of that sum; output_bias_H is added at the end. Zero experts, columns or tokens
-    are valid. Products accumulate in fp32; act, down, shared and merged rows are rounded to x's dtype. Formulas:
-    moe_ref.oracle. Raises UsageValueError / UsageTypeError on wrong shapes, dtypes or words.
+    are valid. Products accumulate in fp32; act, down, shared and merged rows are rounded to x's dtype. operands:
+    "fp8_row" rounds those of every product to e4m3, forward and backward (docs/backward.md). Formulas: moe_ref.oracle. Raises UsageValueError / UsageTypeError on wrong shapes, dtypes or words.
     """
     return experts_forward(ExpertsArguments(
         x_TH, ids_TK, weights_TK, hosted_E, w13_EGIH, w2_EHI, shared_w13_GIH, shared_w2_HI, shared_gate_T1, form,
-        shared_form, w13_bias_EGI, w2_bias_EH, shared_w13_bias_GI, shared_w2_bias_H, output_bias_H, mean))
+        shared_form, w13_bias_EGI, w2_bias_EH, shared_w13_bias_GI, shared_w2_bias_H, output_bias_H, mean, operands))
 
 
 @experts.register_fake
@@ -88,6 +90,8 @@ def experts_forward(given: ExpertsArguments | EncodedArguments, trace: Trace | N
     gradient.
     """
     given.check("moe_fast::experts" if isinstance(given, ExpertsArguments) else "moe_fast::encoded_experts")
+    if isinstance(given, ExpertsArguments) and given.operands == "fp8_row":
+        given = experts_in_fp8(given)
     merged_TH = given.x_TH.new_empty(given.x_TH.shape)
     num_tokens, top_k = given.ids_TK.shape
     step = max(1, num_tokens if trace is not None else chunk_tokens(top_k))

@@ -1,19 +1,13 @@
 """moe_fast::experts_backward, the gradients of moe_fast::experts."""
 
-from typing import NamedTuple
-
 import torch
 
-from moe_fast.kernels.act_gradient import act_gradient
-from moe_fast.kernels.align import Alignment, align
-from moe_fast.kernels.bias_gradient import bias_gradient, weighted_bias_gradient
-from moe_fast.kernels.bias_product import bias_product
 from moe_fast.kernels.combine import combine
-from moe_fast.kernels.row_gradient import row_gradient, row_gradient_tile
-from moe_fast.kernels.weight_gradient import weight_gradient
-from moe_fast.operators.arguments import NAMES, ExpertsArguments, GroupedMLP
+from moe_fast.operators.arguments import NAMES, ExpertsArguments
+from moe_fast.operators.fp8_gradients import mlp_gradients_in_fp8
+from moe_fast.operators.mlp_gradients import mlp_gradients
 from moe_fast.operators.once import refuse_second_gradients
-from moe_fast.operators.rows import load_of, sum_of_tokens
+from moe_fast.operators.rows import sum_of_tokens
 from moe_ref.contract.errors import raise_faults
 
 Tensor = torch.Tensor
@@ -28,24 +22,25 @@ def experts_backward(grad_TH: torch.Tensor, x_TH: torch.Tensor, ids_TK: torch.Te
                      w13_bias_EGI: torch.Tensor | None = None, w2_bias_EH: torch.Tensor | None = None,
                      shared_w13_bias_GI: torch.Tensor | None = None, shared_w2_bias_H: torch.Tensor | None = None,
                      output_bias_H: torch.Tensor | None = None, mean: bool = False,
-                     products_RGI: torch.Tensor | None = None,
+                     operands: str = "exact", products_RGI: torch.Tensor | None = None,
                      shared_products_TGI: torch.Tensor | None = None) -> Twelve:
     """Gradients of x_TH, weights_TK, w13_EGIH, w2_EHI, shared_w13_GIH, shared_w2_HI, shared_gate_T1, and of the biases.
 
     In the order of the operator's arguments, which follow grad_TH, the gradient of its result in x's dtype. Each has
     the shape and dtype of its tensor; of those that are not given, shape (0,). Sums are in fp32 and in fixed order;
     rows between the products are rounded to x's dtype. products_RGI, shared_products_TGI: of moe_fast::saved_experts;
-    without them gate and up are made again, with the same bits. Formulas: moe_ref.oracle.backward.layer. Raises
-    UsageValueError / UsageTypeError on wrong shapes, dtypes or words.
+    without them gate and up are made again, with the same bits, and always where operands are rounded. Formulas:
+    moe_ref.oracle.backward.layer. Raises UsageValueError / UsageTypeError on wrong shapes, dtypes or words.
     """
     given = ExpertsArguments(
         x_TH, ids_TK, weights_TK, hosted_E, w13_EGIH, w2_EHI, shared_w13_GIH, shared_w2_HI, shared_gate_T1, form,
-        shared_form, w13_bias_EGI, w2_bias_EH, shared_w13_bias_GI, shared_w2_bias_H, output_bias_H, mean)
+        shared_form, w13_bias_EGI, w2_bias_EH, shared_w13_bias_GI, shared_w2_bias_H, output_bias_H, mean, operands)
     given.check("moe_fast::experts_backward")
     _check_gradient(grad_TH, x_TH)
     part_TH = grad_TH * 0.5 if mean else grad_TH
-    routed, shared_mlp = _mlp_gradients(part_TH, given.routed(), products_RGI), given.shared()
-    shared = None if shared_mlp is None else _mlp_gradients(part_TH, shared_mlp, shared_products_TGI)
+    of_one = mlp_gradients if operands == "exact" else lambda grad_TH, mlp, _: mlp_gradients_in_fp8(grad_TH, mlp)
+    routed, shared_mlp = of_one(part_TH, given.routed(), products_RGI), given.shared()
+    shared = None if shared_mlp is None else of_one(part_TH, shared_mlp, shared_products_TGI)
     grad_x_TH = combine(routed.rows_RH, None if shared is None else shared.rows_RH, routed.alignment.local_ids_R,
                         *ids_TK.shape)
     of_shared = (None,) * 4 if shared is None else [None if one is None else one[0] for one in shared[3:]]
@@ -54,43 +49,6 @@ def experts_backward(grad_TH: torch.Tensor, x_TH: torch.Tensor, ids_TK: torch.Te
              routed.w13_bias_EGI, routed.w2_bias_EH, *of_shared[2:],
              None if output_bias_H is None else sum_of_tokens(grad_TH))
     return tuple(x_TH.new_empty(0) if one is None else one for one in found)  # type: ignore[return-value]
-
-
-class _Gradients(NamedTuple):
-    """Of one grouped MLP; rows_RH of x in (token, slot) order, not yet summed over slots."""
-
-    alignment: Alignment
-    rows_RH: torch.Tensor
-    weights_TK: torch.Tensor
-    w13_EGIH: torch.Tensor
-    w2_EHI: torch.Tensor
-    w13_bias_EGI: torch.Tensor | None
-    w2_bias_EH: torch.Tensor | None
-
-
-def _mlp_gradients(grad_TH: torch.Tensor, mlp: GroupedMLP, products_RGI: torch.Tensor | None) -> _Gradients:
-    num_experts, top_k, x_TH = len(mlp.w13_EGIH), mlp.ids_TK.shape[1], mlp.x_TH
-    load = load_of(mlp.ids_TK, num_experts)
-    tile = row_gradient_tile(x_TH.device, x_TH.dtype, load, mlp.w13_EGIH)
-    alignment = align(mlp.ids_TK, mlp.hosted_E, tile.block_m)
-    grad_gate_up_RGI, weighted_act_RI, grad_weights_R = act_gradient(
-        x_TH, grad_TH, mlp.w13_EGIH, mlp.w13_bias_EGI, mlp.w2_EHI, mlp.weights_TK.reshape(-1), alignment, top_k,
-        mlp.form, load, products_RGI)
-    rows_RH = row_gradient(grad_gate_up_RGI, mlp.w13_EGIH, alignment, tile)
-    grad_w13_EGIH, grad_w2_EHI = torch.empty_like(mlp.w13_EGIH), torch.empty_like(mlp.w2_EHI)
-    weight_gradient(grad_gate_up_RGI, x_TH, grad_w13_EGIH, alignment, top_k)
-    # The same sum gives w2's with H as the features of the token, so that it is written through a transposed view.
-    weight_gradient(weighted_act_RI[:, None], grad_TH, grad_w2_EHI.transpose(1, 2)[:, None], alignment, top_k)
-    grad_w13_bias_EGI = grad_w2_bias_EH = None
-    if mlp.w13_bias_EGI is not None:
-        sums_EN = bias_gradient(grad_gate_up_RGI.flatten(1), num_experts, alignment)
-        grad_w13_bias_EGI = sums_EN.view(mlp.w13_bias_EGI.shape)
-    if mlp.w2_bias_EH is not None:
-        grad_w2_bias_EH = weighted_bias_gradient(grad_TH, mlp.output_weights_R, num_experts, alignment, top_k)
-        if not mlp.form.weight_on_input:
-            grad_weights_R = grad_weights_R + bias_product(grad_TH, mlp.w2_bias_EH, alignment.local_ids_R, top_k)
-    return _Gradients(alignment, rows_RH, grad_weights_R.view(mlp.ids_TK.shape), grad_w13_EGIH, grad_w2_EHI,
-                      grad_w13_bias_EGI, grad_w2_bias_EH)
 
 
 @experts_backward.register_fake

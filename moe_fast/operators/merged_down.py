@@ -11,6 +11,7 @@ from moe_fast.kernels.combine import combine
 from moe_fast.kernels.down import down
 from moe_fast.kernels.down_gradient import down_gradient
 from moe_fast.kernels.order import order
+from moe_fast.kernels.round_matrix import rounded_columns
 from moe_fast.kernels.take import take
 from moe_fast.kernels.weight_gradient import weight_gradient
 from moe_fast.observe import record_codes
@@ -19,6 +20,8 @@ from moe_fast.operators.encoded_arguments import EncodedDown
 from moe_fast.operators.encoded_down_arguments import EncodedDownArguments
 from moe_fast.operators.encoded_family import encoded_down_rows
 from moe_fast.operators.encoded_rows import EncodedDownRows
+from moe_fast.operators.fp8 import down_in_fp8
+from moe_fast.operators.fp8_gradients import of_down_weights, of_output_weights, rows_for, through_down
 from moe_fast.operators.once import refuse_second_gradients
 from moe_fast.operators.rows import load_of, sum_of_tokens
 from moe_fast.tiles import gemm_tile
@@ -34,7 +37,7 @@ def merged_down(act_RI: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Te
                 w2_EHI: torch.Tensor, shared_act_TI: torch.Tensor | None, shared_w2_HI: torch.Tensor | None,
                 shared_gate_T1: torch.Tensor | None, w2_bias_EH: torch.Tensor | None = None,
                 shared_w2_bias_H: torch.Tensor | None = None, output_bias_H: torch.Tensor | None = None,
-                mean: bool = False) -> torch.Tensor:
+                mean: bool = False, operands: str = "exact") -> torch.Tensor:
     """merged_TH in act's dtype: sum of weighted expert rows of act_RI, which is in (token, slot) order, R = T * K.
 
     Plus the shared expert's rows times its gate. The other arguments are those of moe_fast::experts. Products
@@ -43,7 +46,7 @@ def merged_down(act_RI: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Te
     """
     return merged_down_forward(MergedDownArguments(
         act_RI, ids_TK, weights_TK, hosted_E, w2_EHI, shared_act_TI, shared_w2_HI, shared_gate_T1, w2_bias_EH,
-        shared_w2_bias_H, output_bias_H, mean))
+        shared_w2_bias_H, output_bias_H, mean, operands))
 
 
 @merged_down.register_fake
@@ -58,6 +61,8 @@ def merged_down_forward(given: MergedDownArguments | EncodedDownArguments, trace
     gradient.
     """
     given.check("moe_fast::merged_down" if isinstance(given, MergedDownArguments) else "moe_fast::encoded_merged_down")
+    if isinstance(given, MergedDownArguments) and given.operands == "fp8_row":
+        given = down_in_fp8(given)
     rows = _down_rows(given.routed(), trace is not None)
     alignment, down_RH = rows.alignment, rows.down_RH
     shared, shared_TH = given.shared(), None
@@ -90,7 +95,8 @@ def merged_down_backward(grad_TH: torch.Tensor, act_RI: torch.Tensor, ids_TK: to
                          hosted_E: torch.Tensor, w2_EHI: torch.Tensor, shared_act_TI: torch.Tensor | None,
                          shared_w2_HI: torch.Tensor | None, shared_gate_T1: torch.Tensor | None,
                          w2_bias_EH: torch.Tensor | None = None, shared_w2_bias_H: torch.Tensor | None = None,
-                         output_bias_H: torch.Tensor | None = None, mean: bool = False) -> Nine:
+                         output_bias_H: torch.Tensor | None = None, mean: bool = False,
+                         operands: str = "exact") -> Nine:
     """Gradients of act_RI, weights_TK, w2_EHI, shared_act_TI, shared_w2_HI, shared_gate_T1, and of the biases.
 
     In the order of the operator's arguments, which follow grad_TH, the gradient of merged_TH. Each has the shape and
@@ -98,11 +104,12 @@ def merged_down_backward(grad_TH: torch.Tensor, act_RI: torch.Tensor, ids_TK: to
     moe_ref.oracle.backward.mlp. Raises UsageValueError / UsageTypeError on wrong shapes or dtypes.
     """
     given = MergedDownArguments(act_RI, ids_TK, weights_TK, hosted_E, w2_EHI, shared_act_TI, shared_w2_HI,
-                                shared_gate_T1, w2_bias_EH, shared_w2_bias_H, output_bias_H, mean)
+                                shared_gate_T1, w2_bias_EH, shared_w2_bias_H, output_bias_H, mean, operands)
     given.check("moe_fast::merged_down_backward", grad_TH)
     part_TH, shared_rows = grad_TH * 0.5 if mean else grad_TH, given.shared()
-    routed = _gradients(part_TH, given.routed())
-    shared = None if shared_rows is None else _gradients(part_TH, shared_rows)
+    of_one = _gradients if operands == "exact" else _gradients_in_fp8
+    routed = of_one(part_TH, given.routed())
+    shared = None if shared_rows is None else of_one(part_TH, shared_rows)
     of_shared = (None,) * 4 if shared is None else (
         shared.act_RI, shared.w2_EHI[0], None if shared_gate_T1 is None else shared.weights_TK,
         None if shared.w2_bias_EH is None else shared.w2_bias_EH[0])
@@ -136,6 +143,17 @@ def _gradients(grad_TH: torch.Tensor, rows: GroupedDown) -> _Gradients:
     return _Gradients(grad_act_RI, grad_weights_R.view(rows.ids_TK.shape), grad_w2_EHI, grad_bias_EH)
 
 
+def _gradients_in_fp8(grad_TH: torch.Tensor, rows: GroupedDown) -> _Gradients:
+    w2, bias_EH = rounded_columns(rows.w2_EHI[:, None]), None
+    routed = rows_for(w2, 1, rows.ids_TK, rows.hosted_E, rows.weights_TK.reshape(-1))
+    grad_act_RI = through_down(grad_TH, w2, routed).masked_fill(routed.alignment.local_ids_R[:, None] < 0, 0.0)
+    sorted_act_RI = take(rows.act_RI, order(routed.alignment)[0])
+    if rows.w2_bias_EH is not None:
+        bias_EH = weighted_bias_gradient(grad_TH, routed.weights_R, len(rows.hosted_E), routed.alignment, routed.top_k)
+    return _Gradients(grad_act_RI, of_output_weights(sorted_act_RI, grad_TH, rows.w2_EHI, rows.w2_bias_EH, routed),
+                      of_down_weights(sorted_act_RI, grad_TH, rows.w2_EHI, routed), bias_EH)
+
+
 @merged_down_backward.register_fake
 def _(grad_TH: torch.Tensor, *arguments, **options) -> tuple[torch.Tensor, ...]:
     given = MergedDownArguments(*arguments, **options)
@@ -153,14 +171,15 @@ def _(grad_TH: torch.Tensor, *arguments, **options) -> tuple[torch.Tensor, ...]:
 
 
 def _setup_context(ctx, inputs: tuple, output: torch.Tensor) -> None:
-    *tensors, ctx.mean = inputs
+    *tensors, ctx.mean, ctx.operands = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad_TH: torch.Tensor):
-    found = dict(zip(GRADIENT_PLACES, merged_down_backward(grad_TH, *ctx.saved_tensors, ctx.mean), strict=True))
+    given = merged_down_backward(grad_TH, *ctx.saved_tensors, ctx.mean, ctx.operands)
+    found = dict(zip(GRADIENT_PLACES, given, strict=True))
     gradients = (found.get(place) if tensor is not None else None for place, tensor in enumerate(ctx.saved_tensors))
-    return *gradients, None
+    return *gradients, None, None
 
 
 GRADIENT_PLACES = (0, 2, 4, 5, 6, 7, 8, 9, 10)

@@ -11,10 +11,14 @@ Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def experts_by_choice(*values: object) -> torch.Tensor:
-    """merged_TH by one operator or the other, whose arguments are the same; what is saved follows from the choice."""
+    """merged_TH by one operator or the other, whose arguments are the same but for operands, the last: rounded ones are
+    not saved.
+    """
     records = torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad
                                               for value in values)
-    return saved_experts(*values)[0] if saves() and records else experts(*values)
+    if saves() and records and values[-1] == "exact":
+        return saved_experts(*values[:-1])[0]
+    return experts(*values)
 
 
 @torch.library.custom_op("moe_fast::saved_experts", mutates_args=())
@@ -62,7 +66,7 @@ def _setup_context(ctx, inputs: tuple, output: Three) -> None:
 def _backward(ctx, grad_TH: torch.Tensor | None, *of_products: torch.Tensor | None):
     *tensors, products_RGI, shared_TGI = ctx.saved_tensors
     if grad_TH is None:
-        return (None,) * len(NAMES)
+        return (None,) * (len(NAMES) - 1)
     inputs = [ctx.plain.get(place, tensor) for place, tensor in enumerate(tensors)]
     gradients = experts_backward(grad_TH, *inputs, products_RGI=products_RGI,
                                  shared_products_TGI=None if shared_TGI.dim() == 1 else shared_TGI)

@@ -38,11 +38,12 @@ def scaled_act_rows(given: EncodedGateUp, traced: bool = False) -> EncodedActRow
     """The first product; traced: as above."""
     tile, top_k, dtype = _gate_up_tile(given.ids_TK, given.w13), given.ids_TK.shape[1], given.x_TH.dtype
     alignment = align(given.ids_TK, given.hosted_E, tile.block_m)
+    row_weights_R = None
+    if given.form.weight_on_input and given.weights_TK is not None:
+        row_weights_R = given.weights_TK.reshape(-1)
     rounded = round_rows(given.x_TH, given.w13.scheme, given.w13.column_start, given.w13_input_scale_E, alignment,
-                         top_k)
-    row_weights_R = None if given.weights_TK is None else given.weights_TK.reshape(-1)
-    act_RI = scaled_gate_up(rounded, dtype, given.w13, given.w13_bias_EGI, row_weights_R, alignment, top_k,
-                            given.form, tile)
+                         top_k, row_weights_R)
+    act_RI = scaled_gate_up(rounded, dtype, given.w13, given.w13_bias_EGI, alignment, top_k, given.form, tile)
     if not traced:
         return EncodedActRows(alignment, act_RI)
     shown = _of_tokens(rounded, top_k) if rounded.by_token else _in_row_order(rounded, alignment)
