@@ -9,9 +9,10 @@ from functools import wraps
 
 from moe_fast import layer
 from moe_fast.capabilities import CAPABILITIES as DEFAULT
-from moe_fast.held import FP8Weights
+from moe_fast.held import FP8Weights, Held
 from moe_ref.contract.errors import UsageTypeError
 from moe_ref.contract.features import Feature
+from moe_ref.contract.module import LayerModule
 from moe_ref.contract.weights import MoEWeights
 
 CAPABILITIES = replace(
@@ -21,7 +22,7 @@ CAPABILITIES = replace(
     features=tuple(one for one in DEFAULT.features if one is not Feature.SHARED_ROUTER_GATE))
 
 
-def in_fp8(weights: MoEWeights) -> FP8Weights:
+def in_fp8(weights: Held) -> FP8Weights:
     """The same tensors, of experts that moe_fast trains in 8 bits; UsageTypeError unless they are plain."""
     if not isinstance(weights, MoEWeights):
         raise UsageTypeError(f"weights: {type(weights).__name__}, but should be MoEWeights [moe_fast.fp8_training]")
@@ -39,3 +40,9 @@ def experts(x_TH, routing, weights, *arguments, **options):
 @wraps(layer.moe)
 def moe(x_TH, weights, *arguments, **options):
     return layer.moe(x_TH, in_fp8(weights), *arguments, **options)
+
+
+class MoELayer(LayerModule):
+    """The layer over this rank's parameters, which stay in the dtype of its input."""
+
+    layer_function = staticmethod(moe)

@@ -37,17 +37,23 @@ from moe_fast.kernels import (
     gather_sum,
     product,
     projection_gradient,
+    round_columns,
+    round_matrix,
     round_rows,
     route,
     row_gradient,
+    scaled_dot,
     scaled_down,
     scaled_gate_up,
+    scaled_projection_gradient,
+    scaled_weight_gradient,
     select,
     select_gradient,
     take,
     weight_gradient,
 )
 from moe_fast.kernels.align import Alignment
+from moe_fast.kernels.round_columns import Places, RoundedColumns
 from moe_fast.kernels.round_rows import RoundedRows
 from moe_fast.launch import recording
 from moe_fast.tiles import Load, Tile, gemm_tile
@@ -65,6 +71,8 @@ ROWS, PITCH = 2**21, 1024
 """Rows before those that are looked at, and numbers from one row to the next: 2^31 numbers."""
 TOKENS = 2**28
 """The same where a token has eight numbers, as in a router."""
+PLACES = 2**27
+"""Places before those that are looked at, of which every column has as many."""
 NARROW = 130
 """Wider than the tiles of a small shape: an axis of it crosses their borders."""
 RELU = Form("relu")
@@ -111,6 +119,14 @@ class Near:
         """Eight rows of four tokens over three experts."""
         return align.align(torch.tensor([[0, 2], [1, 2], [2, 0], [1, 0]]), torch.arange(3), 16)
 
+    def places(self) -> Places:
+        """Of three experts, sixteen each."""
+        return Places(16 * torch.arange(4, dtype=torch.int32), 48)
+
+    def along(self, codes_NP: Tensor) -> Tensor:
+        """Codes by place."""
+        return codes_NP
+
 
 class FarRows(Near):
     """The rows are the last of many."""
@@ -136,6 +152,15 @@ class FarRows(Near):
         return replace(near, local_ids_R=self.rows(near.local_ids_R), sorted_rows_R=self.numbers(near.sorted_rows_R),
                        offsets=near.offsets + ROWS, block_row=near.block_row + ROWS,
                        block_row_end=near.block_row_end + ROWS)
+
+    def places(self) -> Places:
+        near = super().places()
+        return Places(near.starts + PLACES, near.count + PLACES)
+
+    def along(self, codes_NP: Tensor) -> Tensor:
+        far = sparse(len(codes_NP), PLACES + codes_NP.shape[1], dtype=codes_NP.dtype)
+        far[:, PLACES:] = codes_NP
+        return far
 
 
 class FarStride(Near):
@@ -216,6 +241,33 @@ def run_round_rows(at: Near) -> Results:
     return ends(*(one.codes_RK[:, -512:].float()[-8:] for one in found), found[0].scales_RB[:, -4:])
 
 
+def run_round_matrix(at: Near) -> Results:
+    """By rows, and by columns of both projections: of these the two that the last program makes."""
+    w_EGNK = at.view("w_EGNK", integers(3, 2, 8, NARROW))
+    found = round_matrix.rounded_rows(at.rows(integers(8, at.width))[None, None]), round_matrix.rounded_columns(w_EGNK)
+    return tuple(one.flatten(0, -2)[-2:].float() for rounded in found for one in (rounded.codes, rounded.scales))
+
+
+def run_round_columns(at: Near) -> Results:
+    """Of rows in expert order, and of weighted tokens."""
+    width = at.width + 16  # columns times rows are more than 2^31
+    rows_RN = at.view("rows_RN", at.rows(integers(8, width)))
+    tokens_TN = at.view("tokens_TN", at.tokens(integers(4, width)))
+    alignment = at.alignment()
+    places = round_columns.places_of(alignment, 3)
+    weights_R = at.rows(integers(8, dtype=FP32))
+    found = (round_columns.round_columns(rows_RN, None, places, 3, alignment),
+             round_columns.round_columns(tokens_TN, weights_R, places, 3, alignment, 2))
+    return tuple(one for rounded in found for one in (first_codes(rounded, alignment, places), rounded.scales_EN))
+
+
+def first_codes(rounded: RoundedColumns, alignment: Alignment, places: Places) -> Tensor:
+    """Those of rows, without what lies between experts."""
+    sizes = alignment.offsets[:4].diff().tolist()
+    return torch.cat([rounded.codes_NP[:, start:start + size].float()
+                      for start, size in zip(places.starts.tolist(), sizes, strict=False)], 1)
+
+
 def rounded(codes_RK: Tensor, num_rows: int, by_token: bool) -> RoundedRows:
     """Codes of rows, of which the last have other scales than 1 in blocks of 32."""
     scales_BR = sparse(-(-codes_RK.shape[1] // 32), len(codes_RK), dtype=FP32)
@@ -235,7 +287,7 @@ def run_scaled_gate_up(at: Near) -> Results:
     codes_TH = at.tokens(integers(4, 2 * at.width, dtype=torch.float8_e4m3fn))
     w13 = in_e4m3(at, "w13_EGIH", 3, 2, at.width, 2 * at.width)
     bias_EGI, tile = at.view("w13_bias_EGI", integers(3, 2, at.width)), tile_of(at.width, 2 * at.width)
-    return ends(scaled_gate_up.scaled_gate_up(rounded(codes_TH, 4, True), BF16, w13, bias_EGI, None, at.alignment(), 2,
+    return ends(scaled_gate_up.scaled_gate_up(rounded(codes_TH, 4, True), BF16, w13, bias_EGI, at.alignment(), 2,
                                               RELU, replace(tile, block_k=32)))
 
 
@@ -245,6 +297,34 @@ def run_scaled_down(at: Near) -> Results:
     bias_EH, weights_R = at.view("w2_bias_EH", integers(3, at.width)), at.rows(integers(8, dtype=FP32))
     return ends(scaled_down.scaled_down(rounded(codes_RI, 8, False), BF16, w2, bias_EH, weights_R, at.alignment(),
                                         replace(tile_of(at.width, at.width), block_k=32)))
+
+
+def run_scaled_dot(at: Near) -> Results:
+    codes_RI = at.rows(integers(8, at.width, dtype=torch.float8_e4m3fn))
+    w2, tokens_TH = in_e4m3(at, "w2_EHI", 3, NARROW, at.width), at.view("tokens_TH", at.tokens(integers(4, NARROW)))
+    bias_EH = at.view("w2_bias_EH", integers(3, NARROW))
+    return ends(scaled_dot.scaled_dot(rounded(codes_RI, 8, False), w2, bias_EH, tokens_TH, at.alignment(), 2,
+                                      replace(tile_of(NARROW, at.width), block_k=32)))
+
+
+def run_scaled_projection_gradient(at: Near) -> Results:
+    codes_TH = at.tokens(integers(4, 2 * at.width, dtype=torch.float8_e4m3fn))
+    w13 = in_e4m3(at, "w13_EGIH", 3, 2, at.width, 2 * at.width)
+    grad_RI = at.view("grad_act_RI", at.rows(integers(8, at.width)))
+    bias_EGI = at.view("w13_bias_EGI", integers(3, 2, at.width))
+    return ends(*scaled_projection_gradient.scaled_projection_gradient(
+        grad_RI, rounded(codes_TH, 4, True), w13, bias_EGI, at.alignment(), 2, RELU,
+        replace(tile_of(at.width, 2 * at.width), block_k=32)))
+
+
+def run_scaled_weight_gradient(at: Near) -> Results:
+    """Codes of rows lie side by side for each feature: many places before those that are looked at."""
+    places = at.places()
+    rows, tokens = (RoundedColumns(at.along(integers(width, 48, dtype=torch.float8_e4m3fn)),
+                                   integers(3, width, dtype=FP32)) for width in (2 * 20, 24))
+    result_EGIH = at.view("result_EGIH", torch.zeros(3, 2, 20, 24, dtype=BF16))
+    scaled_weight_gradient.scaled_weight_gradient(rows, tokens, result_EGIH, places)
+    return (result_EGIH,)
 
 
 def run_act_gradient(at: Near) -> Results:
@@ -394,6 +474,13 @@ CASES = {
     "round_rows_kernel": Case(run_round_rows, "rows_RK:01 tokens_TH:01", by_token=True),
     "scaled_gate_up_kernel": Case(run_scaled_gate_up, "w13_EGIH:0123 w13_EGIH_scales:0123 w13_bias_EGI:012"),
     "scaled_down_kernel": Case(run_scaled_down, "w2_EHI:012 w2_EHI_scales:012 w2_bias_EH:01"),
+    "round_matrix_kernel": Case(run_round_matrix, "w_EGNK:0123", by_token=True),
+    "round_columns_kernel": Case(run_round_columns, "rows_RN:01 tokens_TN:01"),
+    "scaled_dot_kernel": Case(run_scaled_dot, "w2_EHI:012 w2_EHI_scales:012 w2_bias_EH:01 tokens_TH:01"),
+    "scaled_projection_gradient_kernel": Case(
+        run_scaled_projection_gradient,
+        "grad_act_RI:01 w13_EGIH:0123 w13_EGIH_scales:0123 w13_bias_EGI:012"),
+    "scaled_weight_gradient_kernel": Case(run_scaled_weight_gradient, "result_EGIH:0123"),
     "act_gradient_kernel": Case(run_act_gradient, "x_TH:01 grad_TH:01 w13_EGIH:0123 w13_bias_EGI:012 w2_EHI:012"),
     "row_gradient_kernel": Case(run_row_gradient, "w13_EGIH:0123"),
     "projection_gradient_kernel": Case(run_projection_gradient,

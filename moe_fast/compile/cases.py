@@ -23,3 +23,6 @@ CASES = {
     "v1-T4096.H4096.I1364.E8.K2-fp16-norm-cap600-gelu-bwd": "fp16, a width that 16 does not divide, gelu, a capacity",
 }
 """Case id -> why it is here. Gradients are compiled where the id ends in -bwd."""
+
+FP8_TRAINING = {f"{_MIXTRAL}.T4096-bf16-tp8-bwd": "operands of every product rounded, tiles of the most rows"}
+"""The same of layers that train in 8 bits."""

@@ -57,13 +57,16 @@ class Combination:
         return asdict(self)
 
 
-def combinations_of(cases: Iterable[Case], architectures: Iterable[str]) -> list[Combination]:
-    """Every distinct combination that these cases launch on these architectures, in order of first appearance."""
+def combinations_of(cases: Iterable[Case], architectures: Iterable[str], in_fp8: bool = False) -> list[Combination]:
+    """Every distinct combination that these cases launch on these architectures, in order of first appearance.
+
+    in_fp8: of layers that train in 8 bits.
+    """
     found: dict[str, Combination] = {}
     cases = list(cases)
     for architecture in architectures:
         for case in cases:
-            for launch in record(case, architecture):
+            for launch in record(case, architecture, in_fp8):
                 combination = combination_of(launch, architecture)
                 found.setdefault(combination.key, combination)
     return list(found.values())

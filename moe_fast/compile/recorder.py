@@ -7,6 +7,7 @@ import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moe_fast import fp8_training
 from moe_fast.architecture import assuming
 from moe_fast.compile.parameters import META, parameters
 from moe_fast.launch import recording
@@ -27,14 +28,17 @@ class Launch:
     arguments: dict[str, object]
 
 
-def record(case: Case, architecture: str) -> list[Launch]:
+def record(case: Case, architecture: str, in_fp8: bool = False) -> list[Launch]:
     """Every launch of rank 0 of `case` on that architecture, in order, its gradients too where it asks for them.
 
     Sizes, strides, offsets and dtypes are those of a real call, so what the compiler derives from them is too; tokens
-    that travel between ep ranks are left out, as their number is only known to a device that ran.
+    that travel between ep ranks are left out, as their number is only known to a device that ran. in_fp8: of a layer
+    that trains in 8 bits.
     """
     launches: list[Launch] = []
     problem, weights = case.problem, parameters(case)
+    if in_fp8:
+        weights = fp8_training.in_fp8(weights)
     x_TH = torch.empty(problem.num_tokens, problem.spec.hidden_size, dtype=TORCH_DTYPES[problem.dtype], device=META,
                        requires_grad=problem.scheme is Scheme.PLAIN)
     groups = Groups(tp=_MetaComm(case.parallel.tp), ep=_MetaComm(case.parallel.ep))

@@ -14,4 +14,4 @@ class IntegerOverflowError(RuntimeError):
 
 
 class DeviceAssertError(RuntimeError):
-    """A tl.device_assert or tl.assume does not hold."""
+    """A tl.device_assert, tl.assume or tl.multiple_of does not hold."""

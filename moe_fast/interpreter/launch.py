@@ -11,7 +11,7 @@ import numpy as np
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from moe_fast.interpreter import reductions
+from moe_fast.interpreter import hints, reductions
 from moe_fast.interpreter.arguments import ArgumentBinder
 from moe_fast.interpreter.arithmetic import CorrectedBuilder
 from moe_fast.interpreter.checks import Checks, active_checks
@@ -86,7 +86,8 @@ def _launch_state(kernel: JITFunction, grid: tuple[int, ...], memory: Memory | N
 
 @cache
 def _changes() -> list[Change]:
-    overrides = {"reduce": reductions.reduce, "associative_scan": reductions.associative_scan}
+    overrides = {"reduce": reductions.reduce, "associative_scan": reductions.associative_scan,
+                 "multiple_of": hints.multiple_of, "max_contiguous": hints.max_contiguous}
     return language_changes(_SEMANTIC, overrides, _call_device_function)
 
 

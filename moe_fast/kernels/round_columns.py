@@ -11,7 +11,7 @@ from moe_fast.kernels.round_rows import as_operand, code_under, magnitude, scale
 from moe_fast.launch import launch
 from moe_fast.tiles import ALIGNED
 
-_BLOCK, _BLOCK_INTERPRETED, _WARPS = (64, 64), (64, 512), 4
+_BLOCK, _BLOCK_INTERPRETED, _WARPS = (64, 32), (64, 512), 4
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,8 @@ def round_rows_kernel(rows, row_weights, codes, scales, input_scales, sorted_row
         for start in range(0, num_columns, BLOCK_K):
             inside = in_rows[:, None] & (start + k < num_columns)[None, :]
             tile = tl.load(rows_at + (start + k).to(tl.int64)[None, :] * stride_rows_K, mask=inside, other=0.0)
-            tl.store(codes_at + (start + k)[None, :], code_under(tile.to(tl.float32) * weight, scale[:, None]), mask=inside)
+            value = tile.to(tl.float32) * weight
+            tl.store(codes_at + (start + k)[None, :], code_under(value, scale[:, None]), mask=inside)
     else:
         column = part * BLOCK_K + k - column_start
         inside = in_rows[:, None] & ((column >= 0) & (column < num_columns))[None, :]
@@ -123,12 +124,14 @@ def round_rows_kernel(rows, row_weights, codes, scales, input_scales, sorted_row
 
 
 def round_rows(rows_RK: torch.Tensor, scheme: Scheme, column_start: int, input_scale_E: torch.Tensor | None,
-               alignment: Alignment, top_k: int | None = None, row_weights_R: torch.Tensor | None = None) -> RoundedRows:
+               alignment: Alignment, top_k: int | None = None,
+               row_weights_R: torch.Tensor | None = None) -> RoundedRows:
     """Codes and scales of rows: by the rules of Numerics.products that SIZES has, blocks from `column_start` on.
 
     top_k: rows are tokens, (T, K), and so are the codes, but where each expert fixes its scale: then there is a row
     for every position, as there is where row_weights_R (fp32, (token, slot) order) are given, which multiply tokens
-    before these are rounded. Else they lie in expert order, (R, K), as their codes do; those past the last stay unwritten.
+    before these are rounded. Else they lie in expert order, (R, K), as their codes do; those past the last stay
+    unwritten.
     What is not finite has no part in a block's scale; its code is NaN, which a product hands to all of the row. Under a
     fixed scale NaN is NaN too, but an infinity is 448, as all that is beyond.
     """
@@ -144,7 +147,8 @@ def round_rows(rows_RK: torch.Tensor, scheme: Scheme, column_start: int, input_s
     parts = triton.cdiv(column_start + num_columns, _COLUMNS) if size else 1
     launch(round_rows_kernel, (triton.cdiv(num_codes, block_r) * parts,), device, rows=rows_RK, codes=codes_RK,
            row_weights=scales_BR if row_weights_R is None else row_weights_R.contiguous(), scales=scales_BR,
-           HAS_WEIGHTS=row_weights_R is not None, input_scales=scales_BR if input_scale_E is None else input_scale_E.contiguous(),
+           HAS_WEIGHTS=row_weights_R is not None,
+           input_scales=scales_BR if input_scale_E is None else input_scale_E.contiguous(),
            sorted_rows=alignment.sorted_rows_R, local_ids=alignment.local_ids_R, num_sorted=alignment.offsets[-1:],
            num_rows=num_codes, num_columns=num_columns, column_start=column_start, top_k=top_k or 1,
            stride_rows_R=rows_RK.stride(0), stride_rows_K=rows_RK.stride(1), stride_scales_B=num_codes, SIZE=size,

@@ -51,8 +51,9 @@ def scaled_down_kernel(codes, scales, w2, w2_scales, w2_bias, down, row_weights,
                        block_row_end, block_count, hidden_size, intermediate_size, top_k, row_start, column_start,
                        stride_scales_B, stride_w_E, stride_w_H, stride_w_I, stride_s_E, stride_s_H, stride_s_I,
                        stride_bias_E, stride_bias_H, HAS_BIAS: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-                       GATHERED: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr,
-                       BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, GROUP: tl.constexpr, PERSISTENT: tl.constexpr):
+                       GATHERED: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
+                       BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, GROUP: tl.constexpr,
+                       PERSISTENT: tl.constexpr):
     """down[row] as down_kernel's, of codes times scales; GATHERED: codes of rows lie by token, not position."""
     num_blocks, num_columns = tl.load(block_count), tl.cdiv(hidden_size, BLOCK_H)
     for tile in tl.range(tl.program_id(0), num_blocks * num_columns, tl.num_programs(0), flatten=PERSISTENT):
@@ -78,8 +79,8 @@ def scaled_down(rounded: RoundedRows, dtype: torch.dtype, w2: Encoded, w2_bias_E
                 row_weights_R: torch.Tensor | None, alignment: Alignment, tile: Tile, top_k: int = 1) -> torch.Tensor:
     """down_RH in (token, slot) order and `dtype`, weighted by row_weights_R (fp32, (token, slot) order) if given.
 
-    rounded: rows of I codes, in expert order or of tokens. Rows of ids without an expert at hand stay unwritten; the combine kernel
-    does not read them.
+    rounded: rows of I codes, in expert order or of tokens. Rows of ids without an expert at hand stay unwritten;
+    the combine kernel does not read them.
     """
     num_rows, (_, hidden, intermediate), device = alignment.local_ids_R.numel(), w2.shape, w2.codes.device
     down_RH = torch.empty(num_rows, hidden, dtype=dtype, device=device)
@@ -88,6 +89,7 @@ def scaled_down(rounded: RoundedRows, dtype: torch.dtype, w2: Encoded, w2_bias_E
                    **product_arguments(rounded, w2, "w2"), w2_bias=down_RH if w2_bias_EH is None else w2_bias_EH,
                    HAS_BIAS=w2_bias_EH is not None, down=down_RH, HAS_WEIGHTS=row_weights_R is not None,
                    row_weights=down_RH if row_weights_R is None else row_weights_R.contiguous(), hidden_size=hidden,
-                   intermediate_size=intermediate, top_k=top_k, GATHERED=rounded.by_token, stride_bias_E=stride_E, stride_bias_H=stride_H,
+                   intermediate_size=intermediate, top_k=top_k, GATHERED=rounded.by_token,
+                   stride_bias_E=stride_E, stride_bias_H=stride_H,
                    BLOCK_H=tile.block_n, BLOCK_I=tile.block_k)
     return down_RH

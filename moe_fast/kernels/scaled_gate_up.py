@@ -23,8 +23,7 @@ def scaled_gate_up_products(codes, scales, w13, w13_scales, source, in_rows, exp
                             stride_w_I, stride_w_H, stride_s_E, stride_s_G, stride_s_I, stride_s_H,
                             GATED: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
                             BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Gate and up products of one tile, with all scales, in fp32; `source`: where codes of rows lie; up is 0 without w3.
-    """
+    """Gate and up products of one tile, with all scales, in fp32; up is 0 without w3; source: where codes lie."""
     i = column * BLOCK_I + tl.arange(0, BLOCK_I)
     in_columns = i < intermediate_size
     h = tl.arange(0, BLOCK_H) - column_start

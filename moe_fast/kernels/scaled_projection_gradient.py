@@ -21,8 +21,9 @@ def scaled_projection_gradient_kernel(
         block_row, block_row_end, block_count, hidden_size, intermediate_size, top_k, row_start, column_start,
         stride_scales_B, stride_w_E, stride_w_G, stride_w_I, stride_w_H, stride_s_E, stride_s_G, stride_s_I, stride_s_H,
         stride_bias_E, stride_bias_G, stride_bias_I, stride_grad_R, stride_grad_I, FORM: tl.constexpr,
-        HAS_BIAS: tl.constexpr, GATHERED: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr,
-        BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr, PERSISTENT: tl.constexpr):
+        HAS_BIAS: tl.constexpr, GATHERED: tl.constexpr, SCALE_ROWS: tl.constexpr, SCALE_COLUMNS: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
+        PERSISTENT: tl.constexpr):
     """grad_gate_up[position] = grad_act[row] through the activation, and act[position], as scaled_gate_up_kernel's.
 
     GATHERED: codes of rows lie by token, not position.
@@ -41,7 +42,8 @@ def scaled_projection_gradient_kernel(
         inside = in_rows[:, None] & in_columns[None, :]
         bias_at = w13_bias + expert.to(tl.int64) * stride_bias_E + i.to(tl.int64) * stride_bias_I
         gate, up = from_products(gate, up, 1.0, bias_at, stride_bias_G, in_columns, HAS_BIAS, FORM)
-        kind, wide_position = act.dtype.element_ty, position.to(tl.int64)[:, None]
+        kind = act.dtype.element_ty
+        wide_position = position.to(tl.int64)[:, None]
         tl.store(act + wide_position * intermediate_size + i[None, :], act_of(gate, up, FORM).to(kind), mask=inside)
         grad_at = grad_act + row.to(tl.int64)[:, None] * stride_grad_R + i.to(tl.int64)[None, :] * stride_grad_I
         grad_gate, grad_up = through_act(tl.load(grad_at, mask=inside, other=0.0).to(tl.float32), gate, up, FORM)
@@ -57,7 +59,8 @@ def scaled_projection_gradient(grad_act_RI: torch.Tensor, rounded: RoundedRows, 
                                tile: Tile) -> tuple[torch.Tensor, torch.Tensor]:
     """grad_gate_up_RGI and act_RI in expert order and the dtype of grad_act_RI, which is in (token, slot) order.
 
-    rounded: rows of H codes, weighted where the form has the weight on the input. Rows of no expert at hand stay unwritten.
+    rounded: rows of H codes, weighted where the form has the weight on the input. Rows of no expert at hand stay
+    unwritten.
     """
     (num_rows, intermediate), num_parts, device = grad_act_RI.shape, w13.shape[1], grad_act_RI.device
     grad_gate_up_RGI = torch.empty(num_rows, num_parts, intermediate, dtype=grad_act_RI.dtype, device=device)

@@ -9,7 +9,6 @@ from moe_fast.operators.checks import check_dtypes, check_one_device, check_shap
 from moe_fast.operators.rows import every_token
 from moe_ref.contract.errors import raise_faults
 
-
 OPERANDS = ("exact", "fp8_row")
 """What products of experts multiply: their operands as they are, or rounded as Numerics.products says."""
 

@@ -36,7 +36,8 @@ def experts(x_TH: torch.Tensor, ids_TK: torch.Tensor, weights_TK: torch.Tensor, 
     contributes nothing. weights_TK, shared_gate_T1: fp32; the other tensors in x's dtype. form, shared_form: the words
     of moe_fast.form.form_of. mean: half of that sum; output_bias_H is added at the end. Zero experts, columns or tokens
     are valid. Products accumulate in fp32; act, down, shared and merged rows are rounded to x's dtype. operands:
-    "fp8_row" rounds those of every product to e4m3, forward and backward (docs/backward.md). Formulas: moe_ref.oracle. Raises UsageValueError / UsageTypeError on wrong shapes, dtypes or words.
+    "fp8_row" rounds those of every product to e4m3, forward and backward (docs/backward.md). Formulas:
+    moe_ref.oracle. Raises UsageValueError / UsageTypeError on wrong shapes, dtypes or words.
     """
     return experts_forward(ExpertsArguments(
         x_TH, ids_TK, weights_TK, hosted_E, w13_EGIH, w2_EHI, shared_w13_GIH, shared_w2_HI, shared_gate_T1, form,

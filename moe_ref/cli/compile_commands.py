@@ -77,10 +77,13 @@ def compile_command(implementation: str, architectures: tuple[str, ...], case_id
         raise UsageValueError("--accept with --case, --models, --tiles or --arch, but the table is of the gate's "
                               "own cases on all architectures")
     chosen = _known(architectures, tuple(gate.ARCHITECTURES))
-    cases = _model_cases(implementation) if all_models else [parse_case(text) for text in case_ids or gate.CASES]
-    combinations = gate.tile_combinations(chosen) if all_tiles else gate.combinations_of(cases, chosen)
     if own:
-        combinations = list({one.key: one for one in combinations + gate.tuned_combinations(chosen)}.values())
+        combinations = gate.own_combinations(chosen)
+    elif all_tiles:
+        combinations = gate.tile_combinations(chosen)
+    else:
+        cases = _model_cases(implementation) if all_models else [parse_case(text) for text in case_ids]
+        combinations = gate.combinations_of(cases, chosen)
     path = baseline or gate.BASELINES / f"compile-triton-{gate.triton_series()}.json"
     accepted = None if accept else gate.read_table(path)
     keys = {one.key for one in combinations}

@@ -90,6 +90,9 @@ def encoded_cases(tier: str) -> list[tuple[Case, str]]:
             found.append((row, f"{scheme} in {dtype}, tp {tp}" + f", {SPREADS[spread]}" * bool(spread)))
         for scheme, (spread, what) in product(SCHEMES, FURTHER_SPREADS.items()):
             found.append((PLAIN | {"scheme": scheme, "tp": 2, "spread": spread}, f"{scheme}: {what}"))
+        # A weight on the input is in what is rounded, and so in scales: of tokens there is then no code that all share.
+        found += [(PLAIN | {"scheme": scheme, "tp": 2, "options": "weightinput"}, f"{scheme}: weights on the input")
+                  for scheme in SCHEMES]
     cases = [(row if isinstance(row, Case) else row_case(row), purpose) for row, purpose in found]
     unique = {format_case(case): (case, purpose) for case, purpose in cases if case is not None}
     return list(unique.values())
