@@ -74,6 +74,13 @@ def asserting_kernel(y_N, limit):
 
 
 @triton.jit
+def hinting_kernel(y_N, first, SIZE: tl.constexpr):
+    """Tells the compiler that `first` is a multiple of 16, by a number, and that neighbours are."""
+    start = tl.multiple_of(first, 16) + tl.max_contiguous(tl.arange(0, SIZE), SIZE)
+    tl.store(y_N + start, start)
+
+
+@triton.jit
 def transpose_kernel(x_MN, y_NM, row_stride, column_stride, M: tl.constexpr, N: tl.constexpr):
     """y = x.T for an x with any strides."""
     m, n = tl.arange(0, M), tl.arange(0, N)
@@ -204,3 +211,11 @@ class TestOverflow:
         with pytest.raises(DeviceAssertError, match=r"\(2, 0, 0\): tl\.device_assert failed: program below"):
             interpret(asserting_kernel, (3,), {"y_N": y, "limit": 2})
         assert y.tolist() == [1, 1, 0]
+
+    def test_a_hint_that_does_not_hold(self) -> None:
+        """A compiler would load sixteen at once from an address that it takes for aligned: undefined on a GPU."""
+        y = torch.zeros(48, dtype=torch.int32)
+        interpret(hinting_kernel, (1,), {"y_N": y, "first": 32, "SIZE": 16})
+        assert y.tolist() == [0] * 32 + list(range(32, 48))
+        with pytest.raises(DeviceAssertError, match=r"tl\.multiple_of\(24, 16\), but 24 is no multiple of 16"):
+            interpret(hinting_kernel, (1,), {"y_N": y, "first": 24, "SIZE": 16})
