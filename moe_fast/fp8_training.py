@@ -22,11 +22,15 @@ CAPABILITIES = replace(
     features=tuple(one for one in DEFAULT.features if one is not Feature.SHARED_ROUTER_GATE))
 
 
+_NAMES = tuple(field.name for field in fields(MoEWeights))
+"""Asked for once: torch.compile cannot ask inside a graph."""
+
+
 def in_fp8(weights: Held) -> FP8Weights:
     """The same tensors, of experts that moe_fast trains in 8 bits; UsageTypeError unless they are plain."""
     if not isinstance(weights, MoEWeights):
         raise UsageTypeError(f"weights: {type(weights).__name__}, but should be MoEWeights [moe_fast.fp8_training]")
-    return FP8Weights(**{field.name: getattr(weights, field.name) for field in fields(MoEWeights)})
+    return FP8Weights(**{name: getattr(weights, name) for name in _NAMES})
 
 
 route = layer.route

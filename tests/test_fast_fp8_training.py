@@ -2,6 +2,7 @@
 mistakes of the kind that a tolerance hides, seeded where the kernels are called.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from math import nan
@@ -10,7 +11,6 @@ import pytest
 import torch
 
 from moe_fast import fp8_training
-from moe_fast.capabilities import CAPABILITIES as DEFAULT
 from moe_fast.kernels import round_columns as columns
 from moe_fast.kernels import round_matrix as matrix
 from moe_fast.kernels.align import align
@@ -21,7 +21,8 @@ from moe_ref.contract.encoded import Encoded
 from moe_ref.contract.errors import UsageTypeError
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.vocabulary import Stage, Verdict
-from moe_ref.inputs.shards import build_encoded_shards
+from moe_ref.inputs.build import build_inputs
+from moe_ref.inputs.shards import build_encoded_shards, build_shards
 from tests.in_process import judged
 from tests.test_fast_scaled import DTYPES, ROW, codes_of, expected_rows, wide_rows
 
@@ -131,7 +132,8 @@ def test_other_sizes_pass(case_id: str) -> None:
 def test_the_usual_layer_is_none_in_8_bits() -> None:
     """What is judged is the rounding: a layer in bf16 is more exact, and wrong under this contract."""
     class Plain:
-        CAPABILITIES = replace(fp8_training.CAPABILITIES, stages=DEFAULT.stages[:3])
+        CAPABILITIES = replace(fp8_training.CAPABILITIES, stages=tuple(
+            one for one in fp8_training.CAPABILITIES.stages if not one.endswith(("codes", "scales"))))
         moe = staticmethod(fp8_training.layer.moe)
 
     line = judged(Plain(), f"{SMALL}-fp32-norm-bwd", runs=1)
@@ -213,3 +215,18 @@ def test_codes_are_refused() -> None:
     """Encoded weights have no gradient, and are multiplied by moe_fast as they are."""
     with pytest.raises(UsageTypeError, match="weights: QuantisedWeights, but should be MoEWeights"):
         fp8_training.in_fp8(build_encoded_shards(parse_case("v1-T4.H32.I32.E2.K1-bf16-fp8row").problem, Parallel())[0])
+
+
+def test_it_compiles_to_the_same_bits() -> None:
+    """torch.compile without a graph break, forward and backward: weights are marked inside the graph."""
+    case = parse_case(f"{SMALL}-bf16-norm-sh19-shgate")
+    shard, x_TH = build_shards(case.problem, case.parallel)[0], build_inputs(case.problem).x_TH.requires_grad_()
+    leaves = [x_TH, *(tensor.requires_grad_() for _, tensor in shard.named_tensors())]
+    results = []
+    for function in (fp8_training.moe, torch.compile(fp8_training.moe, fullgraph=True, backend="aot_eager")):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*lru_cache.*")  # torch traces through the caches of checks, and says so
+            y_TH = function(x_TH, shard, case.problem.spec)
+        results.append([y_TH, *torch.autograd.grad(y_TH.square().sum(), leaves)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert all(bool(one.any()) for one in results[0])

@@ -14,7 +14,7 @@ from moe_fast.invariance import batch_invariant
 from moe_fast.launch import recording
 from moe_fast.operators.arguments import ExpertsArguments
 from moe_fast.operators.experts import experts_forward
-from moe_fast.operators.experts_backward import _mlp_gradients
+from moe_fast.operators.mlp_gradients import mlp_gradients
 from moe_ref.contract.case_id import parse_case
 from moe_ref.inputs.build import build_inputs
 from moe_ref.inputs.shards import build_shards
@@ -79,7 +79,7 @@ def test_a_backward_pass_needs_what_the_formula_says(name: str) -> None:
     tokens, top_k, num_experts, hidden, intermediate, _ = LAYERS[name]
     arguments = given(*LAYERS[name])
     with assuming("sm_90"), recording(lambda *_: None), Peak() as peak:
-        found = _mlp_gradients(torch.empty_like(arguments.x_TH), arguments.routed(), None)
+        found = mlp_gradients(torch.empty_like(arguments.x_TH), arguments.routed(), None)
     said = memory.backward_bytes(tokens, top_k, num_experts, hidden, intermediate, 2)
     gradient_bytes = tokens * hidden * 2  # that of the result, made here
     assert found.rows_RH.shape == (tokens * top_k, hidden)

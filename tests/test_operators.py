@@ -137,6 +137,16 @@ def test_torch_checks_every_form(name: str, shared: str) -> None:
     opcheck(ops.experts_backward.default, [uniform(6, HIDDEN, seed=8), *plain])
 
 
+@pytest.mark.parametrize("name", ["gpt-oss", "weight on input"])
+def test_torch_checks_rounded_operands(name: str) -> None:
+    """Of experts, and of the halves that the gather schedule runs."""
+    words = (False, "fp8_row")
+    given = [*arguments(forms=FORMS[name], biases=True, grad=True)[:16], *words]
+    opcheck(ops.experts.default, given)
+    plain = [one.detach() if isinstance(one, torch.Tensor) else one for one in given]
+    opcheck(ops.experts_backward.default, [uniform(6, HIDDEN, seed=8), *plain])
+
+
 def test_a_bias_reaches_the_gradients_of_routing_weights() -> None:
     """Without columns the bias alone is weighted: its product with the gradient, within (n + 1) roundings."""
     given = arguments(hosted=(0, 1, 2, 3, 4), intermediate=0, shared="", biases=True)

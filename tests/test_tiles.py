@@ -12,8 +12,8 @@ import torch
 
 import moe_fast
 from moe_fast.architecture import assuming
-from moe_fast.compile import ARCHITECTURES, compile_all, faults, tuned_combinations
-from moe_fast.compile.products import tile_combinations
+from moe_fast.compile import ARCHITECTURES, compile_all, faults
+from moe_fast.compile.products import tile_combinations, tuned_combinations
 from moe_fast.tiles import Load, Tile, gemm_tile, tables
 from moe_fast.tiles.tables import FOLDER, OTHER, Product, Tuned, read_tiles, table_of
 from moe_ref.contract.errors import UsageValueError
