@@ -40,8 +40,6 @@ SGLANG = Library(distribution="sglang", module="sglang", least="0.5.23", below="
 FLASHINFER = Library(distribution="flashinfer-python", module="flashinfer", least="0.4", below="1")
 DEEPGEMM = Library(distribution="deep_gemm", module="deep_gemm", least="2.1", below="3",
                    hint="built from github.com/deepseek-ai/DeepGEMM")
-TORCHTITAN = Library(distribution="torchtitan", module="torchtitan", least="0.3", below="0.4",
-                     hint="it needs spmd_types, tyro and docstring_parser")
 TORCHTITAN = Library(distribution="torchtitan", module="torchtitan", least="0.3", below="0.4")
 SPMD_TYPES = Library(distribution="spmd_types", module="spmd_types", least="0.2.3", below="0.3")
 TYRO = Library(distribution="tyro", module="tyro", least="1.0", below="2")
