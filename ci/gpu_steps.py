@@ -104,8 +104,9 @@ def _deadline(seconds: float, reserve: float) -> tuple[str, str]:
     return "--deadline", f"{max(1.0, seconds - reserve):.0f}"
 
 
-def _verify(place: Place, name: str, seconds: float, *chosen: str, reserve: float = 20.0) -> list[Command]:
-    return _ref("verify", "moe_fast", "--device", place.device, "--lanes", str(place.lanes), *chosen,
+def _verify(place: Place, name: str, seconds: float, *chosen: str, reserve: float = 20.0,
+            implementation: str = "moe_fast") -> list[Command]:
+    return _ref("verify", implementation, "--device", place.device, "--lanes", str(place.lanes), *chosen,
                 *_deadline(seconds, reserve), "--record", str(place.folder / name), "--resume")
 
 
@@ -133,6 +134,11 @@ def _compile(place: Place, seconds: float) -> list[Command]:
 def _matrix(place: Place, seconds: float) -> list[Command]:
     chosen = ("--tier", "quick") if place.num_devices else ("--tier", "smoke", "--shard", "1/25")
     return _verify(place, "matrix", seconds, *chosen, *HANG)
+
+
+def _fp8(place: Place, seconds: float) -> list[Command]:
+    chosen = ("--tier", "smoke") if place.num_devices else ("--tier", "smoke", "--shard", "1/25")
+    return _verify(place, "fp8", seconds, *chosen, *HANG, reserve=10.0, implementation="moe_fast.fp8_training")
 
 
 def _growth(place: Place, seconds: float) -> list[Command]:
@@ -242,10 +248,11 @@ STEPS = (
     Step("setup", "the smallest cases: where these fail, distrust all others", 35, _setup, goes_on=True),
     Step("compile", "kernels of later steps, side by side", 20, _compile, _needs_gpu, required=False),
     Step("matrix", "tier quick, tp 1 to 8 on virtual ranks", 110, _matrix, goes_on=True),
+    Step("fp8", "training in 8 bits, tier smoke", 25, _fp8, required=False, goes_on=True),
     Step("growth", "error against the length of sums", 30, _growth),
-    Step("mutants", "defects that only a GPU can show", 50, _mutants, goes_on=True),
+    Step("mutants", "defects that only a GPU can show", 40, _mutants, goes_on=True),
     Step("large", "tensors past 2^31 elements, forward and backward", 60, _large, goes_on=True),
-    Step("layers", "whole layers of published models", 70, _layers, goes_on=True),
+    Step("layers", "whole layers of published models", 55, _layers, goes_on=True),
     Step("bench", "times beside torch and installed peers", 30, _bench, required=False),
     Step("adapters", "installed implementations of other projects", 30, _adapters, required=False, goes_on=True),
     Step("graphs", "CUDA graphs against eager calls", 25, _graphs, _needs_gpu, required=False),
