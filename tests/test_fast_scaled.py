@@ -271,8 +271,10 @@ def exact_products(codes: torch.Tensor, scales: torch.Tensor, matrix: Encoded, p
 
 
 def check_rounding(given: EncodedMLP, rows: EncodedRows, held_R: torch.Tensor) -> None:
-    """Codes and scales of tokens and of act as it was stored."""
+    """Codes and scales of tokens, weighted in fp32 where the weight is on them, and of act as it was stored."""
     tokens_RH = given.x_TH.repeat_interleave(given.ids_TK.shape[1], 0)
+    if given.form.weight_on_input:
+        tokens_RH = tokens_RH.float() * given.weights_TK.reshape(-1, 1)
     act_RI = act_in_row_order(rows, given.ids_TK.numel()).to(given.x_TH.dtype)
     places_R = place_of(given)[held_R]
     for taken, matrix, input_scale, codes, scales in (
@@ -407,8 +409,6 @@ def test_forms(name: str, weight_on_input: bool) -> None:
     places_R = place_of(given)[held_R]
     check(given, rows)
     products_RGI, _ = exact_products(rows.permute_codes_RH[held_R], rows.permute_scales_RQ[held_R], given.w13, places_R)
-    if weight_on_input:
-        products_RGI = products_RGI * given.weights_TK.reshape(-1, 1, 1)[held_R].double()
     assert given.w13_bias_EGI is not None
     truth_RI = activate(products_RGI + given.w13_bias_EGI.double()[places_R], MLPS[name])
     largest = 1 + products_RGI.abs().prod(1).amax()

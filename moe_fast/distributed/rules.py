@@ -30,10 +30,10 @@ BY_WEIGHT = (Role.REPLICATED, Role.COLUMNS, Role.EXPERTS)
 ROUTER = ("x_TH", "router_EH", "router_bias_E")
 SHARED = ("shared_w13_GIH", "shared_w2_HI", "shared_gate_T1")
 BIASES = ("w13_bias_EGI", "w2_bias_EH", "shared_w13_bias_GI", "shared_w2_bias_H", "output_bias_H")
-EXPERTS = ("x_TH", "ids_TK", "weights_TK", "hosted_E", "w13_EGIH", "w2_EHI", *SHARED, None, None, *BIASES, None)
-ACT_ROWS = ("x_TH", "ids_TK", "hosted_E", "w13_EGIH", None, "weights_TK", "w13_bias_EGI")
+EXPERTS = ("x_TH", "ids_TK", "weights_TK", "hosted_E", "w13_EGIH", "w2_EHI", *SHARED, None, None, *BIASES, None, None)
+ACT_ROWS = ("x_TH", "ids_TK", "hosted_E", "w13_EGIH", None, "weights_TK", "w13_bias_EGI", None)
 MERGED_DOWN = ("act_RI", "ids_TK", "weights_TK", "hosted_E", "w2_EHI", "shared_act_TI", "shared_w2_HI",
-               "shared_gate_T1", "w2_bias_EH", "shared_w2_bias_H", "output_bias_H", None)
+               "shared_gate_T1", "w2_bias_EH", "shared_w2_bias_H", "output_bias_H", None, None)
 """Tensors that operators take, in the order of their arguments; None: an argument that is no tensor."""
 
 
