@@ -231,16 +231,17 @@ def _ends(value: torch.Tensor, error: torch.Tensor, rule: OperandRule,
               for sign in (-1, 1)]
     if not rule.power_of_two and rule.fixed is None:
         scales = [scales[0] * (1 - SCALE), scales[1] * (1 + SCALE)]
-    slack = 0.0 if rule.power_of_two else QUOTIENT
-    found = []
-    for scale in scales:
-        for sign in (-1, 1):
-            quotient = (value + sign * error) / scale
-            code = codes_of(quotient + sign * slack * quotient.abs(), rule)
-            # The scale itself, or any of its neighbours; another power of two has codes of its own.
-            found += [code * other for other in ([scale] if rule.power_of_two else scales)]
-    ends = torch.stack(found)
-    low, high = ends.amin(0), ends.amax(0)
+    lows, highs = ([(value + sign * error) / scale for scale in scales] for sign in (-1, 1))
+    if rule.power_of_two:
+        # Another power of two has codes of its own.
+        low, high = (combine(*(codes_of(quotient, rule) * scale for quotient, scale in zip(quotients, scales, strict=True)))
+                     for combine, quotients in ((torch.minimum, lows), (torch.maximum, highs)))
+    else:
+        # The scale itself, or any of its neighbours; codes rise with quotients.
+        least = torch.minimum(*(one - QUOTIENT * one.abs() for one in lows))
+        most = torch.maximum(*(one + QUOTIENT * one.abs() for one in highs))
+        low = torch.minimum(*(codes_of(least, rule) * scale for scale in scales))
+        high = torch.maximum(*(codes_of(most, rule) * scale for scale in scales))
     if rule.fixed is not None:
         return low, high
     # No rounding loses more than half a unit of the code, under whatever scale.
