@@ -71,10 +71,20 @@ CAPABILITIES = Capabilities(
     directions=tuple(Direction), deterministic=True, equal_ranks=True, lower_id_ties=True, injected_routing=True,
     collectives_through_groups=True)
 
+FP8_TRAINING = replace(
+    CAPABILITIES, name="moe_fast.fp8_training", schemes={},
+    numerics={dtype: replace(numerics, products="fp8_row") for dtype, numerics in CAPABILITIES.numerics.items()},
+    # Of shared experts that the router weights each is a row of its own.
+    features=tuple(one for one in CAPABILITIES.features if one is not Feature.SHARED_ROUTER_GATE))
+"""Of plain weights whose products are of 8 bits: fp8_training.py."""
+
+
 @cache
-def check_supported(spec: MoESpec) -> None:
-    """Raise UsageValueError that names everything in `spec` that no kernel here computes."""
-    raise_faults("moe_fast", [f"{reason} is not implemented" for reason in CAPABILITIES.refused_mathematics(spec)])
+def check_supported(spec: MoESpec, in_fp8: bool = False) -> None:
+    """Raise UsageValueError that names everything in `spec` that no kernel here computes, or none in 8 bits."""
+    capabilities = FP8_TRAINING if in_fp8 else CAPABILITIES
+    raise_faults(capabilities.name, [f"{reason} is not implemented"
+                                     for reason in capabilities.refused_mathematics(spec)])
 
 
 def check_scheme(scheme: Scheme, dtype: torch.dtype) -> None:

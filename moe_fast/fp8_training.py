@@ -4,23 +4,17 @@ Weights stay in their dtype. Both operands of every product of experts are round
 a scale of its own, forward and backward (docs/backward.md); sums are in fp32. Router, gates and biases are not rounded.
 """
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import wraps
 
 from moe_fast import layer
-from moe_fast.capabilities import CAPABILITIES as DEFAULT
+from moe_fast.capabilities import FP8_TRAINING
 from moe_fast.held import FP8Weights, Held
 from moe_ref.contract.errors import UsageTypeError
-from moe_ref.contract.features import Feature
 from moe_ref.contract.module import LayerModule
 from moe_ref.contract.weights import MoEWeights
 
-CAPABILITIES = replace(
-    DEFAULT, name="moe_fast.fp8_training", schemes={},
-    numerics={dtype: replace(numerics, products="fp8_row") for dtype, numerics in DEFAULT.numerics.items()},
-    # Of shared experts that the router weights each is a row of its own.
-    features=tuple(one for one in DEFAULT.features if one is not Feature.SHARED_ROUTER_GATE))
-
+CAPABILITIES = FP8_TRAINING
 
 _NAMES = tuple(field.name for field in fields(MoEWeights))
 """Asked for once: torch.compile cannot ask inside a graph."""
@@ -47,6 +41,11 @@ def moe(x_TH, weights, *arguments, **options):
 
 
 class MoELayer(LayerModule):
-    """The layer over this rank's parameters, which stay in the dtype of its input."""
+    """The layer over this rank's parameters, which stay in the dtype of its input; on DTensors too."""
 
-    layer_function = staticmethod(moe)
+    layer_function = staticmethod(layer.moe)
+
+    @property
+    def weights(self) -> FP8Weights:
+        """The parameters as the functional form takes them."""
+        return in_fp8(super().weights)

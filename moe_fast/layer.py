@@ -7,7 +7,7 @@ runs the experts in the form that the schedule asks for.
 import torch
 
 from moe_fast.capabilities import check_scheme, check_supported
-from moe_fast.held import Held
+from moe_fast.held import FP8Weights, Held
 from moe_fast.merge import merged_tokens, shared_rows
 from moe_fast.observe import check_forward_only, check_untracked, record_routing
 from moe_fast.operators.drop import before_drop, drop_by
@@ -115,7 +115,7 @@ def _check_layer(x_TH: torch.Tensor, weights: WeightSource | QuantisedWeights, s
                  groups: Groups | None) -> tuple[Rank, Held]:
     """The rank, and the weights, which kernels read from one tensor for all experts of a rank."""
     check_tokens(x_TH, spec, DTYPES, "moe_fast")
-    check_supported(spec)
+    check_supported(spec, isinstance(weights, FP8Weights))
     parallel, groups = check_groups(parallel or ONE_RANK, groups or ALONE)
     check_held(weights, spec, parallel, groups.rank)
     if not isinstance(weights, MoEWeights | QuantisedWeights):

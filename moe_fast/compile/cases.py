@@ -24,5 +24,6 @@ CASES = {
 }
 """Case id -> why it is here. Gradients are compiled where the id ends in -bwd."""
 
-FP8_TRAINING = {f"{_MIXTRAL}.T4096-bf16-tp8-bwd": "operands of every product rounded, tiles of the most rows"}
+FP8_TRAINING = {"v1-T4096.H4096.I1792.E8.K2-fp16-norm-mlpbias-bwd":
+                "operands of every product rounded, tiles of the most rows, biases"}
 """The same of layers that train in 8 bits."""

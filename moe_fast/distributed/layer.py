@@ -13,6 +13,7 @@ from moe_fast.distributed.parts import in_parts
 from moe_fast.distributed.roles import Role, of_argument, of_tensor
 from moe_fast.distributed.rules import BIASES
 from moe_fast.form import form_of, routed_form
+from moe_fast.held import operands_of
 from moe_fast.operators.experts import experts
 from moe_fast.operators.router_logits import FLOATING, router_logits
 from moe_fast.operators.select import select_by
@@ -51,14 +52,15 @@ def moe_dtensor(x_TH: DTensor, weights: MoEWeights, spec: MoESpec, *, residual_T
     if residual_TH is not None:
         check_residual(residual_TH, x_TH)
         _dtensors({"residual_TH": residual_TH}, x_TH.device_mesh)
-    merged_TH = _experts(_pinned(x_TH), held, spec, roles)
+    merged_TH = _experts(_pinned(x_TH), held, spec, roles, operands_of(weights))
     y_TH = merged_TH.redistribute(placements=output_placements or x_TH.placements)
     if residual_TH is None:
         return y_TH
     return y_TH + residual_TH.redistribute(placements=y_TH.placements)  # type: ignore[return-value]
 
 
-def _experts(x_TH: DTensor, held: Mapping[str, DTensor], spec: MoESpec, roles: Sequence[Role]) -> DTensor:
+def _experts(x_TH: DTensor, held: Mapping[str, DTensor], spec: MoESpec, roles: Sequence[Role],
+             operands: str) -> DTensor:
     """The merged rows, as partial sums along the mesh dimensions that cut parameters."""
     ids_TK, weights_TK = _route(x_TH, held, spec)
     gate_T1 = _choose(x_TH, held["shared_gate_SH"], None, SHARED_GATE)[1] if "shared_gate_SH" in held else None
@@ -74,7 +76,7 @@ def _experts(x_TH: DTensor, held: Mapping[str, DTensor], spec: MoESpec, roles: S
                    held.get("shared_w13_GIH"), held.get("shared_w2_HI"),
                    None if gate_T1 is None else gate_T1.redistribute(placements=entry), routed_form(spec),
                    form_of(spec.experts if spec.shared is None else spec.shared.mlp), *biases,
-                   spec.shared is not None and spec.shared.merge == "mean")
+                   spec.shared is not None and spec.shared.merge == "mean", operands)
 
 
 def _route(x_TH: DTensor, held: Mapping[str, DTensor], spec: MoESpec) -> tuple[DTensor, DTensor]:

@@ -1,7 +1,8 @@
 """Sharding rules of torch.ops.moe_fast, registered on import: which placements an operator takes and returns.
 
 Each mesh dimension has one Role, any combination of which is sound over several dimensions, because every sum here is
-linear in what is cut. For placements that no rule takes DTensor redistributes to those of one that does.
+linear in what is cut; where operands are rounded, each rank's rows have scales of their own, as contracts say. For
+placements that no rule takes DTensor redistributes to those of one that does.
 """
 
 from collections.abc import Callable, Iterable

@@ -74,7 +74,8 @@ def round_columns_kernel(rows, row_weights, codes, scales, sorted_rows, offsets,
         largest = tl.maximum(largest, tl.max(magnitude(value), axis=0))
     scale = scale_of(largest, False)
     tl.store(scales + expert.to(tl.int64) * width + n, scale, mask=n < width)
-    place, last = tl.load(starts + expert), tl.load(starts + expert + 1)
+    # As in scaled_weight_gradient.py: stored 16 at a time.
+    place, last = tl.multiple_of(tl.load(starts + expert), 16), tl.multiple_of(tl.load(starts + expert + 1), 16)
     codes_at = codes + n.to(tl.int64)[None, :] * num_places
     for start in range(0, last - place, BLOCK_R):
         ahead = start + tl.arange(0, BLOCK_R)

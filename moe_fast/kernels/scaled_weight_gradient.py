@@ -26,8 +26,8 @@ def scaled_weight_gradient_kernel(rows, row_scales, tokens, token_scales, result
     h = program % tiles_h * BLOCK_H + tl.arange(0, BLOCK_H)
     in_features, in_width = i < num_features, h < width
     feature, wide_h = g * num_features + i, h.to(tl.int64)
-    # Codes are loaded 16 at a time, which the compiler does where it knows that an expert's first place allows it.
-    start, end = tl.multiple_of(tl.load(starts + expert), 16), tl.load(starts + expert + 1)
+    # Codes are loaded 16 at a time, which the compiler does where it knows that first place and mask allow it.
+    start, end = tl.multiple_of(tl.load(starts + expert), 16), tl.multiple_of(tl.load(starts + expert + 1), 16)
     total = tl.zeros((BLOCK_I, BLOCK_H), tl.float32)
     for first in range(start, end, BLOCK_P):
         place = first + tl.arange(0, BLOCK_P)

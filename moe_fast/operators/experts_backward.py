@@ -38,9 +38,13 @@ def experts_backward(grad_TH: torch.Tensor, x_TH: torch.Tensor, ids_TK: torch.Te
     given.check("moe_fast::experts_backward")
     _check_gradient(grad_TH, x_TH)
     part_TH = grad_TH * 0.5 if mean else grad_TH
-    of_one = mlp_gradients if operands == "exact" else lambda grad_TH, mlp, _: mlp_gradients_in_fp8(grad_TH, mlp)
-    routed, shared_mlp = of_one(part_TH, given.routed(), products_RGI), given.shared()
-    shared = None if shared_mlp is None else of_one(part_TH, shared_mlp, shared_products_TGI)
+    shared_mlp, in_fp8, is_gated = given.shared(), operands == "fp8_row", shared_gate_T1 is not None
+    routed = mlp_gradients_in_fp8(part_TH, given.routed()) if in_fp8 else mlp_gradients(part_TH, given.routed(),
+                                                                                         products_RGI)
+    shared = None
+    if shared_mlp is not None:
+        shared = mlp_gradients_in_fp8(part_TH, shared_mlp, is_gated) if in_fp8 else mlp_gradients(
+            part_TH, shared_mlp, shared_products_TGI)
     grad_x_TH = combine(routed.rows_RH, None if shared is None else shared.rows_RH, routed.alignment.local_ids_R,
                         *ids_TK.shape)
     of_shared = (None,) * 4 if shared is None else [None if one is None else one[0] for one in shared[3:]]

@@ -112,11 +112,13 @@ def through_gate_up(grad_act_RI: Tensor, x_TH: Tensor, w13_EGIH: Tensor, w13: En
     grad_gate_up_RGI, act_RI = scaled_projection_gradient(
         grad_act_RI, routed.of_tokens(x_TH, routed.weights_R), w13, bias_EGI, routed.alignment, routed.top_k, form,
         routed.tile(w13, projection_accumulators(w13_EGIH)))
+    del grad_act_RI  # the largest of what is made on the way is freed as soon as it can be
     back, grads = rounded_columns(w13_EGIH), routed.of_sorted(grad_gate_up_RGI.flatten(1))
     rows_RH = routed.product(grads, back, x_TH.dtype, routed.weights_R)
+    weights_TK = routed.dot(grads, back, None, x_TH) if form.weight_on_input else None
+    del grads, back
     grad_w13_EGIH = torch.empty_like(w13_EGIH)
     routed.weight_gradient(grad_gate_up_RGI.flatten(1), x_TH, grad_w13_EGIH)
-    weights_TK = routed.dot(grads, back, None, x_TH) if form.weight_on_input else None
     return Projected(rows_RH, grad_gate_up_RGI, act_RI, grad_w13_EGIH, weights_TK)
 
 
@@ -144,15 +146,17 @@ def of_output_weights(act_RI: Tensor, grad_TH: Tensor, w2_EHI: Tensor, bias_EH: 
     return routed.dot(routed.of_sorted(act_RI), of_down(w2_EHI), bias_EH, grad_TH)
 
 
-def mlp_gradients_in_fp8(grad_TH: Tensor, mlp: GroupedMLP) -> MLPGradients:
-    """Of both products, as mlp_gradients."""
-    weights_R, num_experts, w13 = mlp.weights_TK.reshape(-1), len(mlp.hosted_E), rounded_rows(mlp.w13_EGIH)
-    after = rows_for(w13, projection_accumulators(mlp.w13_EGIH), mlp.ids_TK, mlp.hosted_E, mlp.output_weights_R)
-    before = replace(after, weights_R=weights_R if mlp.form.weight_on_input else None)
-    grad_act_RI = through_down(grad_TH, rounded_columns(mlp.w2_EHI[:, None]), after)
-    found = through_gate_up(grad_act_RI, mlp.x_TH, mlp.w13_EGIH, w13, mlp.w13_bias_EGI, mlp.form, before)
+def mlp_gradients_in_fp8(grad_TH: Tensor, mlp: GroupedMLP, is_weighted: bool = True) -> MLPGradients:
+    """Of both products, as mlp_gradients; without weights, all of which are 1, there is no gradient of them."""
+    form, num_experts, w13 = mlp.form, len(mlp.hosted_E), rounded_rows(mlp.w13_EGIH)
+    weights_R = mlp.weights_TK.reshape(-1) if is_weighted else None
+    after = rows_for(w13, projection_accumulators(mlp.w13_EGIH), mlp.ids_TK, mlp.hosted_E,
+                     None if form.weight_on_input else weights_R)
+    before = replace(after, weights_R=weights_R if form.weight_on_input else None)
+    found = through_gate_up(through_down(grad_TH, rounded_columns(mlp.w2_EHI[:, None]), after), mlp.x_TH, mlp.w13_EGIH,
+                            w13, mlp.w13_bias_EGI, form, before)
     weights_TK, bias_EGI, bias_EH = found.weights_TK, None, None
-    if weights_TK is None:
+    if is_weighted and weights_TK is None:
         weights_TK = of_output_weights(found.act_RI, grad_TH, mlp.w2_EHI, mlp.w2_bias_EH, after)
     if mlp.w13_bias_EGI is not None:
         bias_EGI = bias_gradient(found.grad_gate_up_RGI.flatten(1), num_experts, after.alignment)

@@ -107,9 +107,12 @@ def merged_down_backward(grad_TH: torch.Tensor, act_RI: torch.Tensor, ids_TK: to
                                 shared_gate_T1, w2_bias_EH, shared_w2_bias_H, output_bias_H, mean, operands)
     given.check("moe_fast::merged_down_backward", grad_TH)
     part_TH, shared_rows = grad_TH * 0.5 if mean else grad_TH, given.shared()
-    of_one = _gradients if operands == "exact" else _gradients_in_fp8
-    routed = of_one(part_TH, given.routed())
-    shared = None if shared_rows is None else of_one(part_TH, shared_rows)
+    is_gated = shared_gate_T1 is not None
+    routed = _gradients(part_TH, given.routed()) if operands == "exact" else _gradients_in_fp8(part_TH, given.routed())
+    shared = None
+    if shared_rows is not None:
+        shared = _gradients(part_TH, shared_rows) if operands == "exact" else _gradients_in_fp8(part_TH, shared_rows,
+                                                                                              is_gated)
     of_shared = (None,) * 4 if shared is None else (
         shared.act_RI, shared.w2_EHI[0], None if shared_gate_T1 is None else shared.weights_TK,
         None if shared.w2_bias_EH is None else shared.w2_bias_EH[0])
@@ -119,10 +122,10 @@ def merged_down_backward(grad_TH: torch.Tensor, act_RI: torch.Tensor, ids_TK: to
 
 
 class _Gradients(NamedTuple):
-    """Of one grouped down product."""
+    """Of one grouped down product; weights_TK None: not wanted."""
 
     act_RI: torch.Tensor
-    weights_TK: torch.Tensor
+    weights_TK: torch.Tensor | None
     w2_EHI: torch.Tensor
     w2_bias_EH: torch.Tensor | None
 
@@ -143,15 +146,16 @@ def _gradients(grad_TH: torch.Tensor, rows: GroupedDown) -> _Gradients:
     return _Gradients(grad_act_RI, grad_weights_R.view(rows.ids_TK.shape), grad_w2_EHI, grad_bias_EH)
 
 
-def _gradients_in_fp8(grad_TH: torch.Tensor, rows: GroupedDown) -> _Gradients:
-    w2, bias_EH = rounded_columns(rows.w2_EHI[:, None]), None
-    routed = rows_for(w2, 1, rows.ids_TK, rows.hosted_E, rows.weights_TK.reshape(-1))
-    grad_act_RI = through_down(grad_TH, w2, routed).masked_fill(routed.alignment.local_ids_R[:, None] < 0, 0.0)
+def _gradients_in_fp8(grad_TH: torch.Tensor, rows: GroupedDown, is_weighted: bool = True) -> _Gradients:
+    w2, bias_EH, weights_TK = rounded_columns(rows.w2_EHI[:, None]), None, None
+    routed = rows_for(w2, 1, rows.ids_TK, rows.hosted_E, rows.weights_TK.reshape(-1) if is_weighted else None)
+    grad_act_RI = through_down(grad_TH, w2, routed).masked_fill_(routed.alignment.local_ids_R[:, None] < 0, 0.0)
     sorted_act_RI = take(rows.act_RI, order(routed.alignment)[0])
     if rows.w2_bias_EH is not None:
         bias_EH = weighted_bias_gradient(grad_TH, routed.weights_R, len(rows.hosted_E), routed.alignment, routed.top_k)
-    return _Gradients(grad_act_RI, of_output_weights(sorted_act_RI, grad_TH, rows.w2_EHI, rows.w2_bias_EH, routed),
-                      of_down_weights(sorted_act_RI, grad_TH, rows.w2_EHI, routed), bias_EH)
+    if is_weighted:
+        weights_TK = of_output_weights(sorted_act_RI, grad_TH, rows.w2_EHI, rows.w2_bias_EH, routed)
+    return _Gradients(grad_act_RI, weights_TK, of_down_weights(sorted_act_RI, grad_TH, rows.w2_EHI, routed), bias_EH)
 
 
 @merged_down_backward.register_fake

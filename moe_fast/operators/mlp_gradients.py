@@ -15,11 +15,11 @@ from moe_fast.operators.rows import load_of
 
 
 class MLPGradients(NamedTuple):
-    """Of one grouped MLP; rows_RH of x in (token, slot) order, not yet summed over slots."""
+    """Of one grouped MLP; rows_RH of x in (token, slot) order, not yet summed over slots; no weights_TK: not wanted."""
 
     alignment: Alignment
     rows_RH: torch.Tensor
-    weights_TK: torch.Tensor
+    weights_TK: torch.Tensor | None
     w13_EGIH: torch.Tensor
     w2_EHI: torch.Tensor
     w13_bias_EGI: torch.Tensor | None

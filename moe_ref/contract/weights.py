@@ -100,7 +100,7 @@ class MoEWeights:
 
     def to(self, device: torch.device | str) -> "MoEWeights":
         """The same on a device."""
-        return MoEWeights(**{name: tensor.to(device) for name, tensor in self.named_tensors()})
+        return replace(self, **{name: tensor.to(device) for name, tensor in self.named_tensors()})
 
     def named_tensors(self) -> list[tuple[str, torch.Tensor]]:
         """The parameters that are present, by field name."""

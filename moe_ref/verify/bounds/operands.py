@@ -234,8 +234,8 @@ def _ends(value: torch.Tensor, error: torch.Tensor, rule: OperandRule,
     lows, highs = ([(value + sign * error) / scale for scale in scales] for sign in (-1, 1))
     if rule.power_of_two:
         # Another power of two has codes of its own.
-        low, high = (combine(*(codes_of(quotient, rule) * scale for quotient, scale in zip(quotients, scales, strict=True)))
-                     for combine, quotients in ((torch.minimum, lows), (torch.maximum, highs)))
+        low = torch.minimum(*(codes_of(one, rule) * scale for one, scale in zip(lows, scales, strict=True)))
+        high = torch.maximum(*(codes_of(one, rule) * scale for one, scale in zip(highs, scales, strict=True)))
     else:
         # The scale itself, or any of its neighbours; codes rise with quotients.
         least = torch.minimum(*(one - QUOTIENT * one.abs() for one in lows))
