@@ -71,9 +71,9 @@ def test_every_dtype_and_tile_of_the_products_is_compiled() -> None:
 
 
 def test_the_gate_stays_small() -> None:
-    """It runs with every change: 430 combinations are minutes, and each is there once."""
+    """It runs with every change: 440 combinations are minutes, and each is there once."""
     keys = [one.key for one in own_combinations(ARCHITECTURES)]
-    assert len(keys) == len(set(keys)) <= 430
+    assert len(keys) == len(set(keys)) <= 440
 
 
 def test_a_router_of_256_experts_fits_into_registers() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+import moe_fast
+from moe_fast import fp8_training
 from moe_ref import MoEWeights
 from tests.dtensor_cases import CASES, Problem, digest, loaded, parallel, problem, warm_up
 from tests.gloo_ranks import run_gloo_ranks
@@ -105,6 +107,29 @@ def test_tensor_parallel_options() -> None:
 def test_biases_count_once(plan: str, shape: tuple[int, ...]) -> None:
     """What every rank holds whole comes into the sum of their parts once, and needs no collective of its own."""
     check(plan, shape, ["every bias"], ["R R", "S S"])
+
+
+def test_training_in_8_bits_is_the_same_layer() -> None:
+    """A plan puts its own function in place of the module's: the same bits on a mesh of one rank, and no others."""
+    given = problem("gated shared")
+
+    def body(rank: int) -> list[list[bytes]]:
+        results = []
+        for kind, plan in ((fp8_training, None), (fp8_training, "MoETensorParallel"), (moe_fast, None)):
+            layer = kind.MoELayer(given.spec)
+            layer.load_weights(given.inputs.weights)
+            if plan is not None:
+                layer = parallel(layer, plan, (1,), use_local_output=True)
+            y_TH = layer(given.inputs.x_TH)
+            y_TH.backward(given.inputs.grad_y_TH)
+            gradients = (layer.w13_EGIH.grad, layer.w2_EHI.grad)
+            found = [y_TH.detach(), *(one.to_local() if plan else one for one in gradients)]
+            results.append([digest(one) for one in found])
+        return results
+
+    (plain, spread, exact), = run_gloo_ranks(1, body)
+    assert spread == plain
+    assert not set(exact) & set(plain)
 
 
 def test_a_bias_that_every_rank_adds_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

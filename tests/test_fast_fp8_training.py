@@ -6,11 +6,14 @@ import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from math import nan
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from moe_fast import fp8_training
+from moe_fast.held import operands_of
+from moe_fast.held_experts import entered
 from moe_fast.kernels import round_columns as columns
 from moe_fast.kernels import round_matrix as matrix
 from moe_fast.kernels.align import align
@@ -18,7 +21,7 @@ from moe_fast.kernels.round_columns import RoundedColumns
 from moe_fast.operators import fp8, fp8_gradients
 from moe_ref.contract.case_id import parse_case
 from moe_ref.contract.encoded import Encoded
-from moe_ref.contract.errors import UsageTypeError
+from moe_ref.contract.errors import UsageTypeError, UsageValueError
 from moe_ref.contract.parallel import Parallel
 from moe_ref.contract.vocabulary import Stage, Verdict
 from moe_ref.inputs.build import build_inputs
@@ -157,9 +160,11 @@ def neighbouring_scale(w_EGNK: torch.Tensor) -> Encoded:
 
 
 def one_scale(*arguments: object) -> RoundedColumns:
-    """The scale of the largest column for all: codes stay those of their own."""
+    """The largest column's scale for all, and codes under it."""
     found = _round_columns(*arguments)  # type: ignore[arg-type]
-    return replace(found, scales_EN=found.scales_EN.amax(1, keepdim=True).expand_as(found.scales_EN).contiguous())
+    scales_EN = found.scales_EN.amax(1, keepdim=True).expand_as(found.scales_EN).contiguous()
+    ratio_N = (found.scales_EN / scales_EN).amax(0)
+    return RoundedColumns((found.codes_NP.float() * ratio_N[:, None]).to(torch.float8_e4m3fn), scales_EN)
 
 
 def without_weights(rows: torch.Tensor, weights: object, *others: object) -> RoundedColumns:
@@ -198,12 +203,16 @@ def test_a_mistake_of_the_forward_pass_is_seen(monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_gradient_of_a_weight_is_of_the_rounded_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what the forward pass multiplied: without rounding it is nearer to the true one, and not this layer's."""
-    def exact(self: fp8_gradients.RoutedRows, rows: object, encoded: Encoded, bias_EH: torch.Tensor | None,
-              tokens_TH: torch.Tensor) -> torch.Tensor:
-        return of_one(self, rows, replace(encoded, scales=encoded.scales * 1.02), bias_EH, tokens_TH)
+    def exact(act_RI: torch.Tensor, grad_TH: torch.Tensor, w2_EHI: torch.Tensor, bias_EH: torch.Tensor | None,
+              routed: fp8_gradients.RoutedRows) -> torch.Tensor:
+        found_R, offsets = torch.zeros(routed.ids_TK.numel()), routed.alignment.offsets.tolist()
+        for e in range(routed.num_experts):
+            row = routed.alignment.sorted_rows_R[offsets[e]:offsets[e + 1]].long()
+            down_RH = act_RI[offsets[e]:offsets[e + 1]] @ w2_EHI[e].T
+            found_R[row] = (down_RH * grad_TH[row // routed.top_k]).sum(1)
+        return found_R.view(routed.ids_TK.shape)
 
-    of_one = fp8_gradients.RoutedRows.dot
-    monkeypatch.setattr(fp8_gradients.RoutedRows, "dot", exact)
+    monkeypatch.setattr(fp8_gradients, "of_output_weights", exact)
     line = judged(fp8_training, f"{SMALL}-fp32-norm-bwd", runs=1)
     assert (line.verdict, line.first_stage) == (Verdict.MISMATCH, Stage.GRAD_ROUTER), line.message
 
@@ -230,3 +239,21 @@ def test_it_compiles_to_the_same_bits() -> None:
         results.append([y_TH, *torch.autograd.grad(y_TH.square().sum(), leaves)])
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
     assert all(bool(one.any()) for one in results[0])
+
+
+def test_shared_experts_that_the_router_weights_are_refused() -> None:
+    """Each would be rows of its own; without a word they would be rounded together."""
+    case = parse_case("v1-T12.H40.I36.E6.K3-fp32-sigmoid-norm-sh20-shrouter2")
+    shard, x_TH = build_shards(case.problem, case.parallel)[0], build_inputs(case.problem).x_TH
+    with pytest.raises(UsageValueError, match=r"moe_fast\.fp8_training: .* is not implemented"):
+        fp8_training.moe(x_TH, shard, case.problem.spec)
+
+
+def test_weights_stay_what_they_are() -> None:
+    """Moved, cut or with a gradient that is added up: a mode that is lost would be another layer, in silence."""
+    case = parse_case(f"{SMALL}-bf16-norm-sh19")
+    weights = fp8_training.in_fp8(build_shards(case.problem, case.parallel)[0])
+    alone = SimpleNamespace(size=1)
+    for one in (weights.to("cpu"), weights.shard(Parallel(tp=2), 1), entered(weights, (alone,))):
+        assert operands_of(one) == "fp8_row"
+    assert operands_of(fp8_training.MoELayer(case.problem.spec).weights) == "fp8_row"

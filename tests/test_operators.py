@@ -145,6 +145,15 @@ def test_torch_checks_rounded_operands(name: str) -> None:
     opcheck(ops.experts.default, given)
     plain = [one.detach() if isinstance(one, torch.Tensor) else one for one in given]
     opcheck(ops.experts_backward.default, [uniform(6, HIDDEN, seed=8), *plain])
+    x_TH, ids_TK, weights_TK, hosted_E, w13_EGIH, w2_EHI, *_ = plain
+    on_input, w13_bias_EGI, w2_bias_EH = name == "weight on input", plain[11], plain[12]
+    act = [x_TH, ids_TK, hosted_E, w13_EGIH, plain[9], weights_TK if on_input else None, w13_bias_EGI, "fp8_row"]
+    down = [uniform(12, 9, seed=14), ids_TK, weights_TK, hosted_E, w2_EHI, None, None, None, w2_bias_EH, None, None,
+            *words]
+    opcheck(ops.act_rows.default, act)
+    opcheck(ops.act_rows_backward.default, [uniform(12, 9, seed=15), *act])
+    opcheck(ops.merged_down.default, down)
+    opcheck(ops.merged_down_backward.default, [uniform(6, HIDDEN, seed=8), *down])
 
 
 def test_a_bias_reaches_the_gradients_of_routing_weights() -> None:
