@@ -373,7 +373,7 @@ def run_bias_gradient(at: Near) -> Results:
     rows_RN = at.view("rows_RN", at.rows(integers(8, NARROW)))
     grad_TH = at.view("grad_TH", at.tokens(integers(4, NARROW)))
     weights_R = at.rows(integers(8, dtype=FP32))
-    return (bias_gradient.bias_gradient(rows_RN, 3, at.alignment()),
+    return (bias_gradient.bias_gradient(rows_RN[:, None], 3, at.alignment())[:, 0],
             bias_gradient.weighted_bias_gradient(grad_TH, weights_R, 3, at.alignment(), 2))
 
 

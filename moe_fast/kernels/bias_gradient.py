@@ -32,9 +32,10 @@ def bias_gradient_kernel(rows, row_weights, result, sorted_rows, offsets, width,
     tl.store(result + expert * width + n, total.to(result.dtype.element_ty), mask=n < width)
 
 
-def bias_gradient(rows_RN: torch.Tensor, num_experts: int, alignment: Alignment) -> torch.Tensor:
-    """(E, N) in the dtype of rows_RN, which are in expert order; exact zeros for experts without rows."""
-    return _sums(rows_RN, None, num_experts, alignment, top_k=1, by_token=False)
+def bias_gradient(rows_RGI: torch.Tensor, num_experts: int, alignment: Alignment) -> torch.Tensor:
+    """(E, G, I) in the dtype of rows_RGI, which are in expert order; exact zeros for experts without rows."""
+    sums_EN = _sums(rows_RGI.flatten(1), None, num_experts, alignment, top_k=1, by_token=False)
+    return sums_EN.view(num_experts, *rows_RGI.shape[1:])
 
 
 def weighted_bias_gradient(grad_TH: torch.Tensor, row_weights_R: torch.Tensor | None, num_experts: int,

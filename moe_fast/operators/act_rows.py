@@ -80,7 +80,7 @@ def act_rows_backward(grad_RI: torch.Tensor, x_TH: torch.Tensor, ids_TK: torch.T
     grad_w13_EGIH, grad_bias_EGI = torch.empty_like(w13_EGIH), x_TH.new_empty(0)
     weight_gradient(grad_gate_up_RGI, x_TH, grad_w13_EGIH, alignment, top_k)
     if w13_bias_EGI is not None:
-        grad_bias_EGI = bias_gradient(grad_gate_up_RGI.flatten(1), num_experts, alignment).view(w13_bias_EGI.shape)
+        grad_bias_EGI = bias_gradient(grad_gate_up_RGI, num_experts, alignment)
     grad_weights_TK = x_TH.new_empty(0) if weights_TK is None else grad_weights_R.view(ids_TK.shape)
     return combine(rows_RH, None, alignment.local_ids_R, *ids_TK.shape), grad_w13_EGIH, grad_weights_TK, grad_bias_EGI
 
@@ -94,8 +94,7 @@ def _gradients_in_fp8(grad_RI: torch.Tensor, x_TH: torch.Tensor, ids_TK: torch.T
     found = through_gate_up(grad_RI, x_TH, w13_EGIH, w13, w13_bias_EGI, parse_form(form), routed)
     grad_bias_EGI, alignment = x_TH.new_empty(0), routed.alignment
     if w13_bias_EGI is not None:
-        sums_EN = bias_gradient(found.grad_gate_up_RGI.flatten(1), len(hosted_E), alignment)
-        grad_bias_EGI = sums_EN.view(w13_bias_EGI.shape)
+        grad_bias_EGI = bias_gradient(found.grad_gate_up_RGI, len(hosted_E), alignment)
     return (combine(found.rows_RH, None, alignment.local_ids_R, *ids_TK.shape), found.w13_EGIH,
             x_TH.new_empty(0) if found.weights_TK is None else found.weights_TK, grad_bias_EGI)
 

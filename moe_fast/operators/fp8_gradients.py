@@ -159,8 +159,7 @@ def mlp_gradients_in_fp8(grad_TH: Tensor, mlp: GroupedMLP, is_weighted: bool = T
     if is_weighted and weights_TK is None:
         weights_TK = of_output_weights(found.act_RI, grad_TH, mlp.w2_EHI, mlp.w2_bias_EH, after)
     if mlp.w13_bias_EGI is not None:
-        bias_EGI = bias_gradient(found.grad_gate_up_RGI.flatten(1), num_experts, after.alignment)
-        bias_EGI = bias_EGI.view(mlp.w13_bias_EGI.shape)
+        bias_EGI = bias_gradient(found.grad_gate_up_RGI, num_experts, after.alignment)
     if mlp.w2_bias_EH is not None:
         bias_EH = weighted_bias_gradient(grad_TH, after.weights_R, num_experts, after.alignment, after.top_k)
     return MLPGradients(after.alignment, found.rows_RH, weights_TK, found.w13_EGIH,

@@ -42,8 +42,7 @@ def mlp_gradients(grad_TH: torch.Tensor, mlp: GroupedMLP, products_RGI: torch.Te
     weight_gradient(weighted_act_RI[:, None], grad_TH, grad_w2_EHI.transpose(1, 2)[:, None], alignment, top_k)
     grad_w13_bias_EGI = grad_w2_bias_EH = None
     if mlp.w13_bias_EGI is not None:
-        sums_EN = bias_gradient(grad_gate_up_RGI.flatten(1), num_experts, alignment)
-        grad_w13_bias_EGI = sums_EN.view(mlp.w13_bias_EGI.shape)
+        grad_w13_bias_EGI = bias_gradient(grad_gate_up_RGI, num_experts, alignment)
     if mlp.w2_bias_EH is not None:
         grad_w2_bias_EH = weighted_bias_gradient(grad_TH, mlp.output_weights_R, num_experts, alignment, top_k)
         if not mlp.form.weight_on_input:
