@@ -64,6 +64,7 @@ def test_the_tile_is_one_for_all() -> None:
     assert tiles() == 4
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("case", [f"v1-T33.{LAYER}", f"v1-T5.{LAYER}-tp2",
                                   "v1-T17.H96.I80.E8.K3-fp32-sigmoid-norm-ep2"])
 def test_the_declared_implementation_keeps_its_promise(case: str) -> None:

@@ -90,6 +90,7 @@ DEFECTS = {
 }
 
 
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize("name", DEFECTS)
 def test_a_defect_is_found_and_shrinks_to_a_small_case(name: str) -> None:
     """What is left of the case is the defect's trigger; it fails again when it is replayed by its id."""

@@ -162,7 +162,6 @@ def by_document() -> dict[str, list[Command]]:
 RUN_HERE = by_document()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("document", RUN_HERE)
 def test_commands_run(document: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """In reading order, with the exit code that is stated, printing what the document shows of it, but for figures."""

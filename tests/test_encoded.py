@@ -147,6 +147,7 @@ def decoded(weights: QuantisedWeights) -> MoEWeights:
                       shared_w13_GIH=decode(weights.shared_w13), shared_w2_HI=decode(weights.shared_w2), **plain)
 
 
+@pytest.mark.sampled(every=4, each="scheme")
 @pytest.mark.parametrize("parallel", PARALLELS.values(), ids=PARALLELS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_shards(scheme: Scheme, parallel: Parallel) -> None:

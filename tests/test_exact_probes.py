@@ -89,6 +89,7 @@ PROBLEMS = [f"{sizes}-{words.format(layer)}-exact"
 PROBLEMS += [f"{sizes}-bf16{words}-exact" for sizes, words in product(LARGE, ("", "-sh24-res"))]
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("text", PROBLEMS)
 def test_every_sum_of_any_order_is_exact(text: str) -> None:
     """Sums of absolute integers, which bound every partial sum of every order, split and rank."""
@@ -214,6 +215,7 @@ LOCAL_RIGHT = (right.GateUpStored, right.FP32Partials, right.BF16Weights, right.
                right.TopkReversed, right.SplitK, right.Batched, right.BlackBox)
 
 
+@pytest.mark.sampled(every=3, each="subject")
 @pytest.mark.parametrize("subject", LOCAL_RIGHT)
 @pytest.mark.parametrize("dtype", Dtype)
 def test_other_orders_and_contracts_give_the_same_bits(subject: type[TorchMoE], dtype: Dtype) -> None:
@@ -228,6 +230,7 @@ SPREAD = ("tp3-split3.0.1", "tp8", "tp2-ep2-copy0.5", "tp2-allreducerows", "tp3-
           "tp2-ep2-reducescatter-tokensboth-roundrobin", "ep3-tokensep-wholeshared")
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize(("name", "spread"), [(name, SPREAD[n % len(SPREAD)]) for n, name in enumerate(RIGHT)]
                          + [(next(iter(RIGHT)), spread) for spread in SPREAD])
 def test_however_a_layer_is_spread(name: str, spread: str) -> None:
@@ -303,6 +306,7 @@ POWER: dict[type[TorchMoE], Stage] = {
 SEEDS = 2
 
 
+@pytest.mark.sampled(every=3, each="subject")
 @pytest.mark.parametrize("subject", POWER)
 @pytest.mark.parametrize("dtype", Dtype)
 def test_a_wrong_layer_is_caught_where_it_is(subject: type[TorchMoE], dtype: Dtype) -> None:
@@ -313,6 +317,7 @@ def test_a_wrong_layer_is_caught_where_it_is(subject: type[TorchMoE], dtype: Dty
         assert " elements differ, first at token " in line.reason
 
 
+@pytest.mark.sampled(every=3, each="subject")
 @pytest.mark.parametrize("subject", POWER)
 @pytest.mark.parametrize("dtype", Dtype)
 def test_a_wrong_layer_is_caught_by_its_output(subject: type[TorchMoE], dtype: Dtype) -> None:

@@ -163,6 +163,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_other_rounding_contracts_pass(name: str) -> None:
     """Right layers that round elsewhere, as they declare; every second layer of the tier."""

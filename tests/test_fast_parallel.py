@@ -71,6 +71,7 @@ CASES = {
 }
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("case_id", CASES)
 def test_every_rank_is_right(case_id: str) -> None:
     """All stages, the collectives with their elements, equal ranks and repeated runs, as the harness judges anybody."""
@@ -165,6 +166,7 @@ def wrong(case_id: str, injected: bool, found: Named | None = None) -> dict[str,
     return {name: ratio for name, ratio in ratios.items() if not ratio <= 1}
 
 
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize("case_id", GRADIENTS, ids=str)
 def test_gradients_of_the_experts(case_id: str) -> None:
     """A routing is handed in: its weights and gates complete on every rank, shards local, copies added up."""
@@ -196,6 +198,7 @@ def test_the_bounds_see_three_percent(layer: str, names: set[str]) -> None:
 EVERY_BIAS = "v1-T13.H40.I24.E6.K2-fp32-norm-mlpbias-sh11-shgate-shmlpbias-outbias-res"
 
 
+@pytest.mark.sampled(every=3, each="function")
 @pytest.mark.parametrize(("function", "form"), [
     ("routed_bias", "tp2-ep2"), ("shared_bias", "tp2-ep2"), ("output_bias", "tp2-ep2"),
     ("routed_bias", "tp2-allreducerows"), ("shared_bias", "tp2-allreducerows"),

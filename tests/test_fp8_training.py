@@ -47,12 +47,14 @@ RIGHT = (
 )
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize(("layer", "words"), RIGHT)
 def test_right_layers_pass(layer: type[Products], words: str) -> None:
     line = judged(layer(), f"{SMALL}{words}-bwd", runs=1)
     assert line.verdict is Verdict.PASS, line.message
 
 
+@pytest.mark.sampled(every=2, each="quantiser")
 @pytest.mark.parametrize(("layer", "quantiser"), [
     *((Fp8Training, one) for one in (
         subjects.TensorScale, subjects.WrongAxis, subjects.NeighbouringScale, subjects.GradientInBf16,
@@ -77,6 +79,7 @@ def test_scales_over_all_ranks_are_seen() -> None:
     assert judged(mistaken(subjects.OverRanks), f"{SMALL}.E6.K3-fp32-norm-bwd", runs=1).verdict is Verdict.PASS
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("quantiser", [subjects.GradientInBf16, subjects.E5m2Gradient, subjects.WrongAxis,
                                        subjects.TensorScale])
 def test_mistakes_in_bf16(quantiser: type[subjects.Quantiser]) -> None:

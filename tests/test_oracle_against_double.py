@@ -77,6 +77,7 @@ def test_every_family_has_a_spec() -> None:
     assert len(DISTINCT) == len(set(FAMILIES.values()))
 
 
+@pytest.mark.sampled(every=2, each="family")
 @pytest.mark.parametrize("family", DISTINCT)
 @pytest.mark.parametrize("seed", range(2))
 def test_published_families(family: str, seed: int) -> None:
@@ -143,6 +144,7 @@ def test_softmax_over_the_selected_is_softmax_renormalised(num_experts: int, see
         assert (np.abs(routing.weights_TK[t].numpy() - expected_K) <= 2.0 * bound_TK.error[t]).all()
 
 
+@pytest.mark.sampled(every=3, each="family")
 @pytest.mark.parametrize("family", DISTINCT)
 @pytest.mark.parametrize("tp", [2, 3, 8])
 def test_ranks_agree_with_the_unsharded_layer(family: str, tp: int) -> None:

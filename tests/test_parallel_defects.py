@@ -121,6 +121,7 @@ def test_the_message_stays_short(lines: dict[Caught, CaseLine], caught: Caught) 
     assert max(map(len, message)) <= 200
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("caught", DEFECTS, ids=_name)
 def test_the_right_layer_passes_the_same_case(caught: Caught) -> None:
     """So that it is the mistake that was caught, not the case."""

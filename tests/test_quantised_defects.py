@@ -110,6 +110,7 @@ def test_a_mistake_is_caught_where_it_starts(lines: dict[Caught, CaseLine], caug
     assert (line.verdict, line.first_stage) == (Verdict.MISMATCH, caught.stage), line.message
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("case", sorted({caught.case() for caught in ADDRESSES + VALUES}))
 def test_the_right_layer_passes_the_same_case(case: str) -> None:
     """So that it is the mistake that was caught, not the case."""
@@ -117,6 +118,7 @@ def test_the_right_layer_passes_the_same_case(case: str) -> None:
     assert line.verdict == Verdict.PASS, line.message
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("caught", ADDRESSES, ids=_name)
 def test_equal_scales_hide_a_wrong_address(caught: Caught) -> None:
     """The trap: the same mistake on the same case with equal scales is not there to be seen."""
@@ -129,6 +131,7 @@ def hiding(one: type[QuantisedMoE]) -> QuantisedMoE:
     return type(one.__name__, (one,), {"shows_operands": False})()
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("caught", [one for one in VALUES if one.stage in QuantisedMoE().shows[-4:]], ids=_name)
 def test_a_wrong_quantiser_shows_in_what_follows(caught: Caught) -> None:
     """With hidden codes it is the activation that cannot come from right ones."""

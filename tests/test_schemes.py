@@ -117,6 +117,7 @@ def test_exponents_of_mx_scales(scheme: Scheme, last: int, emax: int, rounding: 
 # Scales and codes of a matrix.
 
 
+@pytest.mark.sampled(every=2, each="scheme")
 @pytest.mark.parametrize("shape", [(2, 3, 131, 261), (6, 33)], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_no_other_code_is_nearer(scheme: Scheme, shape: tuple[int, ...]) -> None:

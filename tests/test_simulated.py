@@ -71,6 +71,7 @@ def test_a_right_layer_passes_in_every_order(order: Order, reduction: Reduction,
     assert max(found.values()) <= 1.0, found
 
 
+@pytest.mark.sampled(every=3, each="name")
 @pytest.mark.parametrize("case_id", CASES)
 @pytest.mark.parametrize("name", CONTRACTS)
 def test_a_right_layer_passes_under_every_contract(name: str, case_id: str) -> None:
@@ -198,6 +199,7 @@ def test_an_unknown_reduction_is_named() -> None:
         reduce_parts(torch.zeros(2, 1, 1), "star", Format.BF16)  # pyrefly: ignore
 
 
+@pytest.mark.sampled(every=3, each="name")
 @pytest.mark.parametrize("name", ["sequential", "backwards", "blocked", "pairwise", "split_k", "shuffled", "hopper",
                                   "ampere"])
 @pytest.mark.parametrize("case_id", ["v1-T17.H48.I56.E4.K2-bf16-norm-ties-tp3", "v1-T17.H48.I40.E4.K2-fp16-gelu-tp2",

@@ -70,6 +70,7 @@ def test_no_right_layer_is_accused() -> None:
     assert verdicts.count(Verdict.PASS) >= 0.95 * len(verdicts)
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("number", [179, 325, 556, 639, 719])
 def test_layers_that_were_once_accused(number: int) -> None:
     """Parallel rows share errors, sums of stored numbers are often ties, outputs may be alike: no mistakes."""
@@ -226,6 +227,7 @@ def test_an_accusation_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> Non
     assert f"ACCUSED draw {CHEAP}, ampere (sm80)" in found.stdout
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("terms", [64, 256])
 @pytest.mark.parametrize("dtype", [Dtype.BF16, Dtype.FP32])
 def test_expected_faults_are_caught(dtype: Dtype, terms: int) -> None:
