@@ -2,18 +2,23 @@
 
     @pytest.mark.nightly("why")      this test, or this parameter of one (pytest.param(..., marks=...))
     @pytest.mark.sampled(every=4)    of its parameters every 4th stays in the default run, the others are nightly
-    @pytest.mark.sampled(every=4, each="kind")   the same among those that share a value of argument `kind`
+    @pytest.mark.sampled(every=4, each="kind")   the same among those that share a value of argument `kind`, or of an
+                                                 attribute of an argument, "caught.name"
+    examples(100)                    of Hypothesis: a quarter of them in the default run
 
 Which stay follows from the order of the parameters alone, never from what was chosen with -k or by name; every value of
-`each` keeps its first at least. The skips are one line per reason at the end of a run, not one per test.
+`each` keeps one at least. The skips are one line per reason at the end of a run, not one per test.
 """
 
 from collections import Counter
 from collections.abc import Generator, Sequence
+from operator import attrgetter
+from types import SimpleNamespace
 
 import pytest
 
 _REASON = "nightly: "
+_all = False
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,8 +26,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    global _all
+    _all = config.getoption("nightly")
     config.addinivalue_line("markers", "nightly(reason): skipped unless --nightly is given")
-    config.addinivalue_line("markers", "sampled(every, each=()): all but every n-th parameter are nightly")
+    config.addinivalue_line("markers", "sampled(every, each=''): all but every n-th parameter are nightly")
+
+
+def examples(number: int) -> int:
+    """How many examples Hypothesis draws: so many with --nightly, else a quarter."""
+    return number if _all else -(-number // 4)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -32,15 +44,14 @@ def pytest_pycollect_makeitem(name: str) -> Generator[None, object, object]:
     items = [item for item in made if isinstance(item, pytest.Function)] if isinstance(made, list) else []
     marker = items[0].get_closest_marker("sampled") if items else None
     if marker is not None:
-        every, each = _arguments(*marker.args, **marker.kwargs)
-        stay = sampled([tuple(item.callspec.params[argument] for argument in each) for item in items], every)
+        stay = sampled([_group(item, **marker.kwargs) for item in items], marker.kwargs["every"])
         for item in (item for item, stays in zip(items, stay, strict=True) if not stays):
-            item.add_marker(pytest.mark.nightly(f"every {every}th parameter runs by default"))
+            item.add_marker(pytest.mark.nightly(f"one parameter in {marker.kwargs['every']} runs by default"))
     return made
 
 
-def _arguments(every: int, each: str | Sequence[str] = ()) -> tuple[int, tuple[str, ...]]:
-    return every, (each,) if isinstance(each, str) else tuple(each)
+def _group(item: pytest.Function, every: int, each: str = "") -> object:
+    return attrgetter(each)(SimpleNamespace(**item.callspec.params)) if each else None
 
 
 def sampled(groups: Sequence[object], every: int) -> list[bool]:

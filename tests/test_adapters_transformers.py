@@ -163,12 +163,14 @@ def test_the_tensor_parallel_plan(tmp_path: Path) -> None:
     assert "is a view and is being modified inplace" in reason
 
 
+@pytest.mark.nightly("the tensor-parallel plan runs by default")
 def test_the_expert_parallel_plan(tmp_path: Path) -> None:
     """An all-reduce forward; where gradients are recorded rows travel to their experts. No tier has ep cases for it."""
     cases = [CASES["gpt_oss"] + "-ep2", CASES["olmoe"] + "-ep2-bwd"]
     assert _verified("transformers.ep_plan", tmp_path, *cases) == dict.fromkeys(cases, ("pass", ""))
 
 
+@pytest.mark.nightly("the tensor-parallel plan runs by default")
 def test_a_plan_that_cuts_through_gate_and_up(tmp_path: Path) -> None:
     """One word of a plan; shapes are the same."""
     found = _verified("tests.subjects.transformers_own:CUT_THROUGH", tmp_path, CASES["mixtral"] + "-tp2")

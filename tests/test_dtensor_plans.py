@@ -126,6 +126,7 @@ def test_expert_parallel(size: int) -> None:
     check("MoEExpertParallel", (size,), ["gated shared", "plain"], ["R R", "S S"])
 
 
+@pytest.mark.nightly("each of the two alone runs by default")
 def test_tensor_and_expert_parallel() -> None:
     """Partial along both dimensions; the shared expert's 17 columns are cut twice, 9 and 8 and then halves of these."""
     check("MoETensorExpertParallel", (2, 2), ["gated shared", "groups, bias, shared"], ["R R", "S S"])

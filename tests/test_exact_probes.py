@@ -22,7 +22,7 @@ from moe_ref.contract.weights import ExpertWeights
 from moe_ref.inputs.build import build_inputs
 from moe_ref.simulated import subjects as simulated
 from moe_ref.tiers.tiers import tier
-from tests.in_process import judged
+from tests.in_process import judged, verdict
 from tests.subjects import right, wrong
 from tests.subjects.base import Call, TorchMoE
 from tests.subjects.mistaken_parallel import WRONG
@@ -311,7 +311,7 @@ SEEDS = 2
 @pytest.mark.parametrize("dtype", Dtype)
 def test_a_wrong_layer_is_caught_where_it_is(subject: type[TorchMoE], dtype: Dtype) -> None:
     for seed in range(1, SEEDS + 1):
-        line = judged(subject(), f"v1-T12.H96.I64.E4.K3-{dtype}-norm-res-exact-s{seed}-tp2", runs=1)
+        line = verdict(subject(), f"v1-T12.H96.I64.E4.K3-{dtype}-norm-res-exact-s{seed}-tp2")
         assert (line.verdict, line.first_stage) == (Verdict.MISMATCH, POWER[subject]), line.message
         assert f"{POWER[subject]}: exact probe, " in line.reason
         assert " elements differ, first at token " in line.reason
@@ -324,7 +324,7 @@ def test_a_wrong_layer_is_caught_by_its_output(subject: type[TorchMoE], dtype: D
     """Nothing but the result is shown: a defect must not round or cancel away on its way there."""
     hidden = type(f"Hidden{subject.__name__}", (subject,), {"shows": ()})
     for seed in range(1, SEEDS + 1):
-        line = judged(hidden(), f"v1-T12.H96.I64.E4.K3-{dtype}-norm-res-exact-s{seed}-tp2", runs=1)
+        line = verdict(hidden(), f"v1-T12.H96.I64.E4.K3-{dtype}-norm-res-exact-s{seed}-tp2")
         assert (line.verdict, line.first_stage) == (Verdict.MISMATCH, Stage.REDUCED), line.message
 
 

@@ -201,6 +201,7 @@ def test_a_stale_entry_fails_the_session(adopter: pytest.Pytester, workers: list
     result.stdout.fnmatch_lines(["moe-ref stale: entry 2 (cases v1-?-tp99?) covers no case that ran; remove it, or*"])
 
 
+@pytest.mark.nightly("the command line says the same by default")
 def test_a_session_of_a_part_calls_nothing_stale(adopter: pytest.Pytester) -> None:
     """The entry may cover what was deselected; a pass that was to fail is a failure."""
     path = expecting(adopter.path, RIGHT, "v1-*-tp99*")

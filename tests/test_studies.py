@@ -62,6 +62,7 @@ def lines() -> list[DrawLine]:
     return [judged_draw(number) for number in DRAWS]
 
 
+@pytest.mark.nightly("the lane studies draws more layers")
 def test_no_right_layer_is_accused() -> None:
     """Ten layers of every draw, and all but a few of them with enough power to say so."""
     verdicts = [run.verdict for line in lines() for run in line.runs]
