@@ -17,6 +17,7 @@ FP8_DTYPES: dict[tl.dtype, torch.dtype] = {
     tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2,
     tl.float8e4b8: torch.float8_e4m3fnuz, tl.float8e5b16: torch.float8_e5m2fnuz,
 }
+_ENCODED = frozenset(dtype.name for dtype in (tl.bfloat16, *FP8_DTYPES))
 _FP8_MAX = {dtype: torch.finfo(torch_dtype).max for dtype, torch_dtype in FP8_DTYPES.items()}
 _FP8_VALUES = {dtype: torch.arange(256, dtype=torch.uint8).view(torch_dtype).float().numpy()
                for dtype, torch_dtype in FP8_DTYPES.items()}
@@ -26,7 +27,7 @@ _RTZ = upstream._ir.ROUNDING_MODE.RTZ
 
 def is_encoded(dtype: tl.dtype) -> bool:
     """True for the dtypes that NumPy lacks, stored as bit patterns: bf16 and four fp8 formats."""
-    return dtype == tl.bfloat16 or dtype in FP8_DTYPES
+    return dtype.name in _ENCODED
 
 
 def values(data: np.ndarray, dtype: tl.dtype) -> np.ndarray:
