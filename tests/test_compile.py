@@ -192,6 +192,7 @@ def test_products_of_8_bits_run_on_units_for_them() -> None:
         assert faults(one, found) == []
 
 
+@pytest.mark.nightly("other products of 8 bits are compiled by default")
 def test_rows_under_one_scale_each_compile() -> None:
     """fp8row, which the gate leaves out: its products are those of fp8tensor but for where rows lie."""
     chosen = [one for one in combinations_of([parse_case("v1-mixtral.8x7b.T256-fp16-fp8row-tp8")], ARCHITECTURES)
@@ -248,6 +249,7 @@ def test_a_compiler_that_hangs_or_dies_is_one_result(monkeypatch: pytest.MonkeyP
     assert alive.matrix == ("HMMA.16816.F32",)
 
 
+@pytest.mark.nightly("the lane compile compares with an accepted table")
 def test_the_same_combination_compiles_to_the_same_numbers() -> None:
     """Without this no table could be accepted."""
     one = combinations("sm_90", x=meta(2, 64, 64), y=meta(64, 64), SIZE=64, COPIES=2, UPCAST=False)

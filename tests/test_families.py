@@ -114,11 +114,13 @@ def assert_caught(subject: WholeSpec, words: str, stage: Stage) -> None:
     assert (line.verdict, line.first_stage) == (Verdict.MISMATCH, stage), line.message
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("mistake", ROUTER_MISTAKES, ids=lambda mistake: mistake.__name__)
 def test_a_mistaken_router_is_caught(mistake: type[routers.WholeRouter]) -> None:
     assert_caught(WholeSpec(mistake()), *ROUTER_MISTAKES[mistake])
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("mistake", EXPERT_MISTAKES, ids=lambda mistake: mistake.__name__)
 def test_a_mistaken_layer_is_caught(mistake: type[WholeSpec]) -> None:
     assert_caught(mistake(), *EXPERT_MISTAKES[mistake])

@@ -71,7 +71,7 @@ def test_pages_are_of_the_pinned_versions() -> None:
         (page.name, pinned[page.package]) for page in PAGES.values() if page.package in ENVIRONMENT}
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize("name", [
     name for name, page in PAGES.items() if page.package in ENVIRONMENT and name not in LONG])
 def test_finding_is_seen(name: str) -> None:

@@ -16,7 +16,7 @@ from moe_ref.records.schema import from_number
 from moe_ref.tolerances.load import load_tolerances
 from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.measure.gradients import measure_case
-from tests.in_process import judged
+from tests.in_process import judged, verdict
 from tests.subjects import gradients as rounded
 from tests.subjects import oracle_gradients as oracle
 from tests.subjects.whole import whole_spec
@@ -126,9 +126,9 @@ MISTAKES = [
 @pytest.mark.parametrize(("subject", "words", "stage"), MISTAKES)
 def test_a_mistake_is_caught_and_named(subject: Callable[[], rounded.Rounded], words: str, stage: Stage) -> None:
     """Forward all of them are right, so that nothing but a gradient gives them away."""
-    line = judged(subject(), backward(words), runs=1)
+    line = verdict(subject(), backward(words))
     assert (line.verdict, line.first_stage) == (Verdict.MISMATCH, stage), line.message
-    assert judged(subject(), f"{SMALL}{words}", runs=1).verdict == Verdict.PASS
+    assert verdict(subject(), f"{SMALL}{words}").verdict == Verdict.PASS
 
 
 def test_the_message_says_where() -> None:

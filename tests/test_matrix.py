@@ -3,6 +3,6 @@
 import pytest
 
 
-@pytest.mark.sampled(every=5)
+@pytest.mark.sampled(every=8)
 def test_matrix(moe_case, moe_verify):
     moe_verify(moe_case)
