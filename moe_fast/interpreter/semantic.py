@@ -68,7 +68,7 @@ class CheckedSemantic(TritonSemantic):
                                 type(value) is float and dtype.name == tl.float32.name):
             return None
         data = np.empty(plain_shape(like.type) or 1, np_dtype(dtype))
-        data.fill(value)
+        data.fill(value or 0)  # Triton has no constant -0.0
         return tl.tensor(type(like.handle)(data, dtype), like.type)
 
     def cast(self, input: tl.tensor, dst_ty: tl.dtype, fp_downcast_rounding: str | None = None) -> tl.tensor:
