@@ -40,10 +40,10 @@ def drawn(dtype: tl.dtype, shape: tuple[int, ...]) -> tl.tensor:
     return tl.tensor(TensorHandle(data, dtype), tl.block_type(dtype, list(shape)) if shape else dtype)
 
 
-def outcome(call: Callable[[], Any]) -> object:
+def outcome(call: Callable[..., Any], *arguments: object) -> object:
     """Types, shapes and bits of what it returns, or the error that it raises."""
     try:
-        found = call()
+        found = call(*arguments)
     except Exception as error:
         return type(error)
     tensors = found if isinstance(found, tuple) else (found,)
@@ -62,8 +62,7 @@ def test_operands_become_what_triton_makes_of_them(name: str, flags: tuple[bool,
         others = [drawn(dtype, other) for dtype in DTYPES.values() for other in SHAPES]
         for right in (*others, *NUMBERS):
             for pair in ((left, right), (right, left)):
-                assert outcome(lambda pair=pair: ours(*pair, *flags)) == outcome(
-                    lambda pair=pair: rules(launch._SEMANTIC, *pair, *flags)), pair
+                assert outcome(ours, *pair, *flags) == outcome(rules, launch._SEMANTIC, *pair, *flags), pair
 
 
 @pytest.mark.parametrize("name", DTYPES)
@@ -71,8 +70,8 @@ def test_casts_are_those_of_triton(name: str) -> None:
     for shape in SHAPES:
         given = drawn(DTYPES[name], shape)
         for target in DTYPES.values():
-            assert outcome(lambda target=target: launch._SEMANTIC.cast(given, target)) == outcome(
-                lambda target=target: TritonSemantic.cast(launch._SEMANTIC, given, target))
+            assert outcome(launch._SEMANTIC.cast, given, target) == outcome(
+                TritonSemantic.cast, launch._SEMANTIC, given, target)
 
 
 def test_dtypes_are_equal_by_name() -> None:
