@@ -66,6 +66,18 @@ def test_operands_become_what_triton_makes_of_them(name: str, flags: tuple[bool,
 
 
 @pytest.mark.parametrize("name", DTYPES)
+def test_bits_and_new_axes_are_those_of_triton(name: str) -> None:
+    ours = launch._SEMANTIC
+    for shape in SHAPES:
+        left = drawn(DTYPES[name], shape)
+        for axis in range(len(shape) + 1):
+            assert outcome(ours.expand_dims, left, axis) == outcome(TritonSemantic.expand_dims, ours, left, axis)
+        for right in (*(drawn(dtype, other) for dtype in DTYPES.values() for other in SHAPES), *NUMBERS):
+            assert outcome(ours.bitwise_op_type_checking_impl, left, right) == outcome(
+                TritonSemantic.bitwise_op_type_checking_impl, ours, left, right)
+
+
+@pytest.mark.parametrize("name", DTYPES)
 def test_casts_are_those_of_triton(name: str) -> None:
     for shape in SHAPES:
         given = drawn(DTYPES[name], shape)

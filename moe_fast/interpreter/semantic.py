@@ -11,6 +11,7 @@ from moe_fast.interpreter.memo import np_dtype, plain_shape
 
 _UFUNCS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 _OFFSETS = frozenset(dtype.name for dtype in (tl.int32, tl.int64))
+_BITS = _OFFSETS | {tl.int1.name}
 _COMPUTED_AS_IS = _OFFSETS | {tl.int1.name, tl.float32.name, tl.float64.name}
 _NUMBERS = frozenset((*tl.dtype.SINT_TYPES, *tl.dtype.UINT_TYPES, *tl.dtype.FP_TYPES))
 _HOLDS = {tl.int32.name: range(-2**31, 2**31), tl.int64.name: range(-2**63, 2**63),
@@ -80,6 +81,20 @@ class CheckedSemantic(TritonSemantic):
             wide = input.type.with_element_ty(tl.int64) if input.type.is_block() else tl.int64
             return tl.tensor(self.builder.create_int_cast(input.handle, wide, True), wide)
         return super().cast(input, dst_ty, fp_downcast_rounding)
+
+    def bitwise_op_type_checking_impl(self, input: object, other: object) -> tuple[tl.tensor, tl.tensor]:
+        """Masks, and integers of one type, need a shape only."""
+        if type(input) is tl.tensor and type(other) is tl.tensor and input.dtype.name == other.dtype.name in _BITS:
+            return self.broadcast_impl_value(input, other)
+        return super().bitwise_op_type_checking_impl(input, other)
+
+    def expand_dims(self, input: tl.tensor, axis: int) -> tl.tensor:
+        """A block's shape is known without unwrapping each of its sizes."""
+        if not input.type.is_block():
+            return super().expand_dims(input, axis)
+        shape = plain_shape(input.type)
+        block = tl.block_type(input.dtype, (*shape[:axis], 1, *shape[axis:]))
+        return tl.tensor(self.builder.create_expand_dims(input.handle, axis), block)
 
     def broadcast_impl_value(self, lhs: tl.tensor, rhs: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
         """Both operands at their common shape; Triton's code for different ranks and for errors."""
