@@ -80,7 +80,7 @@ def test_formulas_are_autograd(name: str, mode: Mode) -> None:
     check(draw(CASES[name]), CASES[name], mode)
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("mode", ["routed", "routing"])
 @pytest.mark.parametrize("name", CASES)
 def test_formulas_are_autograd_on_uneven_ranks(name: str, mode: Mode) -> None:
@@ -133,7 +133,7 @@ def test_the_cases_reach_what_they_are_about() -> None:
         assert spec.num_choices == spec.num_experts or (ids_TK >= spec.num_experts).any(), name
 
 
-@pytest.mark.sampled(every=4)
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("name", CASES)
 def test_gradcheck(name: str) -> None:
     """The forward is what autograd differentiates: compared with its own differences, far from kinks and ties."""
@@ -178,7 +178,7 @@ def stable(inputs: Inputs, spec: MoESpec, step: float) -> bool:
     return True
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("name", ["gpt-oss", "softcaps", "weight on input", "learned scale per expert",
                                   "gelu_tanh", "capacity by weight", "shared weighted by router",
                                   "identity experts"])

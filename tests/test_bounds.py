@@ -182,7 +182,7 @@ def ratios(case: Case, inputs: Inputs, emulation: Emulation, device: str = "cpu"
     return {stage.stage: from_number(stage.ratio) for stage in measurement.stages}
 
 
-@pytest.mark.sampled(every=4)
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("dtype", list(Dtype))
 @pytest.mark.parametrize("data", ["unit", "outlier", "positive"])
 @pytest.mark.parametrize(("size", "orders"), [(64, list(ORDERS)), (1024, list(ORDERS)),
@@ -224,7 +224,7 @@ def tensor_core(a_MK: torch.Tensor, b_NK: torch.Tensor, products: int, kept: int
     return total
 
 
-@pytest.mark.sampled(every=5)
+@pytest.mark.sampled(every=10)
 @pytest.mark.parametrize("hardware", ["sm80", "sm90", "sm100"])
 @pytest.mark.parametrize("data", ["unit", "outlier", "positive", "alternating"])
 @pytest.mark.parametrize("size", [1, 2, 3, 9, 17, 64, 1024, 4096])

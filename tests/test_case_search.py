@@ -100,6 +100,7 @@ def test_a_defect_is_found_and_shrinks_to_a_small_case(name: str) -> None:
     assert verdict(ParallelMoE(), case_id).verdict == Verdict.PASS
 
 
+@pytest.mark.nightly("right layers are drawn by default too")
 def test_a_right_layer_has_no_smallest_failure() -> None:
     """The same search that finds the defects."""
     assert smallest_failure(cases(TorchMoE().CAPABILITIES), fails(TorchMoE()), examples=60) == ""

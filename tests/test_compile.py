@@ -77,6 +77,7 @@ def test_the_gate_stays_small() -> None:
     assert len(keys) == len(set(keys)) <= 360
 
 
+@pytest.mark.nightly("too dear for the gate, and for the default run")
 def test_a_router_of_256_experts_fits_into_registers() -> None:
     """The widest that selects beside its product, too dear for the gate: a whole layer would come with it."""
     router = Router(num_experts=256, top_k=8, score="sigmoid", selection_bias="score", num_groups=8, num_groups_kept=4,
@@ -171,6 +172,7 @@ def test_meta_tensors_are_refused_outside_of_a_recording() -> None:
 # What is found
 
 
+@pytest.mark.nightly("products of 8 bits are looked at by default")
 def test_products_in_bf16_run_on_matrix_units_and_fit() -> None:
     """The instructions that each architecture has for large tiles, no spill, shared memory within the limit."""
     wanted = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma_f32_32x32x8_bf16"}

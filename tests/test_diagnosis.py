@@ -223,7 +223,7 @@ def test_what_no_fault_explains_is_not_named(kind: str, rows: slice, shows: tupl
         assert fault_of(judged(subject, case_id, runs=1)) is None
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("case_id", ["v1-T33.H96.I160.E8.K2-bf16-norm-tp3", "v1-T16.H64.I64.E32.K4-fp32-norm-tp2",
                                      "v1-T128.H128.I128.E8.K2-bf16-norm-tp2"])
 def test_it_takes_about_a_second(case_id: str, monkeypatch: pytest.MonkeyPatch) -> None:

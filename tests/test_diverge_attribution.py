@@ -77,7 +77,7 @@ def test_low_precision_accumulation(name: str, terms: int) -> None:
     assert found.grid is (Format.BF16 if "-bf16" in name else Format.FP16)
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("terms", LENGTHS[1:])
 @pytest.mark.parametrize("name", ["model:sm80:fp16", "model:sm90:fp16"])
 def test_truncating_accumulation(name: str, terms: int) -> None:

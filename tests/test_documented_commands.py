@@ -160,7 +160,7 @@ def by_document() -> dict[str, list[Command]]:
 
 
 RUN_HERE = by_document()
-LONG = ("docs/adapter_tutorial.md", "docs/conforms.md", "docs/reading_a_failure.md")
+LONG = {f"docs/{name}.md" for name in ("adapter_tutorial", "adding", "conforms", "expectations", "reading_a_failure")}
 
 
 @pytest.mark.parametrize("document", [

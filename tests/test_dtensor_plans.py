@@ -81,7 +81,7 @@ def check(plan: str, shape: tuple[int, ...], names: list[str], layouts: list[str
             assert (result["forward"], result["backward"]) == expected(problems[name], len(shape), layout)
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize(("size", "layouts"), [(2, ["R R", "S S", "R S", "S R"]), (3, ["R R", "S S"]),
                                                (4, ["R R", "S S"])])
 def test_tensor_parallel(size: int, layouts: list[str]) -> None:
@@ -101,7 +101,7 @@ def test_tensor_parallel_options() -> None:
     check("MoETensorParallel", (2,), ["plain", "groups, bias, shared", "dense", "weight on input"], ["R R", "S S"])
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize(("plan", "shape"), [("MoETensorParallel", (3,)), ("MoEExpertParallel", (3,)),
                                              ("MoETensorExpertParallel", (2, 2))])
 def test_biases_count_once(plan: str, shape: tuple[int, ...]) -> None:
@@ -119,7 +119,7 @@ def test_a_bias_that_every_rank_adds_is_seen(monkeypatch: pytest.MonkeyPatch) ->
         assert result["excess"]["y_TH"] > 1
 
 
-@pytest.mark.sampled(every=2)
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("size", [2, 3])
 def test_expert_parallel(size: int) -> None:
     """5 experts over 2 and 3 ranks: each computes the slots of its own; the shared expert counts once."""

@@ -89,7 +89,7 @@ PROBLEMS = [f"{sizes}-{words.format(layer)}-exact"
 PROBLEMS += [f"{sizes}-bf16{words}-exact" for sizes, words in product(LARGE, ("", "-sh24-res"))]
 
 
-@pytest.mark.sampled(every=4)
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("text", PROBLEMS)
 def test_every_sum_of_any_order_is_exact(text: str) -> None:
     """Sums of absolute integers, which bound every partial sum of every order, split and rank."""
@@ -230,7 +230,7 @@ SPREAD = ("tp3-split3.0.1", "tp8", "tp2-ep2-copy0.5", "tp2-allreducerows", "tp3-
           "tp2-ep2-reducescatter-tokensboth-roundrobin", "ep3-tokensep-wholeshared")
 
 
-@pytest.mark.sampled(every=4)
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize(("name", "spread"), [(name, SPREAD[n % len(SPREAD)]) for n, name in enumerate(RIGHT)]
                          + [(next(iter(RIGHT)), spread) for spread in SPREAD])
 def test_however_a_layer_is_spread(name: str, spread: str) -> None:

@@ -110,7 +110,7 @@ def test_a_stale_entry_ends_a_whole_tier_with_1(tmp_path: Path, one_case_tier: N
     assert f"first nothing failed, but the expectations are {sentence}" in head
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("part", [["--case", SEEN], ["--tp", "2"], ["--shard", "1/2"]])
 def test_a_part_of_a_tier_calls_nothing_stale(part: list[str], tmp_path: Path, one_case_tier: None) -> None:
     """The entry may cover what was left out."""
@@ -190,7 +190,7 @@ def test_a_known_failure_is_an_xfail(adopter: pytest.Pytester) -> None:
     result.stdout.no_fnmatch_line("moe-ref stale*")
 
 
-@pytest.mark.sampled(every=2)
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one process", "workers"])
 def test_a_stale_entry_fails_the_session(adopter: pytest.Pytester, workers: list[str]) -> None:
     """Also where no worker has seen all cases."""

@@ -166,7 +166,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.sampled(every=2)
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("name", VARIANTS)
 def test_other_rounding_contracts_pass(name: str) -> None:
     """Right layers that round elsewhere, as they declare; every fourth layer of the tier."""
@@ -178,7 +178,7 @@ def test_other_rounding_contracts_pass(name: str) -> None:
     assert [line.message for line in lines if line.verdict != Verdict.PASS] == []
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize(("subject", "word"), [
     (variants.SharedOneByOne(), "shrouter"), (variants.LateBias(), "outbias"),
     (WholeSpec(variants.NaiveSoftplus()), "sqrtsoftplus"),

@@ -127,14 +127,14 @@ def test_gradients_in_fp32(name: str, mode: Mode) -> None:
     check(name, mode)
 
 
-@pytest.mark.sampled(every=4)
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_in_bf16(name: str) -> None:
     """Rows between the products are rounded to bf16, sums are not."""
     check(name, "routed", torch.bfloat16)
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("mode", ["routed", "routing"])
 @pytest.mark.parametrize("name", ["everything", "softmax", "dense, gated shared", "every bias", "weight on input",
                                   "shared mean", "relu_squared, not gated"])
@@ -172,7 +172,7 @@ def probe(num_experts: int, intermediate: int, hidden: int, seed: int) -> tuple[
     return w13_EGIH, sparse(num_experts, hidden, intermediate, seed=seed + 1)
 
 
-@pytest.mark.sampled(every=4)
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("hidden", "intermediate"), [(65, 129), (257, 66)])
 def test_exact_sums_over_many_tiles(hidden: int, intermediate: int, dtype: torch.dtype) -> None:

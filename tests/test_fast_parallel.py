@@ -71,7 +71,7 @@ CASES = {
 }
 
 
-@pytest.mark.sampled(every=4)
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("case_id", CASES)
 def test_every_rank_is_right(case_id: str) -> None:
     """All stages, the collectives with their elements, equal ranks and repeated runs, as the harness judges anybody."""
@@ -166,7 +166,7 @@ def wrong(case_id: str, injected: bool, found: Named | None = None) -> dict[str,
     return {name: ratio for name, ratio in ratios.items() if not ratio <= 1}
 
 
-@pytest.mark.sampled(every=5)
+@pytest.mark.sampled(every=10)
 @pytest.mark.parametrize("case_id", GRADIENTS, ids=str)
 def test_gradients_of_the_experts(case_id: str) -> None:
     """A routing is handed in: its weights and gates complete on every rank, shards local, copies added up."""

@@ -318,7 +318,7 @@ PRODUCT = MLP(activation="relu", gated=False)
 """What is between the products adds nothing to an error."""
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_products_are_those_of_the_codes(scheme: Scheme, dtype: torch.dtype) -> None:
@@ -336,7 +336,7 @@ def test_other_sizes(scheme: Scheme, sizes: Sizes) -> None:
     check(given, scaled_mlp_rows(given, traced=True))
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_architectures_without_e4m3_multiply_the_same_numbers(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     """On sm_80 and gfx942 kernels decode bytes to fp16; products of those in fp32 are the same to the bit here."""
@@ -349,7 +349,7 @@ def test_architectures_without_e4m3_multiply_the_same_numbers(scheme: Scheme, mo
     assert torch.equal(found.act_codes_RI[held_R].float(), native.act_codes_RI[held_R].float())
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("cuts", [(0, 72, 168), (0, 8, 24, 168), (0, 130, 168), (0, 168, 168)], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_parts_that_begin_inside_a_block(scheme: Scheme, cuts: tuple[int, ...]) -> None:
@@ -401,7 +401,7 @@ MLPS = {
 }
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("weight_on_input", [False, True], ids=["weight on output", "weight on input"])
 @pytest.mark.parametrize("name", MLPS)
 def test_forms(name: str, weight_on_input: bool) -> None:
@@ -420,7 +420,7 @@ def test_forms(name: str, weight_on_input: bool) -> None:
     assert float((found_RI - truth_RI).abs().max()) <= 64 * SUM * float(largest)
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize(("scheme", "bad"), [
     (TENSOR, nan), (ROW, nan), (BLOCK, nan), (MX, nan), (ROW, inf), (BLOCK, -inf), (MX, inf)])
 def test_a_row_that_is_not_finite_is_nan_alone(scheme: Scheme, bad: float) -> None:
@@ -447,7 +447,7 @@ CASES = [
 ]
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("case_id", CASES)
 def test_layers_are_right(case_id: str) -> None:
     """By the harness: codes, scales and both products as stages of their own, and the layer as a whole."""

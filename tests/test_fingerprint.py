@@ -24,7 +24,7 @@ FP32_SUM = Fingerprint(Format.BF16, 8, "none", 24, "nearest", 0, 0)
 """What bf16 operands leave where every addition is rounded to fp32."""
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("name", ["sm80", "sm90", "sm100"])
 def test_a_simulated_class_is_recognised_as_itself(name: str) -> None:
     """By tf32, 16-bit and 8-bit operands together, and every number of its entry is found."""
@@ -128,7 +128,7 @@ def test_no_order_of_an_fp32_sum_is_taken_for_another_accumulator(seed: int) -> 
     assert fingerprint(partial(in_a_random_tree, seed=seed), Format.BF16) == FP32_SUM
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize(("accumulator", "bits", "order"), [
     *((Format.FP32, 24, order) for order in summation.ORDERS),
     *((Format.FP16, 11, order) for order in ("reversed", "split_k")),

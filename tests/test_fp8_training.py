@@ -47,7 +47,7 @@ RIGHT = (
 )
 
 
-@pytest.mark.sampled(every=6)
+@pytest.mark.sampled(every=12)
 @pytest.mark.parametrize(("layer", "words"), RIGHT)
 def test_right_layers_pass(layer: type[Products], words: str) -> None:
     line = judged(layer(), f"{SMALL}{words}-bwd", runs=1)

@@ -67,7 +67,7 @@ def backward(words: str) -> str:
     return f"{SMALL}{words}-bwd"
 
 
-@pytest.mark.sampled(every=4)
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("words", FORMS + OPTIONS)
 def test_exact_gradients_pass_under_every_form(words: str) -> None:
     """Autograd through the oracle on every rank against the bound's own values, which are written-out formulas."""
@@ -76,7 +76,7 @@ def test_exact_gradients_pass_under_every_form(words: str) -> None:
     assert from_number(line.power) > 10
 
 
-@pytest.mark.sampled(every=4)
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("words", OPTIONS)
 def test_rounded_gradients_pass(words: str) -> None:
     """Rows and gradients in the dtype of the model, added up between ranks in it, and twice the same bits."""
@@ -85,7 +85,7 @@ def test_rounded_gradients_pass(words: str) -> None:
     assert line.same_bits
 
 
-@pytest.mark.sampled(every=5)
+@pytest.mark.sampled(every=10)
 @pytest.mark.parametrize("words", FEW)
 @pytest.mark.parametrize("subject", [rounded.RoundedLast, rounded.RoundedWeightedActivation, rounded.RoundedHidden])
 def test_other_rounding_contracts_pass(subject: Callable[[], rounded.Rounded], words: str) -> None:
@@ -182,7 +182,7 @@ def whole_weights(weights: GeneratedWeights) -> MoEWeights:
     return MoEWeights(**stacked, **of_shared, **{name: getattr(weights, name) for name in WHOLE_PARAMETERS})
 
 
-@pytest.mark.sampled(every=4)
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("words", [words.partition("-tp")[0] for words in (*OPTIONS[4:18], FORMS[3])])
 def test_the_wanted_values_are_the_written_out_gradients(words: str) -> None:
     """What is wanted of a gradient is moe_backward's, measured here as if a subject had shown it."""

@@ -496,7 +496,7 @@ def test_far_rows(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
-@pytest.mark.sampled(every=4)
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize(("kernel", "name", "axis"), STRIDES)
 def test_far_strides(kernel: str, name: str, axis: int) -> None:
     """Experts of a large layer, and every other axis, in whatever order a view has them."""

@@ -104,7 +104,7 @@ def test_a_mistake_is_caught_where_it_starts(caught: Caught) -> None:
     assert (line.verdict, line.first_stage) == (Verdict.MISMATCH, caught.stage), line.message
 
 
-@pytest.mark.sampled(every=4)
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("case", sorted({caught.case() for caught in ADDRESSES + VALUES}))
 def test_the_right_layer_passes_the_same_case(case: str) -> None:
     """So that it is the mistake that was caught, not the case."""

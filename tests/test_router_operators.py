@@ -64,7 +64,7 @@ def columns(name: str, num_tokens: int, shared: bool) -> torch.Tensor | None:
     return 4 * uniform(num_tokens, 2, seed=4) if shared and name in WITH_COLUMNS else None
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_tokens", [6, 0])
 def test_torch_checks_the_product(num_tokens: int, dtype: torch.dtype) -> None:
@@ -76,7 +76,7 @@ def test_torch_checks_the_product(num_tokens: int, dtype: torch.dtype) -> None:
         opcheck(ops.router_logits_backward.default, (uniform(num_tokens, 8, seed=3), x_TH, router_EH, bias_E))
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("num_tokens", [6, 0])
 @pytest.mark.parametrize("name", ["sigmoid, everything", "scale and cap", "scales", "one scale"])
 def test_torch_checks_the_selection(name: str, num_tokens: int) -> None:
@@ -117,7 +117,7 @@ def test_torch_checks_both_at_once(name: str, num_tokens: int) -> None:
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("shared", [False, True], ids=["", "with columns"])
 @pytest.mark.parametrize("num_tokens", [20, 70])
 @pytest.mark.parametrize("name", ROUTERS)

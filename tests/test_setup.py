@@ -257,7 +257,7 @@ def documented() -> SimpleNamespace:
     return SimpleNamespace(moe=names["moe"], CAPABILITIES=names["CAPABILITIES"])
 
 
-@pytest.mark.sampled(every=3)
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("subject", [Adapter(CAPABILITIES, adapted), GROUPED_MM, documented(), right.round_each_stage,
                                      gradients.rounded])
 def test_right_layers_pass(subject: Any) -> None:
@@ -326,6 +326,7 @@ def test_nothing_to_ask_for_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> 
     assert "setup 1 fails (loads): unknown implementation 'nosuch'" in capsys.readouterr().err
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize(("name", "code"), [("torch.grouped_mm", 0), ("tests.subjects.wrong:gate_up_swapped", 1)])
 def test_the_verb(name: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     """Its document says what its text says, in a child process."""
