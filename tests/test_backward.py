@@ -73,6 +73,7 @@ def check(inputs: Inputs, spec: MoESpec, mode: Mode, parallel: Parallel | None =
         assert {name: ratio for name, ratio in ratios.items() if not ratio <= 1} == {}, f"rank {rank}"
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("mode", ["routed", "logits", "routing"])
 @pytest.mark.parametrize("name", CASES)
 def test_formulas_are_autograd(name: str, mode: Mode) -> None:

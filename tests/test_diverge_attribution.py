@@ -100,6 +100,7 @@ def test_positive_data_tell_a_cut_narrow_accumulator() -> None:
     assert attribute(y_RN, where, GrowthClass.TRUNCATING).causes == (Cause.TRUNCATION,)
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("terms", LENGTHS)
 @pytest.mark.parametrize("stored", [Format.BF16, Format.FP16])
 def test_rounding_of_the_output(stored: Format, terms: int) -> None:

@@ -201,6 +201,7 @@ MACHINES = ("sequential", "backwards", "blocked", "pairwise", "split_k", "shuffl
 """Simulated bit by bit: fp32 additions in an order, and tensor cores that truncate what they align."""
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize(("machine", "dtype"), [(name, Dtype.BF16) for name in MACHINES]
                          + [(name, Dtype.FP16) for name in ("hopper", "ampere")] + [("shuffled", Dtype.FP32)])
 def test_any_order_and_any_tensor_core_give_the_same_bits(machine: str, dtype: Dtype) -> None:
@@ -355,10 +356,10 @@ MISTAKES = (
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
 def test_a_layer_spread_wrongly_is_caught(mistake: Mistake) -> None:
     case = f"v1-T32.H32.I24.E8.K2-bf16-norm-sh20-exact-{mistake.spread}"
-    line = judged(WRONG[mistake.name](), case)
+    line = verdict(WRONG[mistake.name](), case)
     assert line.verdict == Verdict.MISMATCH, line.message
     assert "exact probe" in line.reason
-    assert judged(ParallelMoE(), case).verdict == Verdict.PASS
+    assert verdict(ParallelMoE(), case).verdict == Verdict.PASS
 
 
 def test_the_message_says_where_and_that_nothing_is_allowed() -> None:

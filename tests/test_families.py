@@ -132,6 +132,7 @@ def test_a_large_epsilon_is_caught_where_sums_are_small() -> None:
                   Stage.WEIGHTS)
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("words", ["K2-fp32-norm-cap4-capweight", "K3-bf16-sigmoid-norm-cap5-capafter-tp3",
                                    "K3-fp32-bias-scale6-zero4-tp3", "K2-fp32-norm-zipf-nonfinite",
                                    "K2-bf16-sigmoid-sh26-shmean-outbias-res-tp3",

@@ -173,6 +173,7 @@ def test_gradients_of_the_experts(case_id: str) -> None:
     assert wrong(case_id, injected=True) == {}
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("case_id", THROUGH_THE_ROUTER, ids=str)
 def test_gradients_through_the_router(case_id: str) -> None:
     """Each rank routes its own tokens: the router's gradient is that of all tokens, on every rank."""
@@ -250,6 +251,7 @@ def test_second_derivatives_are_refused(form: str) -> None:
     on_ranks(case, layer_of(PLAIN, False), body)
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("form", ["tp2-ep2", "tp2-ep2-reducescatter-tokensboth-share3.0.1.2", "tp3-reducescatter"])
 def test_partial_sums_add_up_to_the_layer(form: str) -> None:
     """reduce=False leaves the addition to the caller: the same numbers added in the same order, so the same bits."""
@@ -281,6 +283,7 @@ def test_forms_without_a_partial_sum_say_so(form: str) -> None:
     assert [calls for _, calls in on_ranks(case, layer_of(EVERYTHING, False), body)] == [[], []]
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("form", ["tp2-ep2-allreducerows", "tp2-ep2-reducescatter-tokensboth", "tp2-gather"])
 def test_torch_does_none_of_the_work(form: str) -> None:
     """Rows are moved, merged and counted by own operators, whose inside test_fast_parallel_operators.py looks at."""
@@ -294,6 +297,7 @@ def test_torch_does_none_of_the_work(form: str) -> None:
     on_ranks(case, layer_of(EVERYTHING, False), body)
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("form", ["tp2-ep2-tokensep-roundrobin-copy0", "tp2-ep2-reducescatter-tokensboth-wholeshared",
                                   "tp3-split2.0.1-gather"])
 def test_the_module_is_the_function(form: str) -> None:

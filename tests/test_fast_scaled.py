@@ -140,6 +140,7 @@ def rounded(rows_RK: torch.Tensor, scheme: Scheme, column_start: int = 0) -> tup
     return found.codes_RK.view(E4M3).float(), found.scales_RB
 
 
+@pytest.mark.sampled(every=7)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("scheme", "column_start"), [(ROW, 0), (BLOCK, 0), (BLOCK, 72), (MX, 0), (MX, 8)])
 @pytest.mark.parametrize("num_columns", [24, 128, 200, 1100])
@@ -327,6 +328,7 @@ def test_products_are_those_of_the_codes(scheme: Scheme, dtype: torch.dtype) -> 
     check(given, scaled_mlp_rows(given, traced=True))
 
 
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize("sizes", [Sizes(tokens=1, top_k=1, experts=2), Sizes(hidden=16, intermediate=24),
                                    Sizes(hidden=128, intermediate=256), Sizes(9, 300, 1200, 2)], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -364,6 +366,7 @@ def test_parts_that_begin_inside_a_block(scheme: Scheme, cuts: tuple[int, ...]) 
             assert not rows.down_RH[place_of(given) >= 0].any()
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_parts_by_output_of_the_gather_schedule(scheme: Scheme) -> None:
     """Halves by themselves: act of all ranks in (token, slot) order, and rows of w2 that begin inside a block."""

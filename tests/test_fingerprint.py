@@ -122,6 +122,7 @@ def test_a_device_without_fp8_is_named_by_the_rest(monkeypatch: pytest.MonkeyPat
         hardware.hardware_class.__wrapped__("cpu")
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("seed", range(12))
 def test_no_order_of_an_fp32_sum_is_taken_for_another_accumulator(seed: int) -> None:
     """Random trees of additions, one per seed."""

@@ -124,6 +124,7 @@ def test_the_narrow_tiles_of_a_layer_that_fills_no_gpu(rows: int, direction: str
     assert (16, 16) in {(tile.block_m, tile.block_n) for tile in used}
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize(("tokens", "experts", "hidden", "dtype", "parts"), [
     (1, 100, 4400, torch.bfloat16, 12), (70, 40, 200, torch.bfloat16, 4), (33, 300, 160, torch.float32, 5),
     (600, 20, 2064, torch.float16, 4), (1025, 20, 200, torch.bfloat16, None), (2049, 100, 208, torch.float16, None),

@@ -419,6 +419,7 @@ def test_tokens_that_were_not_finite_before(got: float, want: float, ratio: floa
     assert meter.ratio == (ratio if tainted else usual.ratio)
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("hide", [(), tuple(set(SHOWN) - {Stage.REDUCED})], ids=["all shown", "output only"])
 @pytest.mark.parametrize("words", ["-norm", "-norm-zipf", "-sigmoid-norm-bias-sh39-shgate-zipf"])
 def test_a_nan_that_left_its_token(words: str, hide: tuple[Stage, ...]) -> None:

@@ -159,6 +159,7 @@ def test_ranks_agree_with_the_unsharded_layer(family: str, tp: int) -> None:
     assert (np.abs(sharded_TH - whole_TH) <= difference_TH).all()
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("family", DISTINCT)
 def test_uneven_splits(family: str) -> None:
     """Shares given by the user, one of them far smaller: most often a rank without a single neuron."""
@@ -167,6 +168,7 @@ def test_uneven_splits(family: str) -> None:
     check_layer(x_TH, arrays, spec, parallel)
 
 
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize("family", DISTINCT)
 @pytest.mark.parametrize("tp", [2, 3])
 def test_exactly_one_all_reduce(family: str, tp: int) -> None:

@@ -170,6 +170,7 @@ LEFT = {"capacity": Capacity(tokens=1, renormalize_after=True)}
 RANKED = {"top_k": 3, "capacity": Capacity(tokens=2, priority="weight")}
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize(("spec", "released"), [
     pytest.param(_layer(RANKED), FP32, id="places go by renormalised weights"),
     pytest.param(_layer(RANKED, shared=2), FP32, id="shared experts take part in what places go by"),
