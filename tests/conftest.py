@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 # It looks for devices once, in its first pass; in a CUDA build fake tensors pretend one (_ensureCUDADeviceGuardSet).
 torch.ones((), requires_grad=True).backward()
 
-pytest_plugins = ["pytester", "tests.made_lanes"]
+pytest_plugins = ["pytester", "tests.made_lanes", "tests.nightly"]
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,13 @@
 
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 from moe_ref.contract.case_id import parse_case
 from moe_ref.records.schema import CaseLine, Implementation
 from moe_ref.tiers.tiers import PlannedCase
 from moe_ref.tolerances.load import load_tolerances
+from moe_ref.verify.run import case_runner
 from moe_ref.verify.run.case_runner import RunSettings, run_case
 from moe_ref.verify.run.in_process import InProcess
 
@@ -19,3 +21,9 @@ def judged(subject: Any, case_id: str, runs: int = 2, other_batches: bool = Fals
     pool = InProcess(SimpleNamespace(moe=subject.moe, CAPABILITIES=subject.CAPABILITIES))
     planned = PlannedCase(case=parse_case(case_id), purpose="test", other_batches=other_batches)
     return run_case(planned, settings, pool)
+
+
+def verdict(subject: Any, case_id: str) -> CaseLine:
+    """The same of one run without a diagnosis: what is said of a mismatch beside its verdict takes most of the time."""
+    with patch.multiple(case_runner, diagnosable=lambda case: False, small_enough=lambda case: False):
+        return judged(subject, case_id, runs=1)

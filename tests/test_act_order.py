@@ -67,6 +67,7 @@ PARALLELS = {"one": Parallel(), "tp2": Parallel(tp=2), "tp3": Parallel(tp=3),
              "gather": Parallel(tp=2, schedule="gather")}
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("streamed", [False, True], ids=["in memory", "one at a time"])
 @pytest.mark.parametrize("parallel", PARALLELS.values(), ids=PARALLELS)
 def test_absorbed_weights_are_the_layer(parallel: Parallel, streamed: bool) -> None:

@@ -39,6 +39,7 @@ def grid(low: float, high: float) -> torch.Tensor:
     return torch.stack(torch.broadcast_tensors(gate, up), 1)
 
 
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize("name", MLPS)
 @pytest.mark.parametrize("error", [1e-7, 0.01, 0.5, 4.0])
 def test_errors_of_gate_and_up_stay_inside(name: str, error: float) -> None:

@@ -123,6 +123,7 @@ def test_an_unknown_score_is_refused() -> None:
         routed(inputs.x_TH, inputs.weights, problem.spec, None, None)
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("case", ["v1-T33.H128.I256.E8.K2-fp32-norm-holes-exact",
                                   "v1-T33.H128.I256.E8.K2-bf16-norm-bwd", "v1-T0.H128.I256.E8.K2-fp32-norm"])
 def test_a_layer_around_a_function_of_experts(case: str) -> None:
@@ -145,6 +146,7 @@ def biased(call: ExpertsCall) -> torch.Tensor:
     return y_TH
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("words", ["tp2-split1.0", "tp2-split0.1", "tp3-split0.1.1-bwd"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_rank_without_columns(words: str, bias: bool) -> None:

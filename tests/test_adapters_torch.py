@@ -1,25 +1,29 @@
 """torch's own grouped products as implementations."""
 
-from pathlib import Path
-
+import pytest
 import torch
 
 from moe_ref.adapters.torch_scaled import SCALED_GROUPED_MM, _rowwise
 from moe_ref.contract.case_id import parse_case
-from moe_ref.contract.vocabulary import Ranks
-from tests.adapter_runs import LAYER, verdicts
+from moe_ref.contract.vocabulary import Ranks, Stage, Verdict
+from moe_ref.verify.run.subjects import load_subject
+from tests.adapter_runs import LAYER
+from tests.in_process import judged
+from tests.subjects.swapped import torch_grouped_mm
 
 CASES = (f"{LAYER}-bf16-norm-tp2-bwd", f"{LAYER}-fp16-norm", f"{LAYER}-fp32-norm-holes-exact")
 
 
-def test_grouped_mm(tmp_path: Path) -> None:
-    assert verdicts("torch.grouped_mm", tmp_path, *CASES) == dict.fromkeys(CASES, "pass")
+@pytest.mark.parametrize("case", CASES)
+def test_grouped_mm(case: str) -> None:
+    line = judged(load_subject("torch.grouped_mm"), case)
+    assert line.verdict == Verdict.PASS, line.message
 
 
-def test_a_planted_mistake_is_seen(tmp_path: Path) -> None:
+def test_a_planted_mistake_is_seen() -> None:
     """Agreement says something only where the adapter's own mistakes would show."""
-    [verdict] = verdicts("tests.subjects.swapped:torch_grouped_mm", tmp_path, CASES[0]).values()
-    assert verdict.startswith("mismatch: act")
+    line = judged(torch_grouped_mm, CASES[0])
+    assert (line.verdict, line.first_stage) == (Verdict.MISMATCH, Stage.ACT), line.message
 
 
 def test_what_scaled_grouped_mm_is_judged_in() -> None:

@@ -48,6 +48,7 @@ def test_every_layer_of_the_tier_has_a_block(name: str) -> None:
         key: tensor.shape for key, tensor in block.state_dict().items()}
 
 
+@pytest.mark.sampled(every=3, each="name")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CASES)
 def test_a_case_of_every_family(name: str, backend: str) -> None:
@@ -57,6 +58,7 @@ def test_a_case_of_every_family(name: str, backend: str) -> None:
     assert (line.verdict, line.reason if expected is Verdict.PASS else "") == (expected, "")
 
 
+@pytest.mark.sampled(every=3, each="words")
 @pytest.mark.parametrize("words", ["K2-fp32-norm-holes-exact", "K2-bf16-norm-exact-tp2", "K2-bf16-norm-zipf-nonfinite",
                                    "K2-bf16-norm-zipf", "K4-fp32-norm-routerbias-mlpbias-limit7-alpha1.702-up1-zipf",
                                    "K3-bf16-sigmoid-norm-eps1em20-bias-scale2.5-relu2-nogate-sh256-shrelu2-shnogate-bwd",
@@ -161,12 +163,14 @@ def test_the_tensor_parallel_plan(tmp_path: Path) -> None:
     assert "is a view and is being modified inplace" in reason
 
 
+@pytest.mark.nightly("the tensor-parallel plan runs by default")
 def test_the_expert_parallel_plan(tmp_path: Path) -> None:
     """An all-reduce forward; where gradients are recorded rows travel to their experts. No tier has ep cases for it."""
     cases = [CASES["gpt_oss"] + "-ep2", CASES["olmoe"] + "-ep2-bwd"]
     assert _verified("transformers.ep_plan", tmp_path, *cases) == dict.fromkeys(cases, ("pass", ""))
 
 
+@pytest.mark.nightly("the tensor-parallel plan runs by default")
 def test_a_plan_that_cuts_through_gate_and_up(tmp_path: Path) -> None:
     """One word of a plan; shapes are the same."""
     found = _verified("tests.subjects.transformers_own:CUT_THROUGH", tmp_path, CASES["mixtral"] + "-tp2")

@@ -18,6 +18,7 @@ def ids_of(num_rows: int, dtype: torch.dtype) -> torch.Tensor:
     return ids_R.to(dtype)
 
 
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
 @pytest.mark.parametrize("block_m", [1, 16])
 @pytest.mark.parametrize("hosted", HOSTED.values(), ids=HOSTED)

@@ -73,6 +73,7 @@ def check(inputs: Inputs, spec: MoESpec, mode: Mode, parallel: Parallel | None =
         assert {name: ratio for name, ratio in ratios.items() if not ratio <= 1} == {}, f"rank {rank}"
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("mode", ["routed", "logits", "routing"])
 @pytest.mark.parametrize("name", CASES)
 def test_formulas_are_autograd(name: str, mode: Mode) -> None:
@@ -80,6 +81,7 @@ def test_formulas_are_autograd(name: str, mode: Mode) -> None:
     check(draw(CASES[name]), CASES[name], mode)
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("mode", ["routed", "routing"])
 @pytest.mark.parametrize("name", CASES)
 def test_formulas_are_autograd_on_uneven_ranks(name: str, mode: Mode) -> None:
@@ -132,6 +134,7 @@ def test_the_cases_reach_what_they_are_about() -> None:
         assert spec.num_choices == spec.num_experts or (ids_TK >= spec.num_experts).any(), name
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("name", CASES)
 def test_gradcheck(name: str) -> None:
     """The forward is what autograd differentiates: compared with its own differences, far from kinks and ties."""
@@ -176,6 +179,7 @@ def stable(inputs: Inputs, spec: MoESpec, step: float) -> bool:
     return True
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("name", ["gpt-oss", "softcaps", "weight on input", "learned scale per expert",
                                   "gelu_tanh", "capacity by weight", "shared weighted by router",
                                   "identity experts"])

@@ -19,7 +19,7 @@ from tests.in_process import judged
 from tests.test_gpu_tiles import on_gpu
 
 LAYER = "H208.I160.E4.K2-bf16-norm-sh96-shgate"
-LONG = "H2048.I160.E4.K2-fp16-norm-outlier"
+LONG = "H512.I160.E4.K2-fp16-norm-outlier"
 """Long sums with outliers are not exact in fp32; fp16 shows more of that than bf16."""
 
 
@@ -64,6 +64,7 @@ def test_the_tile_is_one_for_all() -> None:
     assert tiles() == 4
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("case", [f"v1-T33.{LAYER}", f"v1-T5.{LAYER}-tp2",
                                   "v1-T17.H96.I80.E8.K3-fp32-sigmoid-norm-ep2"])
 def test_the_declared_implementation_keeps_its_promise(case: str) -> None:

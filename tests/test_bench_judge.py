@@ -44,6 +44,7 @@ def ratio(implementation: Any, model: str, operation: Operation,
     return judge.ratio(operation, subject.numerics(layer), batch, result)
 
 
+@pytest.mark.sampled(every=10)
 @pytest.mark.parametrize("operation", list(Operation))
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("implementation", [torch_layers.loop, torch_layers.grouped, moe_fast],
@@ -53,6 +54,7 @@ def test_right_layers_pass(implementation: Any, model: str, operation: Operation
     assert 0 < ratio(implementation, model, operation) <= 1
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("operation", list(Operation))
 @pytest.mark.parametrize("model", list(ODD))
 def test_the_oracle_passes_on_every_kind_of_layer(model: str, operation: Operation) -> None:
@@ -90,6 +92,7 @@ def test_a_routing_that_is_not_the_given_one_is_seen() -> None:
     assert ratio(wrong, MODELS[0], Operation.EXPERTS) > 1
 
 
+@pytest.mark.sampled(every=10)
 @pytest.mark.parametrize("case", [
     "v1-T21.H48.I40.E8.K2-bf16-norm", "v1-T21.H48.I40.E8.K2-fp32-norm-bwd", "v1-T21.H48.I40.E8.K2-bf16-norm-bwd",
     "v1-T21.H48.I40.E8.K4-bf16-sigmoid-norm-eps1em20-bias-g4.2-top2sum-scale2.5-sh24-zipf",

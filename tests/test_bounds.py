@@ -182,6 +182,7 @@ def ratios(case: Case, inputs: Inputs, emulation: Emulation, device: str = "cpu"
     return {stage.stage: from_number(stage.ratio) for stage in measurement.stages}
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("dtype", list(Dtype))
 @pytest.mark.parametrize("data", ["unit", "outlier", "positive"])
 @pytest.mark.parametrize(("size", "orders"), [(64, list(ORDERS)), (1024, list(ORDERS)),
@@ -194,6 +195,7 @@ def test_right_computations_stay_inside(size: int, orders: list[str], data: str,
             assert max(found.values()) <= 1.0, (name, axis, found)
 
 
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize("dtype", list(Dtype))
 @pytest.mark.parametrize("size", [64, 2048])
 @pytest.mark.parametrize("words", ["-relu", "-relu2-nogate", "-gelutanh-nogate", "-limit1-alpha1.702-up1",
@@ -222,6 +224,7 @@ def tensor_core(a_MK: torch.Tensor, b_NK: torch.Tensor, products: int, kept: int
     return total
 
 
+@pytest.mark.sampled(every=10)
 @pytest.mark.parametrize("hardware", ["sm80", "sm90", "sm100"])
 @pytest.mark.parametrize("data", ["unit", "outlier", "positive", "alternating"])
 @pytest.mark.parametrize("size", [1, 2, 3, 9, 17, 64, 1024, 4096])

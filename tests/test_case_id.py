@@ -15,6 +15,7 @@ from moe_ref.contract.spec import MLP, Capacity, MoESpec, Router, SharedExpert
 from moe_ref.contract.vocabulary import Data, Direction, Dtype, Pattern, Storage
 from moe_ref.models.registry import find_model, models
 from moe_ref.tiers.tiers import tier
+from tests.nightly import examples
 
 STORED = {
     "v1-T33.H96.I160.E8.K2-fp32-norm":
@@ -161,7 +162,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 @given(cases())
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=examples(300), deadline=None, derandomize=True)
 def test_every_case_survives_its_text(case: Case) -> None:
     """parse(format(case)) == case, for cases nobody thought of; the text keeps to its alphabet."""
     text = format_case(case)
@@ -259,7 +260,7 @@ def test_a_wrong_id_is_told_what_is_wrong(text: str, words: list[str]) -> None:
 
 
 @given(st.text(alphabet="v1-T.HIEK0248bfp6tpnormsg\u0663", max_size=40))
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=examples(300), deadline=None, derandomize=True)
 def test_no_text_is_read_as_something_else(text: str) -> None:
     """Whatever parses is canonical; everything else is wrong use, never another exception."""
     try:

@@ -11,24 +11,17 @@ import moe_fast
 from moe_ref.contract.case import Case
 from moe_ref.contract.case_id import format_case, parse_case
 from moe_ref.contract.vocabulary import RED_VERDICTS, Schedule, Tokens, Verdict
-from moe_ref.verify.run import case_runner
 from tests.case_strategies import cases, searched, smallest_failure
-from tests.in_process import judged
+from tests.in_process import verdict
+from tests.nightly import examples
 from tests.subjects import mistaken_parallel, wrong
 from tests.subjects.base import TorchMoE
 from tests.subjects.parallel import ParallelMoE, parallel_moe
 
 
-@pytest.fixture(autouse=True)
-def _verdicts_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is said of a mismatch beside its verdict would take most of the time of a search."""
-    for name in ("diagnosable", "small_enough"):
-        monkeypatch.setattr(case_runner, name, lambda case: False)
-
-
 def fails(subject: object) -> Callable[[Case], bool]:
     """Whether a case, by its id, accuses the layer."""
-    return lambda case: judged(subject, format_case(case), runs=1).verdict in RED_VERDICTS
+    return lambda case: verdict(subject, format_case(case)).verdict in RED_VERDICTS
 
 
 @searched(100)
@@ -57,17 +50,17 @@ def test_what_is_drawn_is_the_breadth_of_the_contract() -> None:
     assert {case.parallel.tokens for case in drawn} == set(Tokens)
 
 
-@searched(60)
+@searched(examples(60))
 @given(case=cases(parallel_moe.CAPABILITIES))
 def test_a_right_layer_is_never_accused(case: Case) -> None:
-    line = judged(parallel_moe, format_case(case), runs=1)
+    line = verdict(parallel_moe, format_case(case))
     assert line.verdict in (Verdict.PASS, Verdict.NOT_RUN), line.message
 
 
 @searched(8)
 @given(case=cases(moe_fast.CAPABILITIES, most_tokens=6, fits=lambda case: case.parallel.size <= 2))
 def test_the_fast_layer_is_never_accused(case: Case) -> None:
-    line = judged(moe_fast, format_case(case), runs=1)
+    line = verdict(moe_fast, format_case(case))
     assert line.verdict in (Verdict.PASS, Verdict.NOT_RUN), line.message
 
 
@@ -90,6 +83,7 @@ DEFECTS = {
 }
 
 
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize("name", DEFECTS)
 def test_a_defect_is_found_and_shrinks_to_a_small_case(name: str) -> None:
     """What is left of the case is the defect's trigger; it fails again when it is replayed by its id."""
@@ -101,11 +95,12 @@ def test_a_defect_is_found_and_shrinks_to_a_small_case(name: str) -> None:
     assert case.problem.num_tokens <= found.tokens, case_id
     assert case.problem.spec.num_experts <= found.experts, case_id
     assert max(case.problem.spec.hidden_size, case.problem.spec.intermediate_size) <= 4, case_id
-    again = judged(found.subject, case_id, runs=1)
+    again = verdict(found.subject, case_id)
     assert again.verdict in RED_VERDICTS
-    assert judged(ParallelMoE(), case_id, runs=1).verdict == Verdict.PASS
+    assert verdict(ParallelMoE(), case_id).verdict == Verdict.PASS
 
 
+@pytest.mark.nightly("right layers are drawn by default too")
 def test_a_right_layer_has_no_smallest_failure() -> None:
     """The same search that finds the defects."""
     assert smallest_failure(cases(TorchMoE().CAPABILITIES), fails(TorchMoE()), examples=60) == ""

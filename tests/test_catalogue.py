@@ -35,6 +35,7 @@ def test_patches_apply_and_leave_python(one: Mutant, tmp_path: Path) -> None:
         ast.parse((tmp_path / patch.file).read_text())
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("mutant", [one for one in CATALOGUE.mutants if not one.equivalent], ids=lambda one: one.id)
 def test_the_default_tiers_carry_the_trigger(mutant: Mutant) -> None:
     """By every pattern: a tier that loses a case loses it here first. Its case without the trigger is a case."""

@@ -62,6 +62,7 @@ SEEN = {
 """One call cannot show all of them: it hides a wrong first call where it is the first itself."""
 
 
+@pytest.mark.sampled(every=2, each="subject")
 @pytest.mark.parametrize("case", [SAME_SHAPE_FIRST, ANOTHER_SHAPE_BETWEEN])
 @pytest.mark.parametrize("subject", SEEN)
 def test_state_is_seen_where_the_call_comes(subject: type[WholeSpec], case: str) -> None:

@@ -65,6 +65,7 @@ def sparse_checkpoint(file: Path, shapes: dict[str, tuple[int, ...]], ones: dict
     return start
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is told apart in /proc/self/status only")
 @pytest.mark.parametrize(("naming", "ep"), [("deepseek", 1), ("granite", 1), ("deepseek", 8), ("granite", 8)])
 def test_one_rank_of_eight_never_holds_more_than_experts_slices(naming: str, ep: int, tmp_path: Path,

@@ -82,6 +82,7 @@ def test_every_family_of_every_naming_is_tested() -> None:
     assert sorted(family.model_type for family in FAMILIES) == known
 
 
+@pytest.mark.sampled(every=3)
 def test_a_layer_as_saved_by_transformers(saved: tuple) -> None:
     """Bit by bit the parameters of the module in memory, from one file and from many; the index is a real one."""
     family, expected, folder = saved
@@ -101,6 +102,7 @@ PLACES = {"tp3": Parallel(tp=3), "gather": Parallel(tp=2, schedule="gather"), "e
 the grids some ranks host no expert of a dense layer."""
 
 
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize("parallel", PLACES.values(), ids=PLACES)
 def test_every_rank_reads_its_part(saved: tuple, parallel: Parallel) -> None:
     """Bit by bit the part of the module's parameters that tests/test_placements.py shows to be the rank's."""

@@ -76,6 +76,7 @@ def test_the_gate_stays_small() -> None:
     assert len(keys) == len(set(keys)) <= 440
 
 
+@pytest.mark.nightly("too dear for the gate, and for the default run")
 def test_a_router_of_256_experts_fits_into_registers() -> None:
     """The widest that selects beside its product, too dear for the gate: a whole layer would come with it."""
     router = Router(num_experts=256, top_k=8, score="sigmoid", selection_bias="score", num_groups=8, num_groups_kept=4,
@@ -170,6 +171,7 @@ def test_meta_tensors_are_refused_outside_of_a_recording() -> None:
 # What is found
 
 
+@pytest.mark.nightly("products of 8 bits are looked at by default")
 def test_products_in_bf16_run_on_matrix_units_and_fit() -> None:
     """The instructions that each architecture has for large tiles, no spill, shared memory within the limit."""
     wanted = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma_f32_32x32x8_bf16"}
@@ -191,6 +193,7 @@ def test_products_of_8_bits_run_on_units_for_them() -> None:
         assert faults(one, found) == []
 
 
+@pytest.mark.nightly("other products of 8 bits are compiled by default")
 def test_rows_under_one_scale_each_compile() -> None:
     """fp8row, which the gate leaves out: its products are those of fp8tensor but for where rows lie."""
     chosen = [one for one in combinations_of([parse_case("v1-mixtral.8x7b.T256-fp16-fp8row-tp8")], ARCHITECTURES)
@@ -247,6 +250,7 @@ def test_a_compiler_that_hangs_or_dies_is_one_result(monkeypatch: pytest.MonkeyP
     assert alive.matrix == ("HMMA.16816.F32",)
 
 
+@pytest.mark.nightly("the lane compile compares with an accepted table")
 def test_the_same_combination_compiles_to_the_same_numbers() -> None:
     """Without this no table could be accepted."""
     one = combinations("sm_90", x=meta(2, 64, 64), y=meta(64, 64), SIZE=64, COPIES=2, UPCAST=False)

@@ -39,6 +39,7 @@ def first_failure(subject: object) -> CaseLine:
     return next(line for line in lines if line.verdict in RED_VERDICTS)
 
 
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize(("mistake", "stage", "words"), MISTAKES)
 def test_caught_at_two_ranks_and_named(mistake: Callable[[], object], stage: str | None, words: str) -> None:
     """Stage and cause in the message."""
@@ -67,6 +68,7 @@ def test_a_plain_layer_is_tried_under_everything_it_declares() -> None:
     assert "ep.all_reduce of 3168 elements missing" in line.message
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("right", [mistaken.ParallelMoE, gradients.OracleGradients])
 def test_the_right_layer_passes_all_of_them(right: Callable[[], object]) -> None:
     """Otherwise the mistakes might not be what was caught."""

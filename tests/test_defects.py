@@ -100,6 +100,7 @@ def test_the_message_is_short_and_ends_with_the_replay(name: str) -> None:
     assert lines[-1].startswith("  replay  moe-ref replay ")
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("name", REPLAYED)
 def test_the_replay_line_gives_the_same_verdict(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The replay line of a run is a command; in a child of its own, its message begins as that of every other run."""

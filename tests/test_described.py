@@ -76,6 +76,7 @@ def use(tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
                 monkeypatch.setattr(module, function.__name__, lambda *arguments, **options: tile)
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize(("way", "columns"), [("persistent", False), ("both", False), ("both", True)],
                          ids=["persistent", "with descriptors", "with descriptors of transposed weights"])
 def test_every_way_computes_the_same(way: str, columns: bool, monkeypatch: pytest.MonkeyPatch, launched) -> None:

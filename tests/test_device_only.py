@@ -80,6 +80,7 @@ def watch(case_id: str) -> Counter[str]:
     return watched.seen
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("case_id", CASES + ENCODED)
 def test_nothing_waits_and_nothing_is_on_the_host(case_id: str) -> None:
     seen = watch(case_id)

@@ -171,6 +171,7 @@ def test_every_planted_defect_is_here() -> None:
     assert set(NAMED) == set(cases())
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("mistake", NAMED, ids=lambda mistake: f"{mistake.__module__[15:]}.{mistake.__name__}")
 def test_a_fault_has_its_right_name_or_none(mistake: type) -> None:
     subject, case_id = cases()[mistake]
@@ -178,6 +179,7 @@ def test_a_fault_has_its_right_name_or_none(mistake: type) -> None:
     assert fault_of(line) == NAMED[mistake], line.message
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("mistake", BY_OUTPUT, ids=lambda mistake: mistake.__name__)
 def test_the_output_alone_tells_less_and_nothing_wrong(mistake: Any) -> None:
     hidden = type(mistake.__name__, (mistake,), {"shows": ()})
@@ -207,6 +209,7 @@ class Spoilt(TorchMoE):
         return 1.07 * rows if self.kind == "another scale" else rows
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("shows", [TorchMoE.shows, ()], ids=["stages", "output"])
 @pytest.mark.parametrize(("kind", "rows"), [
     ("small noise", slice(None)), ("noise", slice(None)), ("large noise", slice(None)), ("noise", slice(1, 2)),
@@ -220,6 +223,7 @@ def test_what_no_fault_explains_is_not_named(kind: str, rows: slice, shows: tupl
         assert fault_of(judged(subject, case_id, runs=1)) is None
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("case_id", ["v1-T33.H96.I160.E8.K2-bf16-norm-tp3", "v1-T16.H64.I64.E32.K4-fp32-norm-tp2",
                                      "v1-T128.H128.I128.E8.K2-bf16-norm-tp2"])
 def test_it_takes_about_a_second(case_id: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,7 @@ def oracle_ranks(case: Case, inputs: Inputs) -> list[RankTensors]:
     return run_virtual_ranks(case.parallel.size, one)
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("case_id", CASES)
 def test_the_right_layer_is_the_oracle_at_every_stage_of_every_rank(case_id: str) -> None:
     """So that a candidate differs from what is right by its fault alone."""
@@ -66,6 +67,7 @@ def test_the_right_layer_is_the_oracle_at_every_stage_of_every_rank(case_id: str
         torch.testing.assert_close(shown[there], right[there], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("case_id", CASES)
 def test_every_fault_can_be_computed(case_id: str) -> None:
     """In every layer that has it: a candidate that raises would turn a mismatch into a fault of the harness."""

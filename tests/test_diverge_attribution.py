@@ -38,6 +38,7 @@ def right(terms: int, dtype: Format) -> torch.Tensor:
     return find_subject("model:blocked:ieee", dtype, Place()).run(where.problem, where.operands)[0]
 
 
+@pytest.mark.sampled(every=3, each="name")
 @pytest.mark.parametrize("terms", LENGTHS)
 @pytest.mark.parametrize("name", ["model:sequential:ieee", "model:reversed:ieee", "model:pairwise:ieee",
                                   "model:split_k:ieee", "model:shuffled:ieee", "torch:loop"])
@@ -48,6 +49,7 @@ def test_orders_of_summation_are_nothing_else(name: str, terms: int) -> None:
     assert found.sigmas < 1.2
 
 
+@pytest.mark.sampled(every=3, each="name")
 @pytest.mark.parametrize("terms", LENGTHS)
 @pytest.mark.parametrize(("name", "words"), [
     ("model:blocked:tf32-rounded", "tf32 operands (or fp16, which looks the same)"),
@@ -62,6 +64,7 @@ def test_operands_of_lower_precision(name: str, words: str, terms: int) -> None:
     assert found.operands.beta == pytest.approx(1, abs=0.06)
 
 
+@pytest.mark.sampled(every=3, each="name")
 @pytest.mark.parametrize("terms", LENGTHS)
 @pytest.mark.parametrize("name", ["model:sequential-fp16:bf16", "model:sequential-bf16:bf16",
                                   "model:pairwise-fp16:bf16", "model:sm90-fp16:fp16"])
@@ -74,6 +77,7 @@ def test_low_precision_accumulation(name: str, terms: int) -> None:
     assert found.grid is (Format.BF16 if "-bf16" in name else Format.FP16)
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("terms", LENGTHS[1:])
 @pytest.mark.parametrize("name", ["model:sm80:fp16", "model:sm90:fp16"])
 def test_truncating_accumulation(name: str, terms: int) -> None:
@@ -96,6 +100,7 @@ def test_positive_data_tell_a_cut_narrow_accumulator() -> None:
     assert attribute(y_RN, where, GrowthClass.TRUNCATING).causes == (Cause.TRUNCATION,)
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("terms", LENGTHS)
 @pytest.mark.parametrize("stored", [Format.BF16, Format.FP16])
 def test_rounding_of_the_output(stored: Format, terms: int) -> None:
@@ -109,6 +114,7 @@ def test_rounding_of_the_output(stored: Format, terms: int) -> None:
     assert cut.words.startswith(f"it cuts the output off to {stored}, not rounding it")
 
 
+@pytest.mark.sampled(every=3, each="name")
 @pytest.mark.parametrize("terms", LENGTHS)
 @pytest.mark.parametrize("name", ["torch:loop", "moe_fast:bf16"])
 def test_rounding_of_partial_sums(name: str, terms: int) -> None:
@@ -161,6 +167,7 @@ MISTAKES: dict[str, tuple[Callable[[Bench, torch.Tensor], torch.Tensor], str, st
 }
 
 
+@pytest.mark.sampled(every=3, each="mistake")
 @pytest.mark.parametrize("terms", LENGTHS)
 @pytest.mark.parametrize("dtype", [Format.FP32, Format.BF16])
 @pytest.mark.parametrize("mistake", list(MISTAKES))

@@ -160,10 +160,12 @@ def by_document() -> dict[str, list[Command]]:
 
 
 RUN_HERE = by_document()
+LONG = {f"docs/{name}.md" for name in ("adapter_tutorial", "adding", "conforms", "expectations", "reading_a_failure")}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("document", RUN_HERE)
+@pytest.mark.parametrize("document", [
+    pytest.param(name, marks=pytest.mark.nightly("the tutorial and docs/commands.md run by default") if name in LONG
+                 else ()) for name in RUN_HERE])
 def test_commands_run(document: str, folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """In reading order, with the exit code that is stated, printing what the document shows of it, but for figures."""
     for shown in RUN_HERE[document]:

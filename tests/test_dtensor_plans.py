@@ -83,6 +83,7 @@ def check(plan: str, shape: tuple[int, ...], names: list[str], layouts: list[str
             assert (result["forward"], result["backward"]) == expected(problems[name], len(shape), layout)
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize(("size", "layouts"), [(2, ["R R", "S S", "R S", "S R"]), (3, ["R R", "S S"]),
                                                (4, ["R R", "S S"])])
 def test_tensor_parallel(size: int, layouts: list[str]) -> None:
@@ -102,6 +103,7 @@ def test_tensor_parallel_options() -> None:
     check("MoETensorParallel", (2,), ["plain", "groups, bias, shared", "dense", "weight on input"], ["R R", "S S"])
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize(("plan", "shape"), [("MoETensorParallel", (3,)), ("MoEExpertParallel", (3,)),
                                              ("MoETensorExpertParallel", (2, 2))])
 def test_biases_count_once(plan: str, shape: tuple[int, ...]) -> None:
@@ -142,12 +144,14 @@ def test_a_bias_that_every_rank_adds_is_seen(monkeypatch: pytest.MonkeyPatch) ->
         assert result["excess"]["y_TH"] > 1
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("size", [2, 3])
 def test_expert_parallel(size: int) -> None:
     """5 experts over 2 and 3 ranks: each computes the slots of its own; the shared expert counts once."""
     check("MoEExpertParallel", (size,), ["gated shared", "plain"], ["R R", "S S"])
 
 
+@pytest.mark.nightly("each of the two alone runs by default")
 def test_tensor_and_expert_parallel() -> None:
     """Partial along both dimensions; the shared expert's 17 columns are cut twice, 9 and 8 and then halves of these."""
     check("MoETensorExpertParallel", (2, 2), ["gated shared", "groups, bias, shared"], ["R R", "S S"])

@@ -83,6 +83,7 @@ def by_roles(given: Problem, function: Callable, shape: tuple[int, ...], roles: 
     assert excess(given, found) == {}, roles
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("shape", [(2,), (3,), (4,), (2, 2)], ids=str)
 def test_every_role_and_pair_of_roles(shape: tuple[int, ...]) -> None:
     """Tokens, columns and experts over 2, 3 and 4 ranks, where nothing divides evenly, and over two dimensions."""

@@ -62,6 +62,7 @@ def step_bound(given: Problem, name: str, parameter: str, stepped: torch.Tensor)
     return rate * (moved + 16 * 2**-24) + 4 * 2**-24 * (stepped.abs() + rate)
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize(("name", "axis"), [("SGD", "tp"), ("AdamW", "tp"), ("SGD", "ep")])
 def test_fully_sharded_step(name: str, axis: str) -> None:
     """On 2 x 2 ranks each dp rank has half of the tokens; FSDP averages over dp: gradients are half of the sum."""
@@ -120,6 +121,7 @@ def read(given: Problem, folder: str, shape: tuple[int, ...]) -> list[str]:
     return [name for name, tensor in whole.items() if not torch.equal(tensor, saved[name])]
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("source", ["ep x tp", "dp x tp", "dp x ep"])
 def test_checkpoints_across_meshes(source: str, tmp_path: Path) -> None:
     """Saved from a 2 x 2 mesh, read on tp = 4 and 3, over which nothing divides evenly, and by a plain layer."""

@@ -18,6 +18,7 @@ from moe_ref.contract.vocabulary import Scheme
 from moe_ref.contract.weights import MoEWeights, parameter_shapes
 from moe_ref.oracle.decode import decode
 from tests.made_encoded import SCHEMES, drawn, same, same_tensors
+from tests.nightly import examples
 
 ROWS, COLUMNS = 131, 261
 CUTS = (0, 1, 2, 15, 16, 31, 33, 64, 127, 128, 129, 130, 131)
@@ -52,7 +53,7 @@ def test_every_cut_of_columns(scheme: Scheme) -> None:
             check(encoded.columns((start, stop)), whole, slice(None), slice(start, stop))
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=examples(400), deadline=None, derandomize=True)
 @given(scheme=st.sampled_from(SCHEMES), data=st.data())
 def test_parts_of_parts(scheme: Scheme, data: st.DataObject) -> None:
     """A part is cut again, along either axis, as tp inside ep inside a checkpoint's shard does: offsets add up."""
@@ -147,6 +148,7 @@ def decoded(weights: QuantisedWeights) -> MoEWeights:
                       shared_w13_GIH=decode(weights.shared_w13), shared_w2_HI=decode(weights.shared_w2), **plain)
 
 
+@pytest.mark.sampled(every=4, each="scheme")
 @pytest.mark.parametrize("parallel", PARALLELS.values(), ids=PARALLELS)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_shards(scheme: Scheme, parallel: Parallel) -> None:

@@ -51,6 +51,7 @@ def error(part: list[QuantisedWeights] | list[MoEWeights], whole: QuantisedWeigh
                  / whole_TH.abs().max())
 
 
+@pytest.mark.sampled(every=4)
 @DEGREES
 @ORDERED
 def test_both_ways_are_the_layer(scheme: Scheme, parallel: Parallel) -> None:

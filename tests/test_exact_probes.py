@@ -22,7 +22,7 @@ from moe_ref.contract.weights import ExpertWeights
 from moe_ref.inputs.build import build_inputs
 from moe_ref.simulated import subjects as simulated
 from moe_ref.tiers.tiers import tier
-from tests.in_process import judged
+from tests.in_process import judged, verdict
 from tests.subjects import right, wrong
 from tests.subjects.base import Call, TorchMoE
 from tests.subjects.mistaken_parallel import WRONG
@@ -89,6 +89,7 @@ PROBLEMS = [f"{sizes}-{words.format(layer)}-exact"
 PROBLEMS += [f"{sizes}-bf16{words}-exact" for sizes, words in product(LARGE, ("", "-sh24-res"))]
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("text", PROBLEMS)
 def test_every_sum_of_any_order_is_exact(text: str) -> None:
     """Sums of absolute integers, which bound every partial sum of every order, split and rank."""
@@ -200,6 +201,7 @@ MACHINES = ("sequential", "backwards", "blocked", "pairwise", "split_k", "shuffl
 """Simulated bit by bit: fp32 additions in an order, and tensor cores that truncate what they align."""
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize(("machine", "dtype"), [(name, Dtype.BF16) for name in MACHINES]
                          + [(name, Dtype.FP16) for name in ("hopper", "ampere")] + [("shuffled", Dtype.FP32)])
 def test_any_order_and_any_tensor_core_give_the_same_bits(machine: str, dtype: Dtype) -> None:
@@ -214,6 +216,7 @@ LOCAL_RIGHT = (right.GateUpStored, right.FP32Partials, right.BF16Weights, right.
                right.TopkReversed, right.SplitK, right.Batched, right.BlackBox)
 
 
+@pytest.mark.sampled(every=3, each="subject")
 @pytest.mark.parametrize("subject", LOCAL_RIGHT)
 @pytest.mark.parametrize("dtype", Dtype)
 def test_other_orders_and_contracts_give_the_same_bits(subject: type[TorchMoE], dtype: Dtype) -> None:
@@ -228,6 +231,7 @@ SPREAD = ("tp3-split3.0.1", "tp8", "tp2-ep2-copy0.5", "tp2-allreducerows", "tp3-
           "tp2-ep2-reducescatter-tokensboth-roundrobin", "ep3-tokensep-wholeshared")
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize(("name", "spread"), [(name, SPREAD[n % len(SPREAD)]) for n, name in enumerate(RIGHT)]
                          + [(next(iter(RIGHT)), spread) for spread in SPREAD])
 def test_however_a_layer_is_spread(name: str, spread: str) -> None:
@@ -303,23 +307,25 @@ POWER: dict[type[TorchMoE], Stage] = {
 SEEDS = 2
 
 
+@pytest.mark.sampled(every=3, each="subject")
 @pytest.mark.parametrize("subject", POWER)
 @pytest.mark.parametrize("dtype", Dtype)
 def test_a_wrong_layer_is_caught_where_it_is(subject: type[TorchMoE], dtype: Dtype) -> None:
     for seed in range(1, SEEDS + 1):
-        line = judged(subject(), f"v1-T12.H96.I64.E4.K3-{dtype}-norm-res-exact-s{seed}-tp2", runs=1)
+        line = verdict(subject(), f"v1-T12.H96.I64.E4.K3-{dtype}-norm-res-exact-s{seed}-tp2")
         assert (line.verdict, line.first_stage) == (Verdict.MISMATCH, POWER[subject]), line.message
         assert f"{POWER[subject]}: exact probe, " in line.reason
         assert " elements differ, first at token " in line.reason
 
 
+@pytest.mark.sampled(every=3, each="subject")
 @pytest.mark.parametrize("subject", POWER)
 @pytest.mark.parametrize("dtype", Dtype)
 def test_a_wrong_layer_is_caught_by_its_output(subject: type[TorchMoE], dtype: Dtype) -> None:
     """Nothing but the result is shown: a defect must not round or cancel away on its way there."""
     hidden = type(f"Hidden{subject.__name__}", (subject,), {"shows": ()})
     for seed in range(1, SEEDS + 1):
-        line = judged(hidden(), f"v1-T12.H96.I64.E4.K3-{dtype}-norm-res-exact-s{seed}-tp2", runs=1)
+        line = verdict(hidden(), f"v1-T12.H96.I64.E4.K3-{dtype}-norm-res-exact-s{seed}-tp2")
         assert (line.verdict, line.first_stage) == (Verdict.MISMATCH, Stage.REDUCED), line.message
 
 
@@ -350,10 +356,10 @@ MISTAKES = (
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.name)
 def test_a_layer_spread_wrongly_is_caught(mistake: Mistake) -> None:
     case = f"v1-T32.H32.I24.E8.K2-bf16-norm-sh20-exact-{mistake.spread}"
-    line = judged(WRONG[mistake.name](), case)
+    line = verdict(WRONG[mistake.name](), case)
     assert line.verdict == Verdict.MISMATCH, line.message
     assert "exact probe" in line.reason
-    assert judged(ParallelMoE(), case).verdict == Verdict.PASS
+    assert verdict(ParallelMoE(), case).verdict == Verdict.PASS
 
 
 def test_the_message_says_where_and_that_nothing_is_allowed() -> None:

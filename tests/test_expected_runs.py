@@ -110,6 +110,7 @@ def test_a_stale_entry_ends_a_whole_tier_with_1(tmp_path: Path, one_case_tier: N
     assert f"first nothing failed, but the expectations are {sentence}" in head
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("part", [["--case", SEEN], ["--tp", "2"], ["--shard", "1/2"]])
 def test_a_part_of_a_tier_calls_nothing_stale(part: list[str], tmp_path: Path, one_case_tier: None) -> None:
     """The entry may cover what was left out."""
@@ -189,6 +190,7 @@ def test_a_known_failure_is_an_xfail(adopter: pytest.Pytester) -> None:
     result.stdout.no_fnmatch_line("moe-ref stale*")
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one process", "workers"])
 def test_a_stale_entry_fails_the_session(adopter: pytest.Pytester, workers: list[str]) -> None:
     """Also where no worker has seen all cases."""
@@ -199,6 +201,7 @@ def test_a_stale_entry_fails_the_session(adopter: pytest.Pytester, workers: list
     result.stdout.fnmatch_lines(["moe-ref stale: entry 2 (cases v1-?-tp99?) covers no case that ran; remove it, or*"])
 
 
+@pytest.mark.nightly("the command line says the same by default")
 def test_a_session_of_a_part_calls_nothing_stale(adopter: pytest.Pytester) -> None:
     """The entry may cover what was deselected; a pass that was to fail is a failure."""
     path = expecting(adopter.path, RIGHT, "v1-*-tp99*")

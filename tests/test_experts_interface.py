@@ -62,6 +62,7 @@ def ratio(layer: Layer, implementation: str, dtype: Dtype, **spec: Any) -> float
     return float(((layer.output_TH.double() - truth_TH).abs() / bound_TH).max())
 
 
+@pytest.mark.sampled(every=4)
 @torch.no_grad()
 @pytest.mark.parametrize("implementation", ["eager", "moe_ref", "moe_fast"])
 @pytest.mark.parametrize("name", CONFIGS)
@@ -121,6 +122,7 @@ def test_gate_and_up_the_wrong_way_round_would_be_seen(monkeypatch: pytest.Monke
     assert min(ratio(layer, "moe_ref", Dtype.FP32) for layer in layers) > 1
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_training_step(name: str) -> None:
     """Gradients of the experts' parameters, layer by layer, against the oracle's for what the layer was handed.

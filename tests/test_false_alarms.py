@@ -40,6 +40,7 @@ PAIRS = [(name, case_id) for i, name in enumerate(RIGHT) for case_id in CASES[i 
 """Every third case of each; `moe-ref score` runs them all through the smoke tier."""
 
 
+@pytest.mark.sampled(every=6, each="name")
 @pytest.mark.parametrize(("name", "case_id"), PAIRS)
 def test_a_right_implementation_passes(name: str, case_id: str) -> None:
     line = judged(getattr(right, name), case_id)

@@ -59,6 +59,7 @@ def excess(found: torch.Tensor, mlp: MLP, gate_up_RGI: torch.Tensor) -> float:
     return float(((found.double() - truth).abs() / allowed(truth, gate_up_RGI, mlp)).max())
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("name", MLPS)
 def test_every_form(name: str) -> None:
     """To a few units in the last place, also where tanh is small and where a sigmoid vanishes."""
@@ -67,6 +68,7 @@ def test_every_form(name: str) -> None:
     assert excess(act_rows(*through(given), form_of(mlp)), mlp, given) <= 1
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("name", MLPS)
 def test_every_slope(name: str) -> None:
     """The rows' gradient is slope times identity; the edge of a limit passes, and relu has slope 0 at 0.

@@ -117,6 +117,7 @@ def check(name: str, mode: Mode, dtype: torch.dtype = torch.float32, parallel: P
         assert {field: ratio for field, ratio in ratios.items() if not ratio <= 1} == {}, f"rank {rank}"
 
 
+@pytest.mark.sampled(every=3, each="name")
 @pytest.mark.parametrize("mode", ["routed", "logits", "routing"])
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_in_fp32(name: str, mode: Mode) -> None:
@@ -126,12 +127,14 @@ def test_gradients_in_fp32(name: str, mode: Mode) -> None:
     check(name, mode)
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("name", CASES)
 def test_gradients_in_bf16(name: str) -> None:
     """Rows between the products are rounded to bf16, sums are not."""
     check(name, "routed", torch.bfloat16)
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("mode", ["routed", "routing"])
 @pytest.mark.parametrize("name", ["everything", "softmax", "dense, gated shared", "every bias", "weight on input",
                                   "shared mean", "relu_squared, not gated"])
@@ -169,6 +172,7 @@ def probe(num_experts: int, intermediate: int, hidden: int, seed: int) -> tuple[
     return w13_EGIH, sparse(num_experts, hidden, intermediate, seed=seed + 1)
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("hidden", "intermediate"), [(65, 129), (257, 66)])
 def test_exact_sums_over_many_tiles(hidden: int, intermediate: int, dtype: torch.dtype) -> None:
@@ -278,6 +282,7 @@ def test_experts_without_rows(ids: list[int]) -> None:
     assert bool(found["x_TH"].any()) == bool(used)
 
 
+@pytest.mark.sampled(every=2, each="storage")
 @pytest.mark.parametrize("name", ["everything", "every bias"])
 @pytest.mark.parametrize("storage", [one for one in Storage if one is not Storage.OUT_IN])
 def test_weights_in_another_order_in_memory(storage: Storage, name: str) -> None:

@@ -75,6 +75,7 @@ EXTREME = tuple(f"v1-T9.H160.I200.E4.K2-{DTYPES[number % 3]}-{scheme}-norm-extre
 """Tiny, huge and zero scales, the largest codes, and tails in which a wrong code would become infinite."""
 
 
+@pytest.mark.sampled(every=9)
 @pytest.mark.parametrize("case_id", [*EVERY, *OTHERS, *EXTREME])
 def test_encoded_experts_are_right(case_id: str) -> None:
     """All stages from their own inputs, and the output, as the harness judges anybody."""
@@ -99,6 +100,7 @@ def swapped_halves(encoded: Encoded, tile: Tile) -> dict[str, object]:
     return operand | {"codes": (encoded.codes & 15) << 4 | encoded.codes >> 4}
 
 
+@pytest.mark.sampled(every=3, each="mistake")
 @pytest.mark.parametrize(("mistake", "scheme"), [(without_start, "gptq"), (without_start, "awq32"),
                                                  (one_block_early, "mxfp4"), (one_block_early, "nvfp4"),
                                                  (swapped_halves, "gptqorder32")])
@@ -164,6 +166,7 @@ def layer(words: str = "gptq32-norm-mlpbias-sh33-shgate", dtype: str = "bf16") -
     return build_inputs(problem), build_encoded_shards(problem, Parallel())[0]
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("words", ["gptqorder32-norm-mlpbias-sh33-shgate", "mxfp4-norm"])
 def test_torch_checks_the_operators(words: str) -> None:
     """Schema, fakes with the shapes of results, and no gradient where there is none."""

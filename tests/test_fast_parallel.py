@@ -71,6 +71,7 @@ CASES = {
 }
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("case_id", CASES)
 def test_every_rank_is_right(case_id: str) -> None:
     """All stages, the collectives with their elements, equal ranks and repeated runs, as the harness judges anybody."""
@@ -165,12 +166,14 @@ def wrong(case_id: str, injected: bool, found: Named | None = None) -> dict[str,
     return {name: ratio for name, ratio in ratios.items() if not ratio <= 1}
 
 
+@pytest.mark.sampled(every=10)
 @pytest.mark.parametrize("case_id", GRADIENTS, ids=str)
 def test_gradients_of_the_experts(case_id: str) -> None:
     """A routing is handed in: its weights and gates complete on every rank, shards local, copies added up."""
     assert wrong(case_id, injected=True) == {}
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("case_id", THROUGH_THE_ROUTER, ids=str)
 def test_gradients_through_the_router(case_id: str) -> None:
     """Each rank routes its own tokens: the router's gradient is that of all tokens, on every rank."""
@@ -196,6 +199,7 @@ def test_the_bounds_see_three_percent(layer: str, names: set[str]) -> None:
 EVERY_BIAS = "v1-T13.H40.I24.E6.K2-fp32-norm-mlpbias-sh11-shgate-shmlpbias-outbias-res"
 
 
+@pytest.mark.sampled(every=3, each="function")
 @pytest.mark.parametrize(("function", "form"), [
     ("routed_bias", "tp2-ep2"), ("shared_bias", "tp2-ep2"), ("output_bias", "tp2-ep2"),
     ("routed_bias", "tp2-allreducerows"), ("shared_bias", "tp2-allreducerows"),
@@ -247,6 +251,7 @@ def test_second_derivatives_are_refused(form: str) -> None:
     on_ranks(case, layer_of(PLAIN, False), body)
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("form", ["tp2-ep2", "tp2-ep2-reducescatter-tokensboth-share3.0.1.2", "tp3-reducescatter"])
 def test_partial_sums_add_up_to_the_layer(form: str) -> None:
     """reduce=False leaves the addition to the caller: the same numbers added in the same order, so the same bits."""
@@ -278,6 +283,7 @@ def test_forms_without_a_partial_sum_say_so(form: str) -> None:
     assert [calls for _, calls in on_ranks(case, layer_of(EVERYTHING, False), body)] == [[], []]
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("form", ["tp2-ep2-allreducerows", "tp2-ep2-reducescatter-tokensboth", "tp2-gather"])
 def test_torch_does_none_of_the_work(form: str) -> None:
     """Rows are moved, merged and counted by own operators, whose inside test_fast_parallel_operators.py looks at."""
@@ -291,6 +297,7 @@ def test_torch_does_none_of_the_work(form: str) -> None:
     on_ranks(case, layer_of(EVERYTHING, False), body)
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("form", ["tp2-ep2-tokensep-roundrobin-copy0", "tp2-ep2-reducescatter-tokensboth-wholeshared",
                                   "tp3-split2.0.1-gather"])
 def test_the_module_is_the_function(form: str) -> None:

@@ -56,6 +56,7 @@ def second_half(num_tokens: int = 6, outputs: int = OUTPUTS, shared: str = "gate
             uniform(num_tokens, 1, seed=7) if shared == "gated" else None)
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("dtype", KINDS)
 def test_torch_checks_moved_rows(dtype: torch.dtype) -> None:
     """Schema, fakes, autograd registration and ahead-of-time dispatch, forward and backward."""
@@ -64,6 +65,7 @@ def test_torch_checks_moved_rows(dtype: torch.dtype) -> None:
     opcheck(order_rows, (torch.tensor([[1, 0], [-1, 1]]), 2))
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize(("num_tokens", "width"), [(6, WIDTH), (0, WIDTH), (6, 0)],
                          ids=["rows", "no tokens", "no columns"])
@@ -74,6 +76,7 @@ def test_torch_checks_the_first_half(num_tokens: int, width: int, dtype: torch.d
     opcheck(act_rows_backward, (uniform(2 * num_tokens, width, seed=8, dtype=dtype), *given))
 
 
+@pytest.mark.sampled(every=10)
 @pytest.mark.parametrize("dtype", KINDS)
 @pytest.mark.parametrize(("num_tokens", "outputs", "shared"), [
     (6, OUTPUTS, "gated"), (6, OUTPUTS, "plain"), (6, OUTPUTS, ""), (0, OUTPUTS, "gated"), (6, 0, "gated")],

@@ -140,6 +140,7 @@ def rounded(rows_RK: torch.Tensor, scheme: Scheme, column_start: int = 0) -> tup
     return found.codes_RK.view(E4M3).float(), found.scales_RB
 
 
+@pytest.mark.sampled(every=7)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("scheme", "column_start"), [(ROW, 0), (BLOCK, 0), (BLOCK, 72), (MX, 0), (MX, 8)])
 @pytest.mark.parametrize("num_columns", [24, 128, 200, 1100])
@@ -320,6 +321,7 @@ PRODUCT = MLP(activation="relu", gated=False)
 """What is between the products adds nothing to an error."""
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_products_are_those_of_the_codes(scheme: Scheme, dtype: torch.dtype) -> None:
@@ -328,6 +330,7 @@ def test_products_are_those_of_the_codes(scheme: Scheme, dtype: torch.dtype) -> 
     check(given, scaled_mlp_rows(given, traced=True))
 
 
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize("sizes", [Sizes(tokens=1, top_k=1, experts=2), Sizes(hidden=16, intermediate=24),
                                    Sizes(hidden=128, intermediate=256), Sizes(9, 300, 1200, 2)], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -337,6 +340,7 @@ def test_other_sizes(scheme: Scheme, sizes: Sizes) -> None:
     check(given, scaled_mlp_rows(given, traced=True))
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_architectures_without_e4m3_multiply_the_same_numbers(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
     """On sm_80 and gfx942 kernels decode bytes to fp16; products of those in fp32 are the same to the bit here."""
@@ -349,6 +353,7 @@ def test_architectures_without_e4m3_multiply_the_same_numbers(scheme: Scheme, mo
     assert torch.equal(found.act_codes_RI[held_R].float(), native.act_codes_RI[held_R].float())
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("cuts", [(0, 72, 168), (0, 8, 24, 168), (0, 130, 168), (0, 168, 168)], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_parts_that_begin_inside_a_block(scheme: Scheme, cuts: tuple[int, ...]) -> None:
@@ -363,6 +368,7 @@ def test_parts_that_begin_inside_a_block(scheme: Scheme, cuts: tuple[int, ...]) 
             assert not rows.down_RH[place_of(given) >= 0].any()
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_parts_by_output_of_the_gather_schedule(scheme: Scheme) -> None:
     """Halves by themselves: act of all ranks in (token, slot) order, and rows of w2 that begin inside a block."""
@@ -400,6 +406,7 @@ MLPS = {
 }
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("weight_on_input", [False, True], ids=["weight on output", "weight on input"])
 @pytest.mark.parametrize("name", MLPS)
 def test_forms(name: str, weight_on_input: bool) -> None:
@@ -416,6 +423,7 @@ def test_forms(name: str, weight_on_input: bool) -> None:
     assert float((found_RI - truth_RI).abs().max()) <= 64 * SUM * float(largest)
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize(("scheme", "bad"), [
     (TENSOR, nan), (ROW, nan), (BLOCK, nan), (MX, nan), (ROW, inf), (BLOCK, -inf), (MX, inf)])
 def test_a_row_that_is_not_finite_is_nan_alone(scheme: Scheme, bad: float) -> None:
@@ -442,6 +450,7 @@ CASES = [
 ]
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("case_id", CASES)
 def test_layers_are_right(case_id: str) -> None:
     """By the harness: codes, scales and both products as stages of their own, and the layer as a whole."""

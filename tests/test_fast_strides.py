@@ -34,6 +34,7 @@ def column(tensor: torch.Tensor) -> torch.Tensor:
     return torch.stack([tensor, torch.full_like(tensor, 7.0)], -1)[..., 0]
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("which", ["tokens", "weights", "gates", "ids", "expanded", "biases"])
 def test_views_mean_their_own_numbers(which: str) -> None:
     """Output and gradients have the same bits as for contiguous copies, and are right."""

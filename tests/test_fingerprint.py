@@ -24,6 +24,7 @@ FP32_SUM = Fingerprint(Format.BF16, 8, "none", 24, "nearest", 0, 0)
 """What bf16 operands leave where every addition is rounded to fp32."""
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("name", ["sm80", "sm90", "sm100"])
 def test_a_simulated_class_is_recognised_as_itself(name: str) -> None:
     """By tf32, 16-bit and 8-bit operands together, and every number of its entry is found."""
@@ -121,12 +122,14 @@ def test_a_device_without_fp8_is_named_by_the_rest(monkeypatch: pytest.MonkeyPat
         hardware.hardware_class.__wrapped__("cpu")
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("seed", range(12))
 def test_no_order_of_an_fp32_sum_is_taken_for_another_accumulator(seed: int) -> None:
     """Random trees of additions, one per seed."""
     assert fingerprint(partial(in_a_random_tree, seed=seed), Format.BF16) == FP32_SUM
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize(("accumulator", "bits", "order"), [
     *((Format.FP32, 24, order) for order in summation.ORDERS),
     *((Format.FP16, 11, order) for order in ("reversed", "split_k")),

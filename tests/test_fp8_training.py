@@ -24,7 +24,7 @@ from moe_ref.verify.bounds.operands import RULES, rounded_operand, rounded_rows
 from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.bounds.rows import Rows, exact
 from moe_ref.verify.bounds.steps import Steps
-from tests.in_process import judged
+from tests.in_process import judged, verdict
 from tests.subjects import fp8_training as subjects
 from tests.subjects.fp8_training import Fp8Training, OnActivation, PowersOfTwo, Products, Separately, mistaken
 
@@ -47,12 +47,14 @@ RIGHT = (
 )
 
 
+@pytest.mark.sampled(every=12)
 @pytest.mark.parametrize(("layer", "words"), RIGHT)
 def test_right_layers_pass(layer: type[Products], words: str) -> None:
     line = judged(layer(), f"{SMALL}{words}-bwd", runs=1)
     assert line.verdict is Verdict.PASS, line.message
 
 
+@pytest.mark.sampled(every=2, each="quantiser")
 @pytest.mark.parametrize(("layer", "quantiser"), [
     *((Fp8Training, one) for one in (
         subjects.TensorScale, subjects.WrongAxis, subjects.NeighbouringScale, subjects.GradientInBf16,
@@ -65,23 +67,24 @@ def test_mistakes_fail_at_their_product(quantiser: type[subjects.Quantiser], lay
     """In fp32, where errors are so small that next to no code may be another: by a factor of thousands."""
     # The first product of a gradient that takes w2 makes grad_act, of which grad_w13 is the first to be seen.
     stage = Stage.GRAD_W13 if quantiser is subjects.WeightNotRoundedAnew else Stage.GRAD_W2
-    line = judged(mistaken(quantiser, layer), f"{SMALL}.E6.K3-fp32-norm-bwd", runs=1)
+    line = verdict(mistaken(quantiser, layer), f"{SMALL}.E6.K3-fp32-norm-bwd")
     assert (line.verdict, line.first_stage) == (Verdict.MISMATCH, stage), line.message
     assert max(float(one.ratio) for one in line.stages or [] if one.stage == stage) > 1000
 
 
 def test_scales_over_all_ranks_are_seen() -> None:
     """Each rank's rows are those that it holds: here columns of the activation have the scales of another rank's."""
-    line = judged(mistaken(subjects.OverRanks), f"{SMALL}.E6.K3-fp32-norm-tp2-bwd", runs=1)
+    line = verdict(mistaken(subjects.OverRanks), f"{SMALL}.E6.K3-fp32-norm-tp2-bwd")
     assert (line.verdict, line.first_stage) == (Verdict.MISMATCH, Stage.GRAD_W2), line.message
-    assert judged(mistaken(subjects.OverRanks), f"{SMALL}.E6.K3-fp32-norm-bwd", runs=1).verdict is Verdict.PASS
+    assert verdict(mistaken(subjects.OverRanks), f"{SMALL}.E6.K3-fp32-norm-bwd").verdict is Verdict.PASS
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("quantiser", [subjects.GradientInBf16, subjects.E5m2Gradient, subjects.WrongAxis,
                                        subjects.TensorScale])
 def test_mistakes_in_bf16(quantiser: type[subjects.Quantiser]) -> None:
     """Rows in bf16 may lie on either side of a border now and then; what quantisers do wrong is still more."""
-    line = judged(mistaken(quantiser), f"{SMALL}.E6.K3-bf16-norm-bwd", runs=1)
+    line = verdict(mistaken(quantiser), f"{SMALL}.E6.K3-bf16-norm-bwd")
     assert (line.verdict, line.first_stage) == (Verdict.MISMATCH, Stage.GRAD_W2), line.message
 
 

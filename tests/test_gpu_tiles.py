@@ -59,6 +59,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, **table: object) -> set[Tile]:
     return tiles
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize(("layer", "dtype", "direction"), [("aligned", "bf16", ""), ("aligned", "bf16", "-bwd"),
                                                            ("odd", "bf16", "-bwd"), ("aligned", "fp32", "")])
 @pytest.mark.parametrize("rows", ROWS, ids=ROWS.values())
@@ -75,6 +76,7 @@ def test_every_tile_of_a_gpu_computes_the_layer(rows: int, layer: str, dtype: st
         assert {1: 128, 16: 128, 30: 128, 64: 128, 100: 256}[rows] in {tile.block_n for tile in used}
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize(("rows", "words", "columns"), [
     (1, "bf16-nvfp4", 64), (30, "bf16-gptqorder", 16), (64, "bf16-awq32", 64), (100, "bf16-gptq32", 64),
     (100, "bf16-mxfp4", 64), (30, "fp32-int8", 64)])
@@ -87,6 +89,7 @@ def test_every_tile_of_encoded_experts(rows: int, words: str, columns: int, monk
     assert (block_m, columns) in {(tile.block_m, tile.block_n) for tile in used}
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize(("rows", "words", "columns"), [
     (1, "bf16-fp8block", 128), (30, "fp16-mxfp8", 32), (64, "bf16-fp8row", 64), (100, "bf16-fp8block", 64),
     (100, "fp32-fp8tensor", 64)])
@@ -99,6 +102,7 @@ def test_every_tile_of_8_bit_operands(rows: int, words: str, columns: int, monke
     assert (block_m, columns) in {(tile.block_m, tile.block_n) for tile in used}
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize(("words", "columns"), [("limit1", 32), ("weightinput", 32), ("gatecap2-upcap2.5", 16)])
 def test_forms_that_take_registers_have_narrower_tiles(words: str, columns: int,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,6 +113,7 @@ def test_forms_that_take_registers_have_narrower_tiles(words: str, columns: int,
     assert (128, columns) in {(tile.block_m, tile.block_n) for tile in used}
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize(("rows", "direction"), [(1, ""), (100, ""), (30, "-bwd")])
 def test_the_narrow_tiles_of_a_layer_that_fills_no_gpu(rows: int, direction: str,
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +124,7 @@ def test_the_narrow_tiles_of_a_layer_that_fills_no_gpu(rows: int, direction: str
     assert (16, 16) in {(tile.block_m, tile.block_n) for tile in used}
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize(("tokens", "experts", "hidden", "dtype", "parts"), [
     (1, 100, 4400, torch.bfloat16, 12), (70, 40, 200, torch.bfloat16, 4), (33, 300, 160, torch.float32, 5),
     (600, 20, 2064, torch.float16, 4), (1025, 20, 200, torch.bfloat16, None), (2049, 100, 208, torch.float16, None),

@@ -16,7 +16,7 @@ from moe_ref.records.schema import from_number
 from moe_ref.tolerances.load import load_tolerances
 from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.measure.gradients import measure_case
-from tests.in_process import judged
+from tests.in_process import judged, verdict
 from tests.subjects import gradients as rounded
 from tests.subjects import oracle_gradients as oracle
 from tests.subjects.whole import whole_spec
@@ -67,6 +67,7 @@ def backward(words: str) -> str:
     return f"{SMALL}{words}-bwd"
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("words", FORMS + OPTIONS)
 def test_exact_gradients_pass_under_every_form(words: str) -> None:
     """Autograd through the oracle on every rank against the bound's own values, which are written-out formulas."""
@@ -75,6 +76,7 @@ def test_exact_gradients_pass_under_every_form(words: str) -> None:
     assert from_number(line.power) > 10
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("words", OPTIONS)
 def test_rounded_gradients_pass(words: str) -> None:
     """Rows and gradients in the dtype of the model, added up between ranks in it, and twice the same bits."""
@@ -83,6 +85,7 @@ def test_rounded_gradients_pass(words: str) -> None:
     assert line.same_bits
 
 
+@pytest.mark.sampled(every=10)
 @pytest.mark.parametrize("words", FEW)
 @pytest.mark.parametrize("subject", [rounded.RoundedLast, rounded.RoundedWeightedActivation, rounded.RoundedHidden])
 def test_other_rounding_contracts_pass(subject: Callable[[], rounded.Rounded], words: str) -> None:
@@ -119,12 +122,13 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize(("subject", "words", "stage"), MISTAKES)
 def test_a_mistake_is_caught_and_named(subject: Callable[[], rounded.Rounded], words: str, stage: Stage) -> None:
     """Forward all of them are right, so that nothing but a gradient gives them away."""
-    line = judged(subject(), backward(words), runs=1)
+    line = verdict(subject(), backward(words))
     assert (line.verdict, line.first_stage) == (Verdict.MISMATCH, stage), line.message
-    assert judged(subject(), f"{SMALL}{words}", runs=1).verdict == Verdict.PASS
+    assert verdict(subject(), f"{SMALL}{words}").verdict == Verdict.PASS
 
 
 def test_the_message_says_where() -> None:
@@ -178,6 +182,7 @@ def whole_weights(weights: GeneratedWeights) -> MoEWeights:
     return MoEWeights(**stacked, **of_shared, **{name: getattr(weights, name) for name in WHOLE_PARAMETERS})
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("words", [words.partition("-tp")[0] for words in (*OPTIONS[4:18], FORMS[3])])
 def test_the_wanted_values_are_the_written_out_gradients(words: str) -> None:
     """What is wanted of a gradient is moe_backward's, measured here as if a subject had shown it."""

@@ -85,6 +85,7 @@ def cases(dtype: str, widths: tuple[int, ...], seeds: int) -> list[str]:
             for number, (width, data, tp, _) in enumerate(grid)]
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_right_gradients_stay_well_inside(dtype: str) -> None:
     """27 layers each, four ways to round: no error is near what is allowed, and predictions are not far too large."""
@@ -216,6 +217,7 @@ def faulty(subject: Callable[[], rounded.Rounded], dtype: str, width: int) -> Ca
 CAUGHT = FAULTS[1:-1]
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize(("subject", "dtype", "stage"), CAUGHT)
 def test_a_fault_is_caught_in_a_wide_layer(subject: Callable[[], rounded.Rounded], dtype: str, stage: Stage) -> None:
     """512 wide, where zeros in the router's gradient are inside the bound; by far, so that no seed's luck is in it."""

@@ -42,6 +42,7 @@ def with_old_choice(call: Call) -> Captured:
     return again, results
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("case_id", SMALL)
 def test_what_is_captured_gives_the_same_twice(case_id: str) -> None:
     """The cases by themselves: gradients of all parameters that are not zero, and equal bits in every run."""

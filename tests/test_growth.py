@@ -45,6 +45,7 @@ def names() -> list[tuple[str, Format, GrowthClass]]:
     return [(name, dtype, kind) for kind, pairs in study().ACCUMULATORS.items() for name, dtype in pairs]
 
 
+@pytest.mark.sampled(every=2, each="name")
 @pytest.mark.parametrize(("name", "dtype", "kind"), names())
 @pytest.mark.parametrize("seed", [1000, 1001])
 def test_every_accumulator_is_told_by_its_errors(name: str, dtype: Format, kind: GrowthClass, seed: int) -> None:

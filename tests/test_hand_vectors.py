@@ -124,6 +124,7 @@ def test_renormalisation_and_scaling(moe: Layer, options: dict, expected: float)
     assert moe(token(1.0), scaling_arrays((0.0,) * 4), spec).tolist() == [[expected, 0.0]]
 
 
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize("options", [{"score": "softmax"}, {"score": "sigmoid"}, {"score": "sqrt_softplus"},
                                      {"score": "sigmoid", "logit_softcap": 1.5, "logit_scale": 0.3}],
                          ids=["softmax", "sigmoid", "sqrt_softplus", "softcap"])

@@ -6,12 +6,18 @@ import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 STANDARD = frozenset(sys.stdlib_module_names)
+
+
+@cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
 
 
 def sources(*folders: str) -> Iterator[tuple[str, ast.Module]]:
@@ -21,7 +27,7 @@ def sources(*folders: str) -> Iterator[tuple[str, ast.Module]]:
         path = ROOT / folder
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             found += 1
-            yield file.relative_to(ROOT).as_posix(), ast.parse(file.read_text())
+            yield file.relative_to(ROOT).as_posix(), parsed(file)
     assert found, f"no sources in {folders}"
 
 

@@ -199,6 +199,7 @@ def test_one_hot_weight_is_one_in_bf16(router: str) -> None:
     assert len(ids_TK[:, 0].unique()) == 16
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("data", [Data.UNIT, Data.OUTLIER])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
 def test_pre_activations_are_neither_linear_nor_saturated(shape: object, data: Data) -> None:

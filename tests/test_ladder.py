@@ -41,6 +41,7 @@ def setting() -> tuple:
     return inputs, truth_TH, ladder().Prediction(inputs, moe_fast.CAPABILITIES)
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("schedule", list(Schedule))
 @pytest.mark.parametrize("tp", [1, 3, 8])
 def test_errors_are_those_of_the_roundings(schedule: Schedule, tp: int) -> None:

@@ -11,6 +11,7 @@ from ci import large_shapes
 from ci.large_layers import SHAPES
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("name", SHAPES)
 def test_large_shapes_are_past_the_limit_and_exact(name: str) -> None:
     """In the small: every element of rows, results and gradients, in the interpreter."""

@@ -109,6 +109,7 @@ def test_a_rank_shard_in_any_layout(spec: MoESpec, layout: Layout, parallel: Par
                for tensor in (held if isinstance(held, list) else [held]))
 
 
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_the_oracle_gives_the_same_bits(layout: Layout) -> None:
     """The layer's result depends on the numbers, not on how they are stored."""

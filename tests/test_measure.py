@@ -139,6 +139,7 @@ CASE = "v1-T33.H96.I160.E8.K2-bf16-norm-tp3"
 FULL = "v1-T17.H80.I72.E8.K3-fp16-sigmoid-norm-eps1em20-bias-g4.2-top2sum-scale2.5-sh39-shgate-res-tp2"
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("text", [
     CASE, FULL, CASE.replace("bf16", "fp32"), "v1-T40.H72.I90-fp16-res-tp2", "v1-T0.H64.I96.E4.K2-bf16-tp2",
     "v1-T1.H64.I96.E4.K2-fp32", "v1-T19.H48.I33.E64.K8-bf16-tp2", "v1-T8.H64.I3.E8.K2-bf16-tp8",
@@ -418,6 +419,7 @@ def test_tokens_that_were_not_finite_before(got: float, want: float, ratio: floa
     assert meter.ratio == (ratio if tainted else usual.ratio)
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("hide", [(), tuple(set(SHOWN) - {Stage.REDUCED})], ids=["all shown", "output only"])
 @pytest.mark.parametrize("words", ["-norm", "-norm-zipf", "-sigmoid-norm-bias-sh39-shgate-zipf"])
 def test_a_nan_that_left_its_token(words: str, hide: tuple[Stage, ...]) -> None:

@@ -87,6 +87,7 @@ def drawn(layer: Any, name: str, most_tokens: int) -> Any:
     return cases(layer.CAPABILITIES, dtypes=(Dtype.FP32,), most_tokens=most_tokens).map(RELATIONS[name].adapted)
 
 
+@pytest.mark.sampled(every=4, each="name")
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("name", RELATIONS)
 def test_a_relation_holds(name: str, layer: str) -> None:
@@ -100,6 +101,7 @@ def test_a_relation_holds(name: str, layer: str) -> None:
     holds()
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("name", RELATIONS)
 def test_a_relation_catches_a_defect(name: str) -> None:
     """In a case that fails again when it is replayed by its id, and in which the right layer does not."""

@@ -151,6 +151,7 @@ def test_a_record_of_another_run_and_a_corrupt_record_are_refused(
     assert path.read_bytes() == corrupt
 
 
+@pytest.mark.nightly("test_record_survival kills a run by default")
 def test_a_killed_run_is_resumed_without_losing_or_doubling_a_case(tmp_path: Path) -> None:
     """SIGKILL with several cases on record and several to go; the second run has all of them, once each."""
     cases = [part for seed in range(1, 13) for part in ("--case", CASE.replace("-tp3", f"-s{seed}-tp3"))]

@@ -55,6 +55,7 @@ def arguments(num_tokens: int = 6, hosted: tuple[int, ...] = (4, 0, 2), shared: 
             uniform(num_tokens, 1, seed=7, grad=grad) if shared == "gated" else None, *forms, *added]
 
 
+@pytest.mark.sampled(every=10)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("num_tokens", "hosted", "shared", "intermediate"), [
     (6, (4, 0, 2), "gated", 9), (6, (0, 1, 2, 3, 4), "", 9), (6, (1,), "plain", 9), (0, (4, 0, 2), "gated", 9),
@@ -127,6 +128,7 @@ FORMS = {
 }
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("shared", ["gated", ""])
 @pytest.mark.parametrize("name", FORMS)
 def test_torch_checks_every_form(name: str, shared: str) -> None:
@@ -167,6 +169,7 @@ def test_a_bias_reaches_the_gradients_of_routing_weights() -> None:
     assert found_TK[inside_TK].all()
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("name", ["everything", "every bias"])
 def test_the_layer_compiles_to_the_same_bits(name: str) -> None:
     """torch.compile without a graph break, forward and backward; one graph does for every number of tokens."""

@@ -23,6 +23,7 @@ from tests.double.layer import Arrays
 from tests.double.router import Choice
 from tests.double.routing_bound import compete, could_differ, sigmoid_gates, weights_bound
 from tests.double.strategies import SEEDS, draw_arrays, parallels, routers, specs
+from tests.nightly import examples
 
 
 def check_routing(x_TH: np.ndarray, arrays: Arrays, spec: MoESpec,
@@ -77,6 +78,7 @@ def test_every_family_has_a_spec() -> None:
     assert len(DISTINCT) == len(set(FAMILIES.values()))
 
 
+@pytest.mark.sampled(every=2, each="family")
 @pytest.mark.parametrize("family", DISTINCT)
 @pytest.mark.parametrize("seed", range(2))
 def test_published_families(family: str, seed: int) -> None:
@@ -93,7 +95,7 @@ def test_published_families(family: str, seed: int) -> None:
     assert (np.abs(oracle_moe(x_TH, arrays, spec) - whole_TH) <= difference_TH).all()
 
 
-@settings(max_examples=1200, deadline=None, derandomize=True)
+@settings(max_examples=examples(1200), deadline=None, derandomize=True)
 @given(spec=specs(), num_tokens=st.integers(0, 7), seed=SEEDS, parallel=parallels(), residual=st.booleans())
 def test_any_layer(spec: MoESpec, num_tokens: int, seed: int, parallel: Parallel, residual: bool) -> None:
     """Every layer that a spec allows, zero tokens and uneven ranks included."""
@@ -102,7 +104,7 @@ def test_any_layer(spec: MoESpec, num_tokens: int, seed: int, parallel: Parallel
     check_layer(x_TH, arrays, spec, None if parallel.tp == 1 else parallel, residual_TH)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=examples(300), deadline=None, derandomize=True)
 @given(router=routers(priorities=("token", "choice")), num_tokens=st.integers(1, 6), seed=SEEDS)
 def test_injected_logits_with_many_ties(router: Router, num_tokens: int, seed: int) -> None:
     """Three levels of logits and one bias for all: most decisions are ties, which are no excuse here.
@@ -119,7 +121,7 @@ def test_injected_logits_with_many_ties(router: Router, num_tokens: int, seed: i
     assert routing.ids_TK.tolist() == [choice.ids for choice in choices]
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=examples(100), deadline=None, derandomize=True)
 @given(num_experts=st.integers(1, 12), seed=SEEDS, data=st.data())
 def test_softmax_over_the_selected_is_softmax_renormalised(num_experts: int, seed: int,
                                                            data: st.DataObject) -> None:
@@ -143,6 +145,7 @@ def test_softmax_over_the_selected_is_softmax_renormalised(num_experts: int, see
         assert (np.abs(routing.weights_TK[t].numpy() - expected_K) <= 2.0 * bound_TK.error[t]).all()
 
 
+@pytest.mark.sampled(every=3, each="family")
 @pytest.mark.parametrize("family", DISTINCT)
 @pytest.mark.parametrize("tp", [2, 3, 8])
 def test_ranks_agree_with_the_unsharded_layer(family: str, tp: int) -> None:
@@ -156,6 +159,7 @@ def test_ranks_agree_with_the_unsharded_layer(family: str, tp: int) -> None:
     assert (np.abs(sharded_TH - whole_TH) <= difference_TH).all()
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("family", DISTINCT)
 def test_uneven_splits(family: str) -> None:
     """Shares given by the user, one of them far smaller: most often a rank without a single neuron."""
@@ -164,6 +168,7 @@ def test_uneven_splits(family: str) -> None:
     check_layer(x_TH, arrays, spec, parallel)
 
 
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize("family", DISTINCT)
 @pytest.mark.parametrize("tp", [2, 3])
 def test_exactly_one_all_reduce(family: str, tp: int) -> None:

@@ -65,6 +65,7 @@ def ratio(subject: WholeSpec, problem: Problem) -> float:
     return max(((y_TH.double() - truth_TH).abs() / bound_TH).flatten().tolist(), default=-1.0)
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize(("subject", "dtype"), [
     (WholeSpec, Dtype.FP32), (WholeSpec, Dtype.BF16), (EagerLoop, Dtype.BF16), (WeightedActivation, Dtype.BF16),
     (FP32Throughout, Dtype.BF16)])

@@ -56,6 +56,7 @@ def layer_of(case: Case, order: str = "sequential", **others: object) -> Simulat
     return SimulatedLayer(usual_numerics(case.problem.dtype), partial(matmul, order=order), **others)  # pyrefly: ignore
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("words", ["bf16-norm", "fp16-norm-tp2", "bf16-sigmoid-norm-gelu-tp4", "fp32-norm-tp2",
                                    "bf16-norm-outlier"])
@@ -125,6 +126,7 @@ def test_what_is_not_finite_is_left_out() -> None:
     assert from_number(named(result, "slots").value) > 0
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize(("text", "name", "products"), [
     ("v1-T256.H256.I64.E4.K2-fp32-norm", "sm90", "tf32"), ("v1-T32.H64.I256.E4.K2-fp32-norm", "sm90", "tf32x3"),
     ("v1-T16.H512.I1024.E2.K1-fp16", "sm80", "exact")])
@@ -163,6 +165,7 @@ class NarrowWeights(WholeSpec):
     stored = {**ROUND_EACH_STAGE, Stage.WEIGHTS: Format.BF16}
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize(("subject", "text"), [
     (WholeSpec(), "v1-T64.H256.I64.E4.K2-bf16-norm-limit0.3-limitafter"),
     (WholeSpec(), "v1-T16.H512.I64.E4.K2-bf16-norm-res"),

@@ -52,6 +52,7 @@ def test_a_recorded_gradient_sees_all_tokens(monkeypatch: pytest.MonkeyPatch) ->
         assert reductions(21, grad=True)[0] == [[8 * 80, 8 * 80, 5 * 80]] * 2
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("options", ["", "-ep2", "-ep2-copy0.1", "-allreducerows", "-reducescatter",
                                      "-reducescatter-tokenstp"])
 def test_the_harness_finds_nothing_wrong(options: str, monkeypatch: pytest.MonkeyPatch) -> None:

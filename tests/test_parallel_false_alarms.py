@@ -62,6 +62,7 @@ CASES = [(name, _case_id(form, LOADS[(5 * f + 7 * i) % len(LOADS)]))
 """5 and 7 have no factor in common with the number of loads."""
 
 
+@pytest.mark.sampled(every=10, each="name")
 @pytest.mark.parametrize(("name", "case_id"), CASES)
 def test_a_right_layer_passes_under_every_form(name: str, case_id: str) -> None:
     line = judged(RIGHT[name](), case_id)

@@ -146,12 +146,14 @@ def wrong_whole_numbers(case_id: str) -> list[str]:
     return wrong
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("case_id", CASES, ids=CASES)
 def test_experts(case_id: str) -> None:
     """A routing is handed in: tokens, its weights and gates, every shard, every bias; exact."""
     assert wrong_whole_numbers(case_id) == []
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("case_id", CASES, ids=CASES)
 def test_through_the_router(case_id: str) -> None:
     """Each rank routes its own tokens: the router's gradient is that of all tokens, on every rank."""
@@ -187,6 +189,7 @@ def test_the_comparison_is_not_of_zeros() -> None:
     assert all(written[name] is not None and written[name].any() for name in ("router_EH", "shared_gate_SH"))
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("form", [form for form in FORMS if form.startswith(("ep", "tp2-ep"))])
 @pytest.mark.parametrize("wanted", ["w13_EGIH", "x_TH", "shared_w2_HI", "weights_TK", "output_bias_H"])
 def test_ranks_without_rows_take_part(form: str, wanted: str) -> None:

@@ -48,6 +48,7 @@ def drawn_truth(name: str) -> tuple[torch.Tensor, Trace, np.ndarray]:
                                          logits_TE=logits_TE)
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("case_id", CASES, ids=CASES)
 def test_every_rank_returns_its_tokens(case_id: str) -> None:
     """Routed by each rank for its own tokens: the same experts, and the output within rounding of the unsharded one."""
@@ -63,6 +64,7 @@ def test_every_rank_returns_its_tokens(case_id: str) -> None:
         assert all(torch.equal(other_TH, own_TH) for (other_TH, _), _ in same), "ranks disagree"
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("case_id", CASES, ids=CASES)
 def test_collectives(case_id: str) -> None:
     """Which collectives, over which group, in which order, of how many elements."""
@@ -120,6 +122,7 @@ def travelling(case: Case, share: RankShare, ids_TK: torch.Tensor) -> list[int]:
             for row, ids in enumerate(ids_TK[slice(*share.merged_tokens)].tolist()) for e in ids if e in hosts]
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("case_id", CASES, ids=CASES)
 def test_stages(case_id: str) -> None:
     """Every stage of every rank holds its rows and columns of the unsharded stage, to the bit, and the sums add up."""

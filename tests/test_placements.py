@@ -100,6 +100,7 @@ def test_the_parts_of_a_rank_fit_together(parallel: Parallel) -> None:
         assert shard.w2_bias_EH.tolist() == [[e * hidden + h for h in outputs] for e in experts]
 
 
+@pytest.mark.sampled(every=5)
 @each_way
 @pytest.mark.parametrize("storage", [one for one in Storage if one is not Storage.OUT_IN])
 def test_the_storage_order_does_not_matter(parallel: Parallel, storage: Storage) -> None:

@@ -67,6 +67,7 @@ def broken_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return plant
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("name", DEFECTS)
 def test_defect_is_found_where_it_is(name: str, broken_package, capsys: pytest.CaptureFixture[str]) -> None:
     defect = DEFECTS[name]
@@ -93,6 +94,7 @@ def test_a_race_is_found_where_the_numbers_are_right(broken_package, capsys: pyt
     assert capsys.readouterr().out.startswith("crash: StoreRaceError: kernel gate_up_kernel")
 
 
+@pytest.mark.nightly("the lane interpreter judges what is copied")
 def test_the_copy_itself_is_right(broken_package, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a defect the same copy passes, so it is the defects that are found."""
     broken_package(Defect("layer.py", "DTYPES = (", "DTYPES = (", ""))

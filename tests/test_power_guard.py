@@ -127,6 +127,7 @@ def really(name: str, right: list[dict[Stage, torch.Tensor]]) -> Fault:
             "tp_partial": PartialDropped(expert=expert), "store_rz": StoresCut()}[name]
 
 
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize("dtype", list(Dtype))
 @pytest.mark.parametrize("pattern", [CASE, WIDE])
 @pytest.mark.parametrize(("name", "shown", "where"), [
@@ -209,6 +210,7 @@ class Declared:
         return y_TH
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("dtype", list(Dtype))
 @pytest.mark.parametrize("shown", ["all", "rows", "ids"])
 def test_a_usual_contract_is_not_refused(dtype: Dtype, shown: str) -> None:
@@ -227,6 +229,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("why", REFUSED)
 def test_a_loose_contract_is_refused(why: str) -> None:
     """Whoever declares coarse sums is told what would pass."""

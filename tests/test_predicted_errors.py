@@ -44,6 +44,7 @@ def z(a_MK: torch.Tensor, w_NK: torch.Tensor, got: torch.Tensor, model: Accumula
     return (got - sums.value) / model.variance(sums, a_MK.shape[1]).sqrt()
 
 
+@pytest.mark.sampled(every=10)
 @pytest.mark.parametrize("order", summation.ORDERS)
 @pytest.mark.parametrize("data", ["unit", "positive", "outlier", "graded"])
 @pytest.mark.parametrize("stored", [Format.BF16, Format.FP32])
@@ -75,6 +76,7 @@ def test_channels_that_are_sorted_by_sign_do_not_accuse() -> None:
         assert float(off.square().mean().sqrt()) < 1.1
 
 
+@pytest.mark.sampled(every=10)
 @pytest.mark.parametrize("name", ["sm80", "sm90", "sm100"])
 @pytest.mark.parametrize("data", ["unit", "positive", "outlier", "graded"])
 @pytest.mark.parametrize("terms", [64, 1024, 8192])
@@ -97,6 +99,7 @@ def test_a_truncating_accumulator_is_no_rounding_one() -> None:
     assert float(off.mean()) < -5
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("products", ["tf32", "tf32x3"])
 @pytest.mark.parametrize("name", ["sm80", "sm90"])
 @pytest.mark.parametrize("data", ["unit", "positive", "outlier"])

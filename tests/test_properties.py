@@ -21,8 +21,9 @@ from tests.double.rounded import gamma
 from tests.double.router import Choice
 from tests.double.routing_bound import compete, could_differ
 from tests.double.strategies import SEEDS, draw_arrays, mlps, specs
+from tests.nightly import examples
 
-EXAMPLES = settings(max_examples=120, deadline=None, derandomize=True)
+EXAMPLES = settings(max_examples=examples(120), deadline=None, derandomize=True)
 WHOLE_BATCH = ("weight",)
 """The priority that does not ask for a token's place."""
 

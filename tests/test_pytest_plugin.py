@@ -39,6 +39,7 @@ def test_workers_share_the_cases(adopter: pytest.Pytester) -> None:
     assert len(list((adopter.path / "record").glob("gw*/records.jsonl"))) >= 1
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--moe-tier", "nosuch"], "unknown tier 'nosuch'"),
     (["--moe-case", "v1-T9"], "case id 'v1-T9'"),

@@ -50,6 +50,7 @@ def _cases() -> list[tuple[str, str]]:
 LAYERS = {name: one() for name, one in RIGHT.items()}
 
 
+@pytest.mark.sampled(every=12)
 @pytest.mark.parametrize(("name", "case_id"), _cases())
 def test_a_right_layer_passes(name: str, case_id: str) -> None:
     line = judged(LAYERS[name], case_id, runs=1)

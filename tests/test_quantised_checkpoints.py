@@ -58,6 +58,7 @@ PLACES = {"whole": Parallel(), "tp2": Parallel(tp=2), "tp3": Parallel(tp=3), "tp
           "a_rank_without_experts": Parallel(ep=4)}
 
 
+@pytest.mark.sampled(every=8, each="saved")
 @pytest.mark.parametrize("parallel", PLACES.values(), ids=PLACES)
 def test_every_rank_reads_its_part(saved: tuple, parallel: Parallel) -> None:
     """Bit by bit the part that QuantisedWeights.shard cuts from the whole; and as numbers, the part of the decoded
@@ -73,6 +74,7 @@ def test_every_rank_reads_its_part(saved: tuple, parallel: Parallel) -> None:
             assert torch.equal(tensor, wanted[name]), (name, rank)
 
 
+@pytest.mark.sampled(every=4, each="saved")
 @pytest.mark.parametrize("parallel", [PLACES[name] for name in ("tp2", "tp3", "tp4", "ep2")],
                          ids=["tp2", "tp3", "tp4", "ep2"])
 def test_ranks_add_up_to_the_layer(saved: tuple, parallel: Parallel) -> None:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from moe_ref.contract.vocabulary import Stage, Verdict
-from moe_ref.records.schema import CaseLine
-from tests.in_process import judged
+from tests.in_process import verdict
 from tests.subjects import mistaken_codes, mistaken_quantisers, mistaken_scales
 from tests.subjects.quantised import HiddenOperands, QuantisedMoE
 
@@ -94,33 +93,30 @@ MISTAKES = {name: one for module in (mistaken_scales, mistaken_codes, mistaken_q
             if isinstance(one, type) and issubclass(one, QuantisedMoE) and one.__module__ == module.__name__}
 
 
-@pytest.fixture(scope="module")
-def lines() -> dict[Caught, CaseLine]:
-    """The line of every mistake."""
-    return {caught: judged(MISTAKES[caught.name](), caught.case(), runs=1) for caught in ADDRESSES + VALUES}
-
-
 def _name(caught: Caught) -> str:
     return f"{caught.name}-{caught.words}"
 
 
+@pytest.mark.sampled(every=3, each="caught.name")
 @pytest.mark.parametrize("caught", ADDRESSES + VALUES, ids=_name)
-def test_a_mistake_is_caught_where_it_starts(lines: dict[Caught, CaseLine], caught: Caught) -> None:
-    line = lines[caught]
+def test_a_mistake_is_caught_where_it_starts(caught: Caught) -> None:
+    line = verdict(MISTAKES[caught.name](), caught.case())
     assert (line.verdict, line.first_stage) == (Verdict.MISMATCH, caught.stage), line.message
 
 
+@pytest.mark.sampled(every=8)
 @pytest.mark.parametrize("case", sorted({caught.case() for caught in ADDRESSES + VALUES}))
 def test_the_right_layer_passes_the_same_case(case: str) -> None:
     """So that it is the mistake that was caught, not the case."""
-    line = judged(QuantisedMoE(), case, runs=1)
+    line = verdict(QuantisedMoE(), case)
     assert line.verdict == Verdict.PASS, line.message
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("caught", ADDRESSES, ids=_name)
 def test_equal_scales_hide_a_wrong_address(caught: Caught) -> None:
     """The trap: the same mistake on the same case with equal scales is not there to be seen."""
-    line = judged(MISTAKES[caught.name](), caught.case("equal"), runs=1)
+    line = verdict(MISTAKES[caught.name](), caught.case("equal"))
     assert line.verdict == Verdict.PASS, line.message
 
 
@@ -129,10 +125,11 @@ def hiding(one: type[QuantisedMoE]) -> QuantisedMoE:
     return type(one.__name__, (one,), {"shows_operands": False})()
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("caught", [one for one in VALUES if one.stage in QuantisedMoE().shows[-4:]], ids=_name)
 def test_a_wrong_quantiser_shows_in_what_follows(caught: Caught) -> None:
     """With hidden codes it is the activation that cannot come from right ones."""
-    line = judged(hiding(MISTAKES[caught.name]), caught.case(), runs=1)
+    line = verdict(hiding(MISTAKES[caught.name]), caught.case())
     assert line.verdict == Verdict.MISMATCH, line.message
 
 

@@ -62,6 +62,7 @@ def layer(quantiser: Quantiser) -> ExpertsLayer:
                                      **DECLARED), lambda call: grouped_experts(call, product))
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("words", ["norm", "norm-tp2", "norm-zipf-outlier", "norm-large", "norm-zipf-nonfinite"])
 def test_right_layers_pass(words: str) -> None:
     line = judged(layer(mxfp8), f"v1-T33.H128.I256.E8.K2-bf16-{words}")

@@ -10,7 +10,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -149,32 +148,24 @@ def _kill_after(folder: Path, lines: int, seconds: float) -> None:
     run.wait()
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Records of five runs: killed before they had one, and at random moments of their three cases."""
-    generator = random.Random(21)
-    folders = [tmp_path_factory.mktemp("killed") for _ in range(5)]
-    with ThreadPoolExecutor(2) as threads:
-        list(threads.map(_kill_after, folders, [0, 1, 1, 2, 3],
-                         [generator.uniform(0.5, 1.5), *(generator.uniform(0.0, 0.2) for _ in range(4))]))
-    return folders
-
-
-def test_a_killed_run_goes_on_where_it_was(killed: list[Path], capfd: pytest.CaptureFixture[str]) -> None:
-    """Exactly the missing cases are executed, none twice, and the record ends whole."""
-    for folder in killed:
-        path = folder / FILE_NAME
-        before = _executed(path) if path.exists() else []
-        assert len(before) < len(CASES) or b'"type":"end"' not in path.read_bytes()
-        assert command(*_verify(folder, "--resume", "--json")) == 0
-        answer = json.loads(capfd.readouterr().out)
-        executed = _executed(path)
-        assert executed[:len(before)] == before
-        assert Counter(executed) == Counter(CASES)
-        assert answer["end"]["executed"] == len(CASES)
-        run = read_run(path)
-        assert run.end is not None
-        assert path.read_bytes().endswith(b"\n")
+@pytest.mark.sampled(every=3)
+@pytest.mark.parametrize(("lines", "seconds"), [(2, 0.1), (0, 1.0), (1, 0.0), (3, 0.15), (1, 0.15)])
+def test_a_killed_run_goes_on_where_it_was(lines: int, seconds: float, tmp_path: Path,
+                                           capfd: pytest.CaptureFixture[str]) -> None:
+    """Exactly the missing cases are executed, none twice, and the record ends whole; killed before it had one, too."""
+    _kill_after(tmp_path, lines, seconds)
+    path = tmp_path / FILE_NAME
+    before = _executed(path) if path.exists() else []
+    assert len(before) < len(CASES) or b'"type":"end"' not in path.read_bytes()
+    assert command(*_verify(tmp_path, "--resume", "--json")) == 0
+    answer = json.loads(capfd.readouterr().out)
+    executed = _executed(path)
+    assert executed[:len(before)] == before
+    assert Counter(executed) == Counter(CASES)
+    assert answer["end"]["executed"] == len(CASES)
+    run = read_run(path)
+    assert run.end is not None
+    assert path.read_bytes().endswith(b"\n")
 
 
 MARKER = "MOE_REF_TEST_KILLED"

@@ -71,6 +71,7 @@ def declared(subject: TorchMoE) -> TorchMoE:
     return subject
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("case", [CASE, CASE + "-tp2", "v1-T15.H96.I64.E4.K2-bf16-norm-sh24-shgate-res-zipf-tp2",
                                   "v1-T15.H96.I64-fp16-res", "v1-T15.H96.I64.E4.K2-bf16-norm-exact-tp2"])
 def test_rows_that_are_their_own_pass(case: str) -> None:

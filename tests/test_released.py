@@ -31,11 +31,12 @@ from moe_ref.verify.bounds.rounding import RoundingModel
 from moe_ref.verify.bounds.rows import Rows
 from moe_ref.verify.bounds.scores import Scores
 from tests.double.strategies import SEEDS, draw_arrays, specs
+from tests.nightly import examples
 
 MODEL = RoundingModel(load_tolerances(), "cpu", Format.FP32)
 FP32 = ReleasedNumerics(logits="fp32", rows="fp32", activation="fp32", merge="fp32")
 AFTER = replace(FP32, score_after_selection=True)
-EXAMPLES = settings(max_examples=300, deadline=None, derandomize=True)
+EXAMPLES = settings(max_examples=examples(300), deadline=None, derandomize=True)
 Layer = tuple[MoESpec, ReleasedNumerics]
 SIGMOID = {"num_experts": 4, "top_k": 2, "score": "sigmoid", "renormalize": True}
 
@@ -169,6 +170,7 @@ LEFT = {"capacity": Capacity(tokens=1, renormalize_after=True)}
 RANKED = {"top_k": 3, "capacity": Capacity(tokens=2, priority="weight")}
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize(("spec", "released"), [
     pytest.param(_layer(RANKED), FP32, id="places go by renormalised weights"),
     pytest.param(_layer(RANKED, shared=2), FP32, id="shared experts take part in what places go by"),

@@ -101,6 +101,7 @@ BACKWARD = {
 }
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("planted", [FORWARD, BACKWARD], ids=["forward", "backward"])
 def test_every_option_is_judged(planted: dict[str, Defect], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                 capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,6 +64,7 @@ def columns(name: str, num_tokens: int, shared: bool) -> torch.Tensor | None:
     return 4 * uniform(num_tokens, 2, seed=4) if shared and name in WITH_COLUMNS else None
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_tokens", [6, 0])
 def test_torch_checks_the_product(num_tokens: int, dtype: torch.dtype) -> None:
@@ -75,6 +76,7 @@ def test_torch_checks_the_product(num_tokens: int, dtype: torch.dtype) -> None:
         opcheck(ops.router_logits_backward.default, (uniform(num_tokens, 8, seed=3), x_TH, router_EH, bias_E))
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("num_tokens", [6, 0])
 @pytest.mark.parametrize("name", ["sigmoid, everything", "scale and cap", "scales", "one scale"])
 def test_torch_checks_the_selection(name: str, num_tokens: int) -> None:
@@ -100,6 +102,7 @@ def test_torch_checks_the_selection(name: str, num_tokens: int) -> None:
             (weights_TK.detach(), gates_TS, ids_TK, weights_TK.detach(), gates_TS, scale_E, *limits[5:]))
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("num_tokens", [6, 0])
 @pytest.mark.parametrize("name", ["sigmoid, everything", "one scale"])
 def test_torch_checks_both_at_once(name: str, num_tokens: int) -> None:
@@ -115,6 +118,7 @@ def test_torch_checks_both_at_once(name: str, num_tokens: int) -> None:
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("shared", [False, True], ids=["", "with columns"])
 @pytest.mark.parametrize("num_tokens", [20, 70])
 @pytest.mark.parametrize("name", ROUTERS)
@@ -178,6 +182,7 @@ def majorant(score: torch.Tensor, size: torch.Tensor, logits: torch.Tensor, rout
     return score_backward(size, logits, router)
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("shared", [False, True], ids=["", "with columns"])
 @pytest.mark.parametrize("name", ROUTERS)
 def test_gradients_of_the_selection(name: str, shared: bool) -> None:
@@ -256,6 +261,7 @@ def test_which_slots_a_capacity_keeps(name: str) -> None:
     assert bool(expected_TK.all()) == (name == "everything fits")
 
 
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize("shared", [0, 2], ids=["", "with columns"])
 @pytest.mark.parametrize("learned_scale", [None, "layer", "expert"])
 @pytest.mark.parametrize("capacity", [Capacity(tokens=3, priority="weight", renormalize_after=True),

@@ -31,6 +31,7 @@ def saved(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     return shapes
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", KINDS)
 def test_saved_or_made_again_the_gradients_have_the_same_bits(name: str, dtype: torch.dtype,
@@ -73,6 +74,7 @@ def test_nothing_is_saved_where_no_gradient_is_recorded(saved: list[torch.Size])
     assert not saved
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("name", FORMS)
 def test_torch_checks_the_operator(name: str) -> None:
     """Schema, fake, autograd registration and ahead-of-time dispatch, in every form; experts at hand for all rows."""

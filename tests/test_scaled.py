@@ -84,6 +84,7 @@ def test_values_too_small_for_a_scale_are_zeros(power_of_two: bool) -> None:
     assert quantise(one * 2.0**-117, rule)[0].item() != 0.0
 
 
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("spread", [0.0, 2.0])
 def test_the_loss_of_a_product_is_as_predicted(name: str, spread: float) -> None:

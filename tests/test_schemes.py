@@ -117,7 +117,8 @@ def test_exponents_of_mx_scales(scheme: Scheme, last: int, emax: int, rounding: 
 # Scales and codes of a matrix.
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 131, 261), (6, 33)], ids=str)
+@pytest.mark.parametrize("shape", [
+    pytest.param((2, 3, 131, 261), marks=pytest.mark.nightly("smaller matrices run by default")), (6, 33)], ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_no_other_code_is_nearer(scheme: Scheme, shape: tuple[int, ...]) -> None:
     """With the block's scale and zero point, up to the quotient's rounding to fp32: so an element is off by half a step

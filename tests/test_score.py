@@ -219,6 +219,7 @@ def test_a_stale_patch_says_so(tmp_path: Path) -> None:
         seed([Patch(file="moe_fast/layer.py", old="no such line", new="")], tmp_path)
 
 
+@pytest.mark.nightly("the command of docs/score.md runs by default")
 def test_a_seeded_copy_can_be_verified_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command that `--seed` prints, from its own folder."""
     catalogue, copy = write(tmp_path / "catalogue", ENTRIES[:1]), tmp_path / "copy"

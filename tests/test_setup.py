@@ -145,6 +145,7 @@ MISTAKEN_CALLS: dict[str, tuple[Callable[[ExpertsCall], torch.Tensor], str, str]
 """Where the ladder stops and what it says: experts one off show at the first number that is asked for."""
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("name", MISTAKEN_CALLS)
 def test_mistakes_of_a_call_are_named(name: str) -> None:
     """Each is the adapter's, explains all of what differs, and ends the steps that stand on it."""
@@ -220,6 +221,7 @@ LAYERS: dict[type[Mistaken], tuple[str, str]] = {
 }
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("mistaken", LAYERS)
 def test_mistakes_around_the_experts_are_named(mistaken: type[Mistaken]) -> None:
     step, words = LAYERS[mistaken]
@@ -255,6 +257,7 @@ def documented() -> SimpleNamespace:
     return SimpleNamespace(moe=names["moe"], CAPABILITIES=names["CAPABILITIES"])
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("subject", [Adapter(CAPABILITIES, adapted), GROUPED_MM, documented(), right.round_each_stage,
                                      gradients.rounded])
 def test_right_layers_pass(subject: Any) -> None:
@@ -275,6 +278,7 @@ def lost_tile(call: ExpertsCall) -> torch.Tensor:
 WIDER = Adapter(replace(CAPABILITIES, hidden_multiple=32, intermediate_multiple=32), lost_tile)
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("subject", [
     wrong.TruncatingStore(), wrong.BF16Accumulation(), wrong.StrideWraps(), wrong.ColumnsSwapped(),
     wrong.LastBlockOfKDropped(), wrong.UninitialisedTail(), wrong.NeighbourExpert(), WIDER],
@@ -322,6 +326,7 @@ def test_nothing_to_ask_for_is_wrong_use(capsys: pytest.CaptureFixture[str]) -> 
     assert "setup 1 fails (loads): unknown implementation 'nosuch'" in capsys.readouterr().err
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize(("name", "code"), [("torch.grouped_mm", 0), ("tests.subjects.wrong:gate_up_swapped", 1)])
 def test_the_verb(name: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     """Its document says what its text says, in a child process."""

@@ -62,6 +62,7 @@ def ratios(case: Case, layer: SimulatedLayer, equal_ranks: bool = True) -> dict[
     return {stage.stage: from_number(stage.ratio) for stage in found.stages}
 
 
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize(("order", "reduction"), list(zip(ORDERS, cycle(REDUCTIONS), strict=False)))
 @pytest.mark.parametrize("dtype", list(Dtype))
 def test_a_right_layer_passes_in_every_order(order: Order, reduction: Reduction, dtype: Dtype) -> None:
@@ -71,6 +72,7 @@ def test_a_right_layer_passes_in_every_order(order: Order, reduction: Reduction,
     assert max(found.values()) <= 1.0, found
 
 
+@pytest.mark.sampled(every=3, each="name")
 @pytest.mark.parametrize("case_id", CASES)
 @pytest.mark.parametrize("name", CONTRACTS)
 def test_a_right_layer_passes_under_every_contract(name: str, case_id: str) -> None:
@@ -91,6 +93,7 @@ def test_stages_are_stored_as_declared(name: str) -> None:
                 assert is_representable(tensor.double(), stored).all()
 
 
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize(("one", "other"), [(a, b) for a in CONTRACTS for b in CONTRACTS if a < b])
 def test_contracts_differ_in_bits(one: str, other: str) -> None:
     """A declared rounding that changed nothing would not have been made."""
@@ -180,6 +183,7 @@ def test_orders_between_ranks_by_hand() -> None:
     assert in_turn("ring", rotation=3).tolist() == [[1.0, above, above, 1.0]]
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("name", ["sequential", "pairwise", "split_k", "hopper"])
 def test_a_rank_may_have_no_columns(name: str) -> None:
     """Its sums have no terms, and are zero."""
@@ -198,6 +202,7 @@ def test_an_unknown_reduction_is_named() -> None:
         reduce_parts(torch.zeros(2, 1, 1), "star", Format.BF16)  # pyrefly: ignore
 
 
+@pytest.mark.sampled(every=3, each="name")
 @pytest.mark.parametrize("name", ["sequential", "backwards", "blocked", "pairwise", "split_k", "shuffled", "hopper",
                                   "ampere"])
 @pytest.mark.parametrize("case_id", ["v1-T17.H48.I56.E4.K2-bf16-norm-ties-tp3", "v1-T17.H48.I40.E4.K2-fp16-gelu-tp2",

@@ -66,6 +66,7 @@ def test_every_fault_has_a_name_of_its_own() -> None:
     assert len(NAMES) == len(FAULTS) == 20
 
 
+@pytest.mark.sampled(every=3, each="name")
 @pytest.mark.parametrize("dtype", list(Dtype))
 @pytest.mark.parametrize("name", NAMES)
 def test_a_fault_starts_at_its_stage(name: str, dtype: Dtype) -> None:
@@ -75,6 +76,7 @@ def test_a_fault_starts_at_its_stage(name: str, dtype: Dtype) -> None:
         assert differing(case, fault)[0] == fault.stage
 
 
+@pytest.mark.sampled(every=3, each="name")
 @pytest.mark.parametrize("dtype", list(Dtype))
 @pytest.mark.parametrize("name", NAMES)
 def test_a_fault_is_seen_where_it_acts(name: str, dtype: Dtype) -> None:

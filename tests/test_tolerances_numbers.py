@@ -55,6 +55,7 @@ def test_the_factor_follows_from_the_step(name: str, operands: Format, factor: f
     assert FILE.hardware[name].factor >= FILE.hardware[name].factor_of(Format.FP16)
 
 
+@pytest.mark.sampled(every=5)
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 9, 17, 18, 33, 65])
 @pytest.mark.parametrize("operands", [Format.FP16, Format.BF16, Format.TF32, Format.E4M3])
 @pytest.mark.parametrize("name", ["sm80", "sm90", "sm100", "cuda"])

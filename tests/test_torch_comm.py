@@ -135,6 +135,7 @@ def _shown(pool: RankPool, size: int, check: str) -> list[list]:
     return [msgspec.json.decode(answer) for answer in answers if isinstance(answer, bytes)]
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("size", SIZES)
 def test_ordered_sums_are_those_of_virtual_ranks(pool: RankPool, size: int) -> None:
     """Bit for bit, so that a run on processes can be compared with a run on threads."""
@@ -148,6 +149,7 @@ def test_the_order_of_additions_shows_in_the_data_compared() -> None:
         assert not torch.equal(parts[0] + parts[1] + parts[2], parts[2] + parts[1] + parts[0])
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("size", SIZES)
 def test_what_moves_arrives_with_every_bit(pool: RankPool, size: int) -> None:
     """Also fp8, which gloo refuses, parts that differ in length, and parts of nothing."""

@@ -46,7 +46,7 @@ SPREAD = [f"v1-T5.{LAYER}-tp2", f"v1-T5.{LAYER}-tp3-split3.1.2", f"v1-T5.{LAYER}
           f"v1-T5.{LAYER}-tp4-allreducerows", f"v1-T5.{LAYER}", f"v1-T3.{LAYER}-tp2-ep2-reducescatter-tokensboth-bwd"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly("a run under torchrun that passes, fails and hangs is there by default")
 def test_cases_of_one_to_four_ranks_on_four(tmp_path: Path) -> None:
     """Every case takes as many ranks as it needs; one that needs more is not run, and says how many there are."""
     done = _torchrun(4, "moe_ref", *_options([*SPREAD, f"v1-T5.{LAYER}-tp8"], tmp_path))
@@ -76,7 +76,6 @@ ENDS = {
 }
 
 
-@pytest.mark.slow
 def test_a_failure_is_named_and_the_next_case_runs_until_a_rank_is_lost(tmp_path: Path) -> None:
     """Ranks that failed meet in a new world; one that never comes back ends the run, and all processes with it."""
     cases = {tokens: f"v1-T{tokens}.{LAYER}-tp3" for tokens in ENDS}
@@ -94,7 +93,7 @@ def test_a_failure_is_named_and_the_next_case_runs_until_a_rank_is_lost(tmp_path
     assert run.end.exit_code == 1
 
 
-@pytest.mark.slow
+@pytest.mark.nightly("a run under torchrun that passes, fails and hangs is there by default")
 def test_a_rank_that_dies_leaves_a_record_to_resume(tmp_path: Path) -> None:
     """torchrun ends the other ranks; what is recorded stays, and the case of the death is run again."""
     cases = [f"v1-T{tokens}.{LAYER}-tp2" for tokens in (2, 3)]
@@ -119,7 +118,7 @@ def _no_hosts() -> str:
     return tried.stderr.strip()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly("a run under torchrun that passes, fails and hangs is there by default")
 def test_two_hosts(tmp_path: Path) -> None:
     """The command that the document names: two network namespaces, two ranks in each, groups across both."""
     if reason := _no_hosts():

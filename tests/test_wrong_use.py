@@ -74,6 +74,7 @@ IN_A_SHELL = ("a wrong call, on two ranks", "misspelt word")
 """Where ranks say what is wrong, and where nothing is started; the others need no process of their own."""
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name not in IN_A_SHELL])
 def test_command_line(capfd: pytest.CaptureFixture[str], name: str) -> None:
     """Nothing but that line is printed, so no traceback either."""

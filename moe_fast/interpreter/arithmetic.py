@@ -70,12 +70,14 @@ class CorrectedBuilder(InterpreterBuilder):
         """Elementwise op of operands of one dtype; a comparison is int1 (upstream: lhs's dtype)."""
         dtype = lhs.dtype.scalar
         if not is_encoded(dtype):
-            result = super().binary_op(lhs, rhs, op)
-            return Handle(result.data, tl.int1) if result.data.dtype == np.bool_ else result
-        result = op(reals(lhs), reals(rhs))
-        if result.dtype == np.bool_:
-            return Handle(result, tl.int1)
-        return Handle(storage(result, dtype), dtype)
+            result, stored = op(lhs.data, rhs.data), np_dtype(dtype)
+            if result.dtype.kind != "b" and result.itemsize > stored.itemsize:
+                result = result.astype(stored)
+        else:
+            result = op(reals(lhs), reals(rhs))
+            if result.dtype.kind != "b":
+                result = storage(result, dtype)
+        return Handle(result, tl.int1 if result.dtype.kind == "b" else dtype)
 
     def unary_op(self, arg: Handle, op: np.ufunc) -> Handle:
         """Elementwise function, in fp32 for encoded dtypes."""

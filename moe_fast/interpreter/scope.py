@@ -59,7 +59,8 @@ def language_changes(semantic: object, overrides: dict[str, Callable], call: Cal
     methods = [(name, value) for name, value in vars(tl.tensor).items() if isinstance(value, JITFunction)]
     changes += [(tl.tensor, name, value, _method(value, call)) for name, value in methods]
     memoised = [(upstream, "_get_np_dtype", memo.np_dtype), (tl.block_type, "__init__", memo.init_block_type),
-                (tl.tensor, "__init__", memo.init_tensor)]
+                (tl.tensor, "__init__", memo.init_tensor), (upstream.TensorHandle, "__init__", memo.init_handle),
+                (tl.core, "_unwrap_if_constexpr", memo.unwrapped), (tl.dtype, "__eq__", memo.equal)]
     changes += [(space, name, getattr(space, name), new) for space, name, new in memoised]
     return [*changes, (JITFunction, "__call__", JITFunction.__call__, call)]
 

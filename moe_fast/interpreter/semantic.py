@@ -7,11 +7,16 @@ import triton.language as tl
 from triton.language.semantic import TritonSemantic
 
 from moe_fast.interpreter.errors import IntegerOverflowError
-from moe_fast.interpreter.memo import plain_shape
+from moe_fast.interpreter.memo import np_dtype, plain_shape
 
 _UFUNCS = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 _OFFSETS = frozenset(dtype.name for dtype in (tl.int32, tl.int64))
-_COMPUTED_AS_IS = _OFFSETS | {tl.float32.name, tl.float64.name}
+_BITS = _OFFSETS | {tl.int1.name}
+_COMPUTED_AS_IS = _OFFSETS | {tl.int1.name, tl.float32.name, tl.float64.name}
+_NUMBERS = frozenset((*tl.dtype.SINT_TYPES, *tl.dtype.UINT_TYPES, *tl.dtype.FP_TYPES))
+_HOLDS = {tl.int32.name: range(-2**31, 2**31), tl.int64.name: range(-2**63, 2**63),
+          tl.float32.name: range(-2**31, 2**31)}
+"""Integers that stay what they are beside a tensor of the dtype; an fp32 tensor rounds them."""
 
 
 class CheckedSemantic(TritonSemantic):
@@ -38,14 +43,58 @@ class CheckedSemantic(TritonSemantic):
     def binary_op_type_checking_impl(self, lhs: object, rhs: object, allow_lhs_ptr: bool = False,
                                      allow_rhs_ptr: bool = False, arithmetic_check: bool = True,
                                      div_or_mod: bool = False) -> tuple[tl.tensor, tl.tensor]:
-        """Equal common types, and a pointer plus offsets, need a shape only; Triton's rules for the rest."""
-        if type(lhs) is tl.tensor and type(rhs) is tl.tensor and not div_or_mod:
+        """Operands of one common type need a shape only, int32 beside int64 a cast, a pointer's offsets nothing, and a
+        number the dtype of its tensor; Triton's rules for the rest.
+        """
+        if type(lhs) is tl.tensor and type(rhs) is tl.tensor:
             left, right = lhs.dtype, rhs.dtype
-            same = left.name == right.name and left.name in _COMPUTED_AS_IS
-            if same or (allow_lhs_ptr and left.is_ptr() and right.name in _OFFSETS):
+            if left.name == right.name and left.name in _COMPUTED_AS_IS:
                 return self.broadcast_impl_value(lhs, rhs)
+            if right.name in _OFFSETS and allow_lhs_ptr and left.is_ptr():
+                return self.broadcast_impl_value(lhs, rhs)
+            if right.name in _OFFSETS and left.name in _OFFSETS and arithmetic_check:
+                return self.broadcast_impl_value(self.cast(lhs, tl.int64), self.cast(rhs, tl.int64))
+        elif arithmetic_check and type(lhs) is tl.tensor and (constant := self._constant(rhs, lhs)) is not None:
+            return lhs, constant
+        elif arithmetic_check and type(rhs) is tl.tensor and (constant := self._constant(lhs, rhs)) is not None:
+            return constant, rhs
         return super().binary_op_type_checking_impl(lhs, rhs, allow_lhs_ptr, allow_rhs_ptr, arithmetic_check,
                                                     div_or_mod)
+
+    def _constant(self, value: object, like: tl.tensor) -> tl.tensor | None:
+        """A number in dtype and shape of a tensor, None where that is not what it becomes beside it."""
+        dtype = like.dtype
+        held = _HOLDS.get(dtype.name)
+        if held is None or not (value in held if type(value) is int else
+                                type(value) is float and dtype.name == tl.float32.name):
+            return None
+        data = np.empty(plain_shape(like.type) or 1, np_dtype(dtype))
+        data.fill(value or 0)  # Triton has no constant -0.0
+        return tl.tensor(type(like.handle)(data, dtype), like.type)
+
+    def cast(self, input: tl.tensor, dst_ty: tl.dtype, fp_downcast_rounding: str | None = None) -> tl.tensor:
+        """To the dtype that it has, and from int32 to int64, without asking for every other way there is."""
+        source, target = input.dtype.name, dst_ty.scalar.name
+        if source == target and source in _NUMBERS:
+            return input
+        if source == tl.int32.name and target == tl.int64.name and fp_downcast_rounding is None:
+            wide = input.type.with_element_ty(tl.int64) if input.type.is_block() else tl.int64
+            return tl.tensor(self.builder.create_int_cast(input.handle, wide, True), wide)
+        return super().cast(input, dst_ty, fp_downcast_rounding)
+
+    def bitwise_op_type_checking_impl(self, input: object, other: object) -> tuple[tl.tensor, tl.tensor]:
+        """Masks, and integers of one type, need a shape only."""
+        if type(input) is tl.tensor and type(other) is tl.tensor and input.dtype.name == other.dtype.name in _BITS:
+            return self.broadcast_impl_value(input, other)
+        return super().bitwise_op_type_checking_impl(input, other)
+
+    def expand_dims(self, input: tl.tensor, axis: int) -> tl.tensor:
+        """A block's shape is known without unwrapping each of its sizes."""
+        if not input.type.is_block():
+            return super().expand_dims(input, axis)
+        shape = plain_shape(input.type)
+        block = tl.block_type(input.dtype, (*shape[:axis], 1, *shape[axis:]))
+        return tl.tensor(self.builder.create_expand_dims(input.handle, axis), block)
 
     def broadcast_impl_value(self, lhs: tl.tensor, rhs: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
         """Both operands at their common shape; Triton's code for different ranks and for errors."""
