@@ -107,6 +107,7 @@ def test_what_is_not_finite_in_columns() -> None:
 # Layers
 
 
+@pytest.mark.sampled(every=4)
 @pytest.mark.parametrize("words", [
     "fp32-norm", "bf16-norm-sh19-shgate-res-tp3", "fp16-norm-zipf-large-tp2",
     "fp32-norm-mlpbias-sh19-shgate-shmlpbias-outbias-tp2", "bf16-norm-empty-tp2", "fp32-norm-tp2-split3.0",
@@ -124,6 +125,7 @@ def test_layers_pass(words: str) -> None:
     assert line.verdict is Verdict.PASS, line.message
 
 
+@pytest.mark.sampled(every=3)
 @pytest.mark.parametrize("case_id", ["v1-T33.H96.I64-bf16-bwd", "v1-T1.H96.I64.E4.K2-bf16-norm-bwd",
                                      "v1-T70.H130.I200.E3.K2-bf16-norm-tp2-bwd"])
 def test_other_sizes_pass(case_id: str) -> None:
@@ -176,6 +178,7 @@ def scales_of_the_next_expert(*arguments: object) -> RoundedColumns:
     return replace(found, scales_EN=found.scales_EN.roll(1, 0))
 
 
+@pytest.mark.sampled(every=2)
 @pytest.mark.parametrize(("name", "mistake", "stage"), [
     ("rounded_columns", codes_of_the_forward_pass, Stage.GRAD_W13),
     ("rounded_columns", neighbouring_scale, Stage.GRAD_W13),
