@@ -9,6 +9,7 @@ from functools import wraps
 
 from moe_fast import layer
 from moe_fast.capabilities import CAPABILITIES as DEFAULT
+from moe_fast.capabilities import LONGEST_SUM
 from moe_fast.held import FP8Weights, Held
 from moe_ref.contract.errors import UsageTypeError
 from moe_ref.contract.features import Feature
@@ -17,7 +18,8 @@ from moe_ref.contract.weights import MoEWeights
 
 CAPABILITIES = replace(
     DEFAULT, name="moe_fast.fp8_training", schemes={},
-    numerics={dtype: replace(numerics, products="fp8_row") for dtype, numerics in DEFAULT.numerics.items()},
+    numerics={dtype: replace(numerics, products="fp8_row", promoted_after=LONGEST_SUM)
+              for dtype, numerics in DEFAULT.numerics.items()},
     # Of shared experts that the router weights each is a row of its own.
     features=tuple(one for one in DEFAULT.features if one is not Feature.SHARED_ROUTER_GATE))
 
