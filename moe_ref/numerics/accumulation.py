@@ -42,7 +42,7 @@ class Accumulation:
         spread = per_addition * (path + gauges.squares) + (terms * FLUSH) ** 2
         if not self.truncates:
             return spread
-        cut, largest = self._alignment(gauges, terms)
+        cut, largest = self._alignment(gauges)
         # Losses that do not agree in sign add up at random.
         return spread + self.drift(gauges, terms).square() + ROUNDING * cut**2 * terms * largest
 
@@ -56,19 +56,15 @@ class Accumulation:
             return torch.zeros_like(gauges.path)
         steps = -(-terms // self.products_per_step)
         lost = LOST * 2 * self.unit * steps * gauges.path.sqrt()
-        cut, largest = self._alignment(gauges, terms)
+        cut, largest = self._alignment(gauges)
         # As far as products have one sign; all of them, where their absolute sum is not known.
         agreement = 1.0 if gauges.absolute is None else gauges.value.abs() / gauges.absolute.clamp(min=1e-300)
-        if gauges.agreement is not None:
-            # Large products of both signs hide small ones of one, which lose as much where few bits are kept.
-            agreement = torch.maximum(torch.as_tensor(agreement), gauges.agreement)
         return -gauges.value.sign() * (lost + LOST * cut * terms * agreement * largest.sqrt())
 
-    def _alignment(self, gauges: Gauges, terms: int) -> tuple[float, torch.Tensor]:
+    def _alignment(self, gauges: Gauges) -> tuple[float, torch.Tensor]:
         """The unit at which addends are cut, of the largest of a step, and the mean square of that."""
         cut = 2.0**-self.kept_bits if self.kept_bits else 0.0
-        steps = -(-max(1, terms) // self.products_per_step)
-        return cut, gauges.path + gauges.squares / min(steps, self.products_per_step)
+        return cut, gauges.path + gauges.squares / self.products_per_step
 
 
 def running_sum(total: torch.Tensor, squares: torch.Tensor, addends: int) -> torch.Tensor:

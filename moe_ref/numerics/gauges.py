@@ -1,6 +1,6 @@
 """What a matrix product's rounding errors are measured with: its value, and how large its partial sums are."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -19,25 +19,18 @@ class Gauges:
 
     squares: sum of the squared products. path: mean square of the partial sums, the largest over the natural order, its
     reverse and random ones. What a long sum rounds is its partial sums, so path is what its rounding errors grow with.
-    absolute: sum of absolute products; agreement: of how many products more the sign is the one than the other, as a
-    part of all; None where nobody asked for them.
+    absolute: sum of absolute products; None where nobody asked for it.
     """
 
     value: torch.Tensor
     squares: torch.Tensor
     path: torch.Tensor
     absolute: torch.Tensor | None = None
-    agreement: torch.Tensor | None = None
 
 
-def gauges(a_MK: torch.Tensor, w_NK: torch.Tensor, absolute: bool = False, signs: bool = False) -> Gauges:
-    """Gauges of a @ w^T; any floating dtype. signs: with `agreement`, for sums of fewer than 2^24 products."""
-    found = gauges_and_products(a_MK, w_NK, [], absolute)[0]
-    if not signs:
-        return found
-    # Whole numbers that fp32 holds, in any order.
-    more = a_MK.sign().float() @ w_NK.sign().float().T
-    return replace(found, agreement=more.abs().double() / max(1, a_MK.shape[1]))
+def gauges(a_MK: torch.Tensor, w_NK: torch.Tensor, absolute: bool = False) -> Gauges:
+    """Gauges of a @ w^T; any floating dtype."""
+    return gauges_and_products(a_MK, w_NK, [], absolute)[0]
 
 
 def gauges_and_products(a_MK: torch.Tensor, w_NK: torch.Tensor, carried: list[Left],

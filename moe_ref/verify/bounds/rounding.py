@@ -17,7 +17,7 @@ from moe_ref.contract.vocabulary import Dtype, Format
 from moe_ref.numerics.accumulation import LOST, ROUNDING, Accumulation, running_sum, sorted_sum
 from moe_ref.numerics.formats import power_of_two, unit_in_last_place
 from moe_ref.numerics.gauges import Gauges
-from moe_ref.numerics.promoted import promoted_errors
+from moe_ref.numerics.narrow_sums import narrow_errors
 from moe_ref.oracle.router import capped, softplus
 from moe_ref.tolerances.load import Tolerances
 from moe_ref.verify.bounds.rows import Rows, total_variance
@@ -171,7 +171,7 @@ class RoundingModel:
             return self.summed_variance(sums, terms), self.drift(sums, terms)
         size = a_MK.shape[1]
         added = self.in_register.summed_variance(sums, terms)
-        variance, drift = promoted_errors(a_MK, w_NK, self.accumulation, self.promoted_after or max(1, size), start)
+        variance, drift = narrow_errors(a_MK, w_NK, self.accumulation, self.promoted_after or max(1, size), start)
         return added + variance, drift
 
     def stored_variance(self, value: torch.Tensor, stored: Format | None) -> torch.Tensor:
