@@ -38,15 +38,16 @@ def _followed(a_MK: torch.Tensor, w_NK: torch.Tensor, unit: Accumulation, every:
         a_Mk, w_kN, count = a_MK[:, first:stop], w_NK[:, first:stop].T, stop - first
         if is_new:
             total.zero_()
-        # The largest addend is the sum before, or a product: no larger than the root of the sum of all squares.
-        largest_square = total.square().addmm_(a_Mk.square(), w_kN.square())
+        # The largest addend is the sum before, or a product: no larger than the fourth root of the sum of their powers.
+        largest_square = (a_Mk.square().square() @ w_kN.square().square()).sqrt_().addcmul_(total, total)
         total_of_step, absolute = a_Mk @ w_kN, a_Mk.abs() @ w_kN.abs()
         by_number, by_size = a_Mk.sign() @ w_kN.sign(), total_of_step / absolute.clamp_(min=1e-38) * count
         agreeing = torch.where(by_number.abs() > by_size.abs(), by_number, by_size)
         total += total_of_step
         drift -= largest_square.sqrt().mul_(agreeing).mul_(LOST * cut).add_(total, alpha=LOST * 2 * unit.unit)
-        variance.add_(largest_square, alpha=ROUNDING * cut**2 * (count + 1))
-        variance.addcmul_(total, total, value=ROUNDING * (2 * unit.unit) ** 2)
+        # About its mean, which is the drift, a cut spreads as a rounding does, by a twelfth of its unit squared.
+        variance.add_(largest_square, alpha=ROUNDING * (cut / 2) ** 2 * (count + 1))
+        variance.addcmul_(total, total, value=ROUNDING * unit.unit**2)
     return variance.addcmul_(drift, drift), drift
 
 
