@@ -124,8 +124,7 @@ def test_nothing_changes_where_units_are_not_narrow() -> None:
     assert plain.of_experts(replace(numerics(), products="int8_row")) is plain
     assert plain.of_experts(numerics(promoted_after=1)) is plain
     assert [model(128, name).is_narrow for name in ("sm80", "sm90", "sm100", "cuda")] == [False, True, False, True]
-    spec = MoESpec(hidden_size=64, intermediate_size=64, num_experts=2, top_k=1,
-                   router=Router(num_experts=2, top_k=1))
+    spec = MoESpec(hidden_size=64, intermediate_size=64, router=Router(num_experts=2, top_k=1))
     steps = Steps(spec, numerics(), plain)
     found = steps.linear(exact(torch.zeros(1, 64)), torch.zeros(1, 64), exact(torch.ones(1)), Stage.DOWN,
                          steps.experts_model)
@@ -182,6 +181,15 @@ RIGHT = (
 @pytest.mark.parametrize(("layer", "words", "data"), RIGHT)
 def test_right_layers_pass(layer: type[units.NarrowUnit], words: str, data: str) -> None:
     line = on_hopper(layer(), SIZES, words, data)
+    assert line.verdict is Verdict.PASS, line.message
+
+
+@pytest.mark.parametrize(("layer", "words"), [(units.Training, "fp32-norm-tp2"), (units.Training, "bf16-norm"),
+                                              (units.TrainingInOneSum, "fp32-norm"),
+                                              (units.TrainingInOneSum, "bf16-norm-outlier-tp2")])
+def test_right_gradients_pass(layer: type[units.Training], words: str) -> None:
+    """Products of a backward pass are the unit's as well; sums of weights' gradients, routers and rows are not."""
+    line = judged(layer(), f"v1-T48.H192.I160.E3.K2-{words}-bwd", runs=1, hardware="sm90")
     assert line.verdict is Verdict.PASS, line.message
 
 

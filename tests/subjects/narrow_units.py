@@ -9,6 +9,7 @@ from moe_ref.contract.capabilities import E4M3_OPERANDS
 from moe_ref.contract.vocabulary import Format
 from moe_ref.numerics.tensor_core import TensorCore, matmul, tensor_core
 from moe_ref.tolerances.load import load_tolerances
+from tests.subjects.fp8_training import Fp8Training, Quantiser
 from tests.subjects.mistaken_scales import ScaleOfNextBlock, ScaleOfNextRow
 from tests.subjects.quantised import HiddenOperands, QuantisedMoE
 
@@ -58,6 +59,42 @@ class Hidden(NarrowUnit, HiddenOperands):
 
 class HiddenOneSum(OneSum, HiddenOperands):
     """Shows no codes, and leaves no sum before its end."""
+
+
+class UnitOfQuantiser(Quantiser):
+    """Products of codes in the unit, forward and backward."""
+
+    promotes = 128
+
+    def product(self, a_MK: torch.Tensor, w_NK: torch.Tensor, is_backward: bool) -> torch.Tensor:
+        scale_M1, scale_N1 = self.scales(a_MK, is_backward), self.scales(w_NK, is_backward)
+        codes_MK, codes_NK = self.codes(a_MK, scale_M1, is_backward), self.codes(w_NK, scale_N1, is_backward)
+        core = replace(tensor_core(load_tolerances().file.hardware["sm90"], Format.E4M3), promote_every=self.promotes)
+        return matmul(codes_MK.double(), codes_NK.T.double(), core).float() * scale_M1 * scale_N1.T
+
+
+class WholeSums(UnitOfQuantiser):
+    """Without promotion."""
+
+    promotes = 0
+
+
+class Training(Fp8Training):
+    """Trains in 8 bits on the unit."""
+
+    quantiser = UnitOfQuantiser
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.CAPABILITIES = replace(self.CAPABILITIES, numerics={
+            dtype: replace(one, promoted_after=self.quantiser.promotes or None)
+            for dtype, one in self.CAPABILITIES.numerics.items()})
+
+
+class TrainingInOneSum(Training):
+    """The same, without promotion."""
+
+    quantiser = WholeSums
 
 
 # Mistakes.
