@@ -83,20 +83,22 @@ def test_a_unit_errs_as_its_class_says(terms: int, data: str, promoted_after: in
 
 
 def test_losses_of_one_sign_are_what_is_predicted() -> None:
-    """All numbers positive, so that all losses agree: the drift is no mere upper limit, and is taken off sums of errors."""
+    """All numbers positive, so that all losses agree: the drift, which is taken off sums of errors, is their size."""
     a_MK, w_NK = codes("positive", 4096)
     core = tensor_core(load_tolerances().file.hardware["sm90"], Format.E4M3)
     sums = gauges(a_MK, w_NK, absolute=True)
     off = matmul(a_MK, w_NK.T.contiguous(), core) - sums.value
     _, drift = model(None).product_errors(a_MK, w_NK, sums, 4096)
-    assert 0.5 < float((off / drift).min()) and float((off / drift).max()) < 1
+    assert float((off / drift).min()) > 0.5
+    assert float((off / drift).max()) < 1
 
 
 def test_a_promoted_sum_is_bounded_by_its_blocks() -> None:
     """And a whole one by what it can lose at most, however long it is: cutting makes no partial sum larger."""
     one = torch.ones((), dtype=torch.float64)
     short, long = (float(model(128).summed(one, terms)) for terms in (128, 8192))
-    assert long < short + 8192 * 2.0**-23 and short < 0.02
+    assert long < short + 8192 * 2.0**-23
+    assert short < 0.02
     assert [float(model(None).summed(one, terms)) < 2.1 for terms in (4096, 8192, 65536)] == [True] * 3
     assert float(model(None).summed(one, 4096)) > 0.5
 
@@ -112,7 +114,8 @@ def test_blocks_begin_where_the_parts_of_a_rank_do() -> None:
     spread = sum(part[0] - part[1].square() for part in parts)
     assert torch.allclose(variance, spread + drift.square(), rtol=1e-3)
     nothing, _ = narrow_errors(a_MK[:, :0], w_NK[:, :0], unit, 128)
-    assert nothing.shape == (16, 64) and not bool(nothing.any())
+    assert nothing.shape == (16, 64)
+    assert not bool(nothing.any())
 
 
 def test_nothing_changes_where_units_are_not_narrow() -> None:

@@ -19,6 +19,7 @@ from moe_ref.contract.encoded import Encoded
 from moe_ref.contract.schemes import ENCODINGS
 from moe_ref.contract.vocabulary import Scheme
 
+
 @triton.jit
 def codes_at(codes, row, k, row_size):
     """Addresses of the (row, k) elements of rows that lie side by side."""

@@ -40,6 +40,6 @@ def experts(call: ExpertsCall) -> torch.Tensor:
 
 SCALED_GROUPED_MM = ExpertsLayer(
     Capabilities(name="torch.scaled_grouped_mm", version=str(torch.__version__),
-                 numerics={Dtype.BF16: replace(rounded(Dtype.BF16), products="fp8_row", promoted_after=128)}, devices=("cuda",),
-                 hidden_multiple=16, intermediate_multiple=16, ranks=FORKED, **DECLARED),
+                 numerics={Dtype.BF16: replace(rounded(Dtype.BF16), products="fp8_row", promoted_after=128)},
+                 devices=("cuda",), hidden_multiple=16, intermediate_multiple=16, ranks=FORKED, **DECLARED),
     experts)
