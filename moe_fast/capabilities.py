@@ -10,6 +10,7 @@ from moe_ref.contract.capabilities import Capabilities, Numerics, Products
 from moe_ref.contract.dtypes import TORCH_DTYPES
 from moe_ref.contract.errors import UsageTypeError, raise_faults
 from moe_ref.contract.features import Feature
+from moe_ref.contract.schemes import ENCODINGS
 from moe_ref.contract.spec import MoESpec
 from moe_ref.contract.vocabulary import (
     Direction,
@@ -38,10 +39,14 @@ def _decoded(dtype: Dtype) -> Numerics:
     return replace(_numerics(dtype), decoded=Format(dtype.value))
 
 
-def _rounded(products: Products, dtype: Dtype) -> Numerics:
-    """The same with weights as codes, and rows rounded to codes beside them."""
-    return replace(_numerics(dtype), products=products)
+def _rounded(scheme: Scheme, dtype: Dtype) -> Numerics:
+    """The same with weights as codes, and rows rounded to codes beside them; every sum in a matrix unit is a block."""
+    return replace(_numerics(dtype), products=ROUNDED[scheme],
+                   promoted_after=ENCODINGS[scheme].columns or LONGEST_SUM)
 
+
+LONGEST_SUM = 128
+"""Products that a sum in a matrix unit has where scales do not change along K."""
 
 ROUNDED: dict[Scheme, Products] = {Scheme.FP8_TENSOR: "fp8_tensor", Scheme.FP8_ROW: "fp8_row",
                                    Scheme.FP8_BLOCK: "fp8_block", Scheme.MXFP8: "mxfp8"}
@@ -57,7 +62,7 @@ CAPABILITIES = Capabilities(
     name="moe_fast", version="0.1.0", numerics={dtype: _numerics(dtype) for dtype in Dtype},
     schemes={scheme: {dtype: _decoded(dtype) for dtype in Dtype} for scheme in DECODED}
     | {scheme: {dtype: _numerics(dtype) for dtype in Dtype} for scheme in EXACT}
-    | {scheme: {dtype: _rounded(products, dtype) for dtype in Dtype} for scheme, products in ROUNDED.items()},
+    | {scheme: {dtype: _rounded(scheme, dtype) for dtype in Dtype} for scheme in ROUNDED},
     stages=(Stage.LOGITS, Stage.IDS, Stage.WEIGHTS, Stage.PERMUTE_SCALES, Stage.PERMUTE_CODES, Stage.ACT,
             Stage.ACT_SCALES, Stage.ACT_CODES, Stage.DOWN, Stage.SHARED, Stage.MERGED, Stage.REDUCED),
     activations=ACTIVATIONS, scores=("softmax", "sigmoid", "sqrt_softplus"),
@@ -73,7 +78,8 @@ CAPABILITIES = Capabilities(
 
 FP8_TRAINING = replace(
     CAPABILITIES, name="moe_fast.fp8_training", schemes={},
-    numerics={dtype: replace(numerics, products="fp8_row") for dtype, numerics in CAPABILITIES.numerics.items()},
+    numerics={dtype: replace(numerics, products="fp8_row", promoted_after=LONGEST_SUM)
+              for dtype, numerics in CAPABILITIES.numerics.items()},
     # Of shared experts that the router weights each is a row of its own.
     features=tuple(one for one in CAPABILITIES.features if one is not Feature.SHARED_ROUTER_GATE))
 """Of plain weights whose products are of 8 bits: fp8_training.py."""

@@ -71,7 +71,7 @@ def round_rows_kernel(rows, row_weights, codes, scales, input_scales, sorted_row
     and multiplied with the weight of the routed row.
     """
     BLOCKS: tl.constexpr = BLOCK_K // SIZE if SIZE > 0 else 1
-    column_parts = tl.cdiv(column_start + num_columns, BLOCK_K) if SIZE != 0 else 1
+    column_parts = tl.maximum(tl.cdiv(column_start + num_columns, BLOCK_K), 1) if SIZE != 0 else 1
     part = tl.program_id(0) % column_parts
     row = (tl.program_id(0) // column_parts) * BLOCK_R + tl.arange(0, BLOCK_R)
     limit = num_rows
@@ -144,7 +144,8 @@ def round_rows(rows_RK: torch.Tensor, scheme: Scheme, column_start: int, input_s
     # Of a block the scales of rows lie side by side, as a product reads them.
     scales_BR = torch.empty(num_blocks, num_codes, dtype=torch.float32, device=device)
     block_r = _BLOCK_R_INTERPRETED if device.type == "cpu" else _BLOCK_R
-    parts = triton.cdiv(column_start + num_columns, _COLUMNS) if size else 1
+    # A fixed scale is written where there are no columns too: a product of none takes it, and 0 times NaN is NaN.
+    parts = max(triton.cdiv(column_start + num_columns, _COLUMNS), 1) if size else 1
     launch(round_rows_kernel, (triton.cdiv(num_codes, block_r) * parts,), device, rows=rows_RK, codes=codes_RK,
            row_weights=scales_BR if row_weights_R is None else row_weights_R.contiguous(), scales=scales_BR,
            HAS_WEIGHTS=row_weights_R is not None,

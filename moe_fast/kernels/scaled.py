@@ -11,15 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_fast.capabilities import LONGEST_SUM
 from moe_fast.kernels.e4m3 import operand, scale_in_single
 from moe_fast.kernels.round_rows import RoundedRows, as_operand, multiplies_codes
 from moe_fast.tiles import Load, Tile, gemm_tile
 from moe_ref.contract.encoded import Encoded
 from moe_ref.contract.schemes import ENCODINGS
 from moe_ref.contract.vocabulary import Scheme
-
-LONGEST_SUM = 128
-"""Products that a sum in a matrix unit has where scales do not change along K."""
 
 
 @triton.jit

@@ -4,8 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_fast.capabilities import LONGEST_SUM
 from moe_fast.kernels.round_columns import Places, RoundedColumns
-from moe_fast.kernels.scaled import LONGEST_SUM, block_sum, of_codes
+from moe_fast.kernels.scaled import block_sum, of_codes
 from moe_fast.launch import launch
 from moe_fast.tiles import ALIGNED, Load, gemm_tile
 

@@ -125,8 +125,10 @@ _ROWS = Capabilities(
     features=(Feature.RESIDUAL, Feature.LOGIT_BIAS, Feature.MLP_BIAS, Feature.LIMIT, Feature.SCALED_SWIGLU,
               Feature.WEIGHT_ON_INPUT),
     max_tp=64, ranks=(Ranks.LOCAL, Ranks.GLOO), injected_routing=True, collectives_through_groups=True)
-_BLOCKS = replace(_ROWS, numerics={}, schemes=_schemes(Scheme.FP8_BLOCK, products="fp8_block"), hidden_multiple=128,
-                  intermediate_multiple=128, whole_blocks=True)
+# The sum of a block is one tl.dot, scaled and added in fp32; of rows tl.dot adds to the accumulator that it is handed.
+_BLOCKS = replace(_ROWS, numerics={},
+                  schemes=_schemes(Scheme.FP8_BLOCK, products="fp8_block", promoted_after=128),
+                  hidden_multiple=128, intermediate_multiple=128, whole_blocks=True)
 _GROUPS = replace(
     _ROWS, numerics={}, hidden_multiple=LEAST_GROUP, intermediate_multiple=LEAST_GROUP,
     schemes={scheme: {dtype: replace(_numerics(dtype), decoded=Format(dtype.value)) for dtype in _DTYPES}

@@ -3,8 +3,8 @@
 Rows of tokens and of weights are rounded to e4m3 here, each under its largest magnitude over 448 in fp32
 (ScalingType.RowWise: one scale per row of mat_a, one per expert and column of mat_b, both to decode with); torch
 multiplies them on a GPU, and has no kernel for a CPU (aten::_scaled_grouped_mm_v2). The contract is that of the rounded
-operands, products="fp8_row", with sums in fp32: fp8 tensor cores of sm_90 keep 14 bits of a sum, and a kernel that adds
-up in them alone would be accused there. Forward, in bf16.
+operands, products="fp8_row"; use_fast_accum is False by default, which CUTLASS's kernels take as promoted_after=128:
+four instructions of 32 products (mma_promotion_interval). Forward, in bf16.
 """
 
 from dataclasses import replace
@@ -40,6 +40,6 @@ def experts(call: ExpertsCall) -> torch.Tensor:
 
 SCALED_GROUPED_MM = ExpertsLayer(
     Capabilities(name="torch.scaled_grouped_mm", version=str(torch.__version__),
-                 numerics={Dtype.BF16: replace(rounded(Dtype.BF16), products="fp8_row")}, devices=("cuda",),
-                 hidden_multiple=16, intermediate_multiple=16, ranks=FORKED, **DECLARED),
+                 numerics={Dtype.BF16: replace(rounded(Dtype.BF16), products="fp8_row", promoted_after=128)},
+                 devices=("cuda",), hidden_multiple=16, intermediate_multiple=16, ranks=FORKED, **DECLARED),
     experts)

@@ -2,8 +2,8 @@
 
 `_to_mxfp8_then_scaled_grouped_mm` with KernelPreference.EMULATED rounds tokens and weights to e4m3 in blocks of 32
 along the sum under power-of-two scales (ScaleCalculationMode.RCEIL, its default; to_mx of mx_formats/mx_tensor.py),
-takes the scales back, which is exact in bf16, and calls torch._grouped_mm. Groups of rows are padded to 32 by its own
-functions. Its CUDA kernels ask for sm_100.
+takes the scales back, which is exact in bf16, and calls torch._grouped_mm, so that promoted_after is 1. Groups of rows
+are padded to 32 by its own functions. Its CUDA kernels ask for sm_100.
 """
 
 from dataclasses import replace
@@ -33,6 +33,7 @@ def experts(call: ExpertsCall) -> torch.Tensor:
 
 MXFP8 = ExpertsLayer(
     Capabilities(name="torchao.mxfp8", version=torchao.__version__,
-                 numerics={Dtype.BF16: replace(rounded(Dtype.BF16), products="mxfp8")}, features=(Feature.RESIDUAL,),
+                 numerics={Dtype.BF16: replace(rounded(Dtype.BF16), products="mxfp8", promoted_after=1)},
+                 features=(Feature.RESIDUAL,),
                  hidden_multiple=32, intermediate_multiple=32, ranks=FORKED, **DECLARED),
     experts)

@@ -6,8 +6,8 @@ are rounded to powers of two (fp8_grouped_mm.py: round_scales_to_power_of_2=True
 for the gradient of the rows, and both operands of a weight's gradient over the rows of each expert. Its kernels are
 Triton's and torch._scaled_grouped_mm, which a CPU does not have; the test runs its autograd function with stand-ins of
 both. It asks for groups of a multiple of 16 rows and does not pad them itself: here they are filled with zeros, which
-no scale sees. use_fast_accum=True: fp8 tensor cores of sm_90 then keep 14 bits of a sum, more than the contract's fp32
-allows.
+no scale sees. use_fast_accum=True: the whole sum is in the matrix unit, of which sm_90 keeps 14 bits, so that
+promoted_after is None.
 """
 
 from dataclasses import replace

@@ -137,8 +137,10 @@ _PLAIN = Capabilities(
     max_tp=64, ranks=(Ranks.LOCAL, Ranks.GLOO), injected_routing=True, collectives_through_groups=True)
 _CLAMPED = replace(_PLAIN, schemes={}, features=(*_PLAIN.features, Feature.LIMIT, Feature.SCALED_SWIGLU),
                    needs=(GPT_OSS_CLAMP,))
-_BLOCKS = replace(_PLAIN, numerics={}, schemes=_schemes(Scheme.FP8_BLOCK, products="fp8_block"), hidden_multiple=128,
-                  intermediate_multiple=128, whole_blocks=True)
+# The sum of a block is one tl.dot, scaled and added in fp32; of rows tl.dot adds to the accumulator that it is handed.
+_BLOCKS = replace(_PLAIN, numerics={},
+                  schemes=_schemes(Scheme.FP8_BLOCK, products="fp8_block", promoted_after=128),
+                  hidden_multiple=128, intermediate_multiple=128, whole_blocks=True)
 _GROUPS = replace(_PLAIN, numerics={}, schemes=_decoded(), hidden_multiple=LEAST_GROUP,
                   intermediate_multiple=LEAST_GROUP,
                   features=tuple(feature for feature in _PLAIN.features if feature is not Feature.MLP_BIAS))

@@ -29,6 +29,8 @@ ROUNDED_OPERANDS: tuple[Products, ...] = ("mxfp8", "fp8_tensor", "fp8_row", "fp8
 """Those that round operands to 8 bits under scales."""
 ROUNDED_GRADIENTS: tuple[Products, ...] = ("fp8_row", "fp8_row_e8m0")
 """Those of them that say what the products of a backward pass multiply: one scale for each row along the sum."""
+E4M3_OPERANDS: tuple[Products, ...] = ("mxfp8", "fp8_tensor", "fp8_row", "fp8_row_e8m0", "fp8_block")
+"""Those of them whose codes are e4m3."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,9 @@ class Numerics:
     128 of its columns: the largest magnitude over 448 or 127. "fp8_row_e8m0": as fp8_row, scales rounded up to a power
     of two. Of both the backward pass rounds the operands of each product anew, along its sum: docs/backward.md.
     "fp8_tensor": to e4m3 under the input scale that the weights name; what is beyond saturates.
+    promoted_after: how many products in e4m3 a matrix unit adds up before their sum joins a register in fp32, since
+    units for 8 bits may keep few bits of it; None: the whole sum is the unit's; 1: codes are decoded first, and
+    multiplied in the case's dtype or wider.
     gradient_rows: of a backward pass that rounds operands: gate and up are columns of one product ("both"), or each has
     a product of its own.
     decoded: format to which the numbers that codes stand for are rounded before a product; None: codes are multiplied,
@@ -67,6 +72,7 @@ class Numerics:
     activation: Format | None = None
     merge: Format | None = None
     decoded: Format | None = None
+    promoted_after: int | None = None
     gradient_rows: Literal["both", "each"] = "both"
 
 

@@ -22,7 +22,8 @@ SPREADS = {"": "one all-reduce", "gather": "no row split", "split3.1": "uneven s
            "reducescatter-tokenstp": "sharded tokens"}
 FURTHER_SPREADS = {"allreducerows": "one all-reduce before the merge",
                    "reducescatter": "reduce-scatter and all-gather",
-                   "ep3-roundrobin-copy0.3": "experts in turn, two of them twice"}
+                   "ep3-roundrobin-copy0.3": "experts in turn, two of them twice",
+                   "split1.0": "a rank without columns, whose rows have a fixed scale all the same"}
 """Those that meet every scheme outside the default tiers alone."""
 
 AXES: dict[str, tuple] = {

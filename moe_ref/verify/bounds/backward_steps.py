@@ -15,7 +15,7 @@ from moe_ref.numerics.accumulation import ROUNDING
 from moe_ref.numerics.gauges import Gauges, gauges
 from moe_ref.numerics.magnitudes import nonnegative_product
 from moe_ref.verify.bounds.operands import OperandRule, rounded_rows, scale_variance
-from moe_ref.verify.bounds.rounding import FLUSH
+from moe_ref.verify.bounds.rounding import FLUSH, RoundingModel
 from moe_ref.verify.bounds.rows import Rows, exact
 from moe_ref.verify.bounds.steps import SCALED, Steps
 
@@ -111,9 +111,9 @@ class BackwardSteps:
         variance = one.value.square() * spread(other) + spread(one) * (other.value.square() + spread(other))
         return self.again(Rows(one.value * other.value, error, variance), times)
 
-    def coefficient(self, terms: int) -> float:
+    def coefficient(self, terms: int, model: RoundingModel | None = None) -> float:
         """What a sum of so many products may lose, per unit of the sum of their absolute values."""
-        return float(self.steps.model.summed(torch.ones((), dtype=torch.float64), max(1, terms)))
+        return float((model or self.steps.model).summed(torch.ones((), dtype=torch.float64), max(1, terms)))
 
     @property
     def rule(self) -> OperandRule | None:
@@ -139,10 +139,12 @@ class BackwardSteps:
         return replace(product, variance=spread(product) + scales * product.value.square())
 
     def _summed(self, one: Rows, other: Rows, terms: int) -> Rows:
-        error_MK = one.bound + self.coefficient(terms) * one.largest
+        model = self.steps.experts_model
+        error_MK = one.bound + self.coefficient(terms, model) * one.largest
         bound = error_MK @ other.largest.T
-        sums = gauges(one.value, other.value, self.steps.model.accumulation.truncates)
-        variance = self.steps.model.summed_variance(sums, terms) + nonnegative_product(spread(one), other.value, 2)
+        sums = gauges(one.value, other.value, model.accumulation.truncates)
+        variance = model.product_errors(one.value, other.value, sums, terms)[0] + nonnegative_product(
+            spread(one), other.value, 2)
         if bool(other.bound.any()):
             bound = bound + one.value.abs() @ other.bound.T
             both = one.value.square() + spread(one)

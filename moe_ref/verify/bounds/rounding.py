@@ -6,17 +6,18 @@ and docs/numerics.md have the derivations.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
-from moe_ref.contract.capabilities import Numerics
+from moe_ref.contract.capabilities import E4M3_OPERANDS, Numerics
 from moe_ref.contract.spec import Router
 from moe_ref.contract.vocabulary import Dtype, Format
 from moe_ref.numerics.accumulation import LOST, ROUNDING, Accumulation, running_sum, sorted_sum
 from moe_ref.numerics.formats import power_of_two, unit_in_last_place
 from moe_ref.numerics.gauges import Gauges
+from moe_ref.numerics.narrow_sums import narrow_errors
 from moe_ref.oracle.router import capped, softplus
 from moe_ref.tolerances.load import Tolerances
 from moe_ref.verify.bounds.rows import Rows, total_variance
@@ -47,7 +48,8 @@ class RoundingModel:
 
     operands: the format of what long products multiply, which decides the accumulator that hardware has for it: fp32
     operands are multiplied and added one by one, others in steps. three_products: fp32 operands made of two tf32
-    numbers each.
+    numbers each. promoted_after: products whose sum leaves the matrix unit for a register of the accumulation format;
+    None: the whole sum is the unit's.
     """
 
     tolerances: Tolerances
@@ -55,6 +57,7 @@ class RoundingModel:
     accumulate: Format
     operands: Format = Format.BF16
     three_products: bool = False
+    promoted_after: int | None = None
 
     @classmethod
     def of(cls, tolerances: Tolerances, hardware: str, numerics: Numerics, dtype: Dtype) -> "RoundingModel":
@@ -62,6 +65,23 @@ class RoundingModel:
         if dtype is not Dtype.FP32 or numerics.products not in ("tf32", "tf32x3"):
             return cls(tolerances, hardware, numerics.accumulate, Format(dtype.value))
         return cls(tolerances, hardware, numerics.accumulate, Format.TF32, numerics.products == "tf32x3")
+
+    def of_experts(self, numerics: Numerics) -> "RoundingModel":
+        """The model of the products of experts alone, whose operands may be codes in e4m3."""
+        if numerics.products not in E4M3_OPERANDS or numerics.promoted_after == 1:
+            return self
+        coded = replace(self, operands=Format.E4M3, promoted_after=numerics.promoted_after)
+        return coded if coded.accumulation.truncates else self
+
+    @cached_property
+    def in_register(self) -> "RoundingModel":
+        """The model of additions that are not the matrix unit's: of scales, biases and sums of it."""
+        return replace(self, operands=Format.FP32, promoted_after=None) if self.operands is Format.E4M3 else self
+
+    @cached_property
+    def is_narrow(self) -> bool:
+        """Whether the matrix unit keeps fewer bits of a sum than the accumulation format has."""
+        return self.operands is Format.E4M3 and self.accumulation.unit > self.in_register.accumulation.unit
 
     @property
     def unit(self) -> float:
@@ -71,9 +91,23 @@ class RoundingModel:
 
     def summed(self, gauge: torch.Tensor, terms: int) -> torch.Tensor:
         """Error of a sum of `terms` products with sum of absolute products `gauge`, in any order."""
+        if self.operands is Format.E4M3 and self.accumulation.truncates:
+            held = self._lost_in_unit(min(terms, self.promoted_after or terms))
+            lost = held + gamma(terms, self.in_register.unit) * (1 + held)
+            return (lost + gamma(terms, ORACLE_UNIT)) * gauge + terms * FLUSH
         terms_added = 3 * terms if self.three_products else terms
         lost = gamma(terms_added, self.unit) * (1 + self.operand_error) + self.operand_error
         return (lost + gamma(terms, ORACLE_UNIT)) * gauge + terms * FLUSH
+
+    def _lost_in_unit(self, terms: int) -> float:
+        """What a sum of so many products loses in a matrix unit that cuts off, per unit of their absolute sum.
+
+        No partial sum is larger than that, since cutting makes nothing larger: losses do not grow with those before,
+        and the result is off by no more than itself and the absolute sum together.
+        """
+        products, kept, bits = self.tolerances.file.hardware[self.device].step_of(self.operands)
+        steps = -(-terms // products)
+        return min(2.0, steps * (2.0 ** (1 - bits) + (products + 1) * 2.0**-kept))
 
     @cached_property
     def accumulation(self) -> Accumulation:
@@ -126,6 +160,19 @@ class RoundingModel:
         """Expected square of the error of a sum of `terms` products, the oracle's own included."""
         added = self.accumulation.variance(sums, 3 * terms if self.three_products else terms)
         return added + self.operand_variance(sums) + ROUNDING * ORACLE_UNIT**2 * max(1, terms) * sums.path
+
+    def product_errors(self, a_MK: torch.Tensor, w_NK: torch.Tensor, sums: Gauges, terms: int,
+                       start: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """summed_variance and drift of a @ w^T, whose gauges are `sums`, with what operands of 8 bits need besides.
+
+        start: how far inside a block of `promoted_after` products the first one lies.
+        """
+        if not self.is_narrow:
+            return self.summed_variance(sums, terms), self.drift(sums, terms)
+        size = a_MK.shape[1]
+        added = self.in_register.summed_variance(sums, terms)
+        variance, drift = narrow_errors(a_MK, w_NK, self.accumulation, self.promoted_after or max(1, size), start)
+        return added + variance, drift
 
     def stored_variance(self, value: torch.Tensor, stored: Format | None) -> torch.Tensor:
         """Expected square of the error of one store: uniform over a unit in the last place; 0 if kept in registers."""

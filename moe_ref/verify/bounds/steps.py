@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 
@@ -65,6 +66,11 @@ class Steps:
         return Rows(rows.value, rows.bound + self.model.rounded(rows.largest, stored), variance, rows.variance, stored,
                     rows.drift)
 
+    @cached_property
+    def experts_model(self) -> RoundingModel:
+        """The model of the products of experts, whose operands may be codes."""
+        return self.model.of_experts(self.numerics)
+
     @property
     def on_input(self) -> bool:
         """Whether the routing weight multiplies the tokens."""
@@ -113,29 +119,36 @@ class Steps:
             return self.linear(rows, w_NK, bias, stage)
         weight = exact(w_NK) if self.encoded.is_encoded else rounded_rows(exact(w_NK), rule)
         taken = rounded_rows(rows, rule) if given is None else given
-        found = self.linear(taken, weight.value, bias, stage)
+        start = rule.start if rule.columns else 0
+        found = self.linear(taken, weight.value, bias, stage, self.experts_model, start)
         if bool(weight.bound.any()):
             found = _with_weight_errors(found, taken, weight)
         if found.variance is None or given is not None:
             return found
         return replace(found, variance=found.variance + scale_variance(rows, rule) * found.value.square())
 
-    def linear(self, rows: Rows, w_NK: torch.Tensor, bias: Rows | None, stage: Stage) -> Rows:
-        """rows @ w^T + bias before the store of `stage`; a bias may be added to the product once stored."""
+    def linear(self, rows: Rows, w_NK: torch.Tensor, bias: Rows | None, stage: Stage,
+               model: RoundingModel | None = None, start: int = 0) -> Rows:
+        """rows @ w^T + bias before the store of `stage`; a bias may be added to the product once stored.
+
+        model: of the sum; start: how far inside a block of it the first product lies.
+        """
+        model = model or self.model
         terms = max(1, w_NK.shape[1]) + SCALED * (self.numerics.products in ROUNDED_OPERANDS)
-        lost = float(self.model.summed(torch.ones((), dtype=torch.float64), terms + (bias is not None)))
+        lost, lost_later = (float(one.summed(torch.ones((), dtype=torch.float64), terms + (bias is not None)))
+                            for one in (model, self.model))
         carried = [Left.of(rows.bound + lost * rows.largest, 1)]
         if rows.variance is not None and bool(rows.variance.any()):
             carried.append(Left.of(rows.variance, 2))
-        sums, products = gauges_and_products(rows.value, w_NK, carried, self.model.accumulation.truncates)
+        sums, products = gauges_and_products(rows.value, w_NK, carried, model.accumulation.truncates)
         bound = products[0] + (terms + 1) * FLUSH
-        own = None if rows.variance is None else self.model.summed_variance(sums, terms)
-        variance = total_variance(own, *products[1:])
+        own, own_drift = model.product_errors(rows.value, w_NK, sums, terms, start)
+        variance = total_variance(None if rows.variance is None else own, *products[1:])
         carried_drift = None if rows.drift is None else rows.drift @ w_NK.double().T
-        drift = total_drift(self.model.drift(sums, terms), carried_drift)
+        drift = total_drift(own_drift, carried_drift)
         if bias is None:
             return Rows(sums.value, bound, variance, drift=drift)
-        bound = bound + bias.bound + lost * bias.largest
+        bound = bound + bias.bound + lost_later * bias.largest
         before = self.model.rounded(sums.value.abs() + bound, self.stored_in(stage))
         value = sums.value + bias.value
         joined = self.model.stored_variance(sums.value, self.stored_in(stage)) + ROUNDING * (

@@ -333,4 +333,5 @@ def numerics_words(numerics: Numerics | None) -> dict[str, str]:
                                                      ("decoded", numerics.decoded)) if stored is not None}
     return {**stored, "accumulate": numerics.accumulate.value, "between_ranks": numerics.reduce.value,
             "weight_at": numerics.weight_at, "products": numerics.products, **inner,
+            **({"promoted_after": str(numerics.promoted_after)} if numerics.promoted_after is not None else {}),
             **({"gradient_rows": numerics.gradient_rows} if numerics.gradient_rows != "both" else {})}
