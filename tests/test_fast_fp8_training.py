@@ -27,7 +27,7 @@ from moe_ref.contract.vocabulary import Stage, Verdict
 from moe_ref.inputs.build import build_inputs
 from moe_ref.inputs.shards import build_encoded_shards, build_shards
 from tests.in_process import judged
-from tests.test_fast_scaled import DTYPES, ROW, codes_of, expected_rows, wide_rows
+from tests.test_fast_rounded_rows import DTYPES, ROW, codes_of, expected_rows, wide_rows
 
 SMALL = "v1-T12.H40.I36.E6.K3"
 
